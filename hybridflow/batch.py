@@ -1,0 +1,307 @@
+"""A batch: rows with named columns, some of them here, some of them wherever they were computed.
+
+Columns come in three kinds: one number per row (`light`, always at hand), a ragged run of numbers per row (`Ragged`,
+no padding), and one Python object per row. The last two live in *shards*: tables that sit in the memory of whoever
+computed them or in an object store. On the controller a batch is a handle: light columns plus, for each set of shards,
+the position of every row. Select, reorder, repeat, split, concatenate and join rewrite positions and move no data;
+reading a column that is elsewhere fetches it, once, without copying where the rows stand in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridflow.columns import writer_of
+from hybridflow.errors import BatchError
+
+Array = npt.NDArray[np.generic]
+Positions = range | npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """One run of numbers per row, all runs in one array without padding.
+
+    Row `i` is `values[offsets[i]:offsets[i + 1]]`.
+    """
+
+    values: Array
+    """Shape [T], T the number of tokens of all rows."""
+    offsets: npt.NDArray[np.int64]
+    """Shape [B + 1], rising from 0 to T."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Array:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Shape [B]: tokens per row."""
+        return np.diff(self.offsets)
+
+    @staticmethod
+    def from_rows(rows: Sequence[Array | Sequence[float]], dtype: npt.DTypeLike) -> Ragged:
+        """From one array per row."""
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        values = np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.empty(0, dtype)
+        return Ragged(values, offsets)
+
+    @staticmethod
+    def from_lengths(values: Array, lengths: npt.NDArray[np.integer]) -> Ragged:
+        """From all values in one array and the number of them in each row."""
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        assert offsets[-1] == len(values), f"lengths add up to {offsets[-1]}, but there are {len(values)} values"
+        return Ragged(values, offsets)
+
+    def take(self, positions: Positions) -> Ragged:
+        """The rows at `positions`; a view where they are a range, else a copy."""
+        if isinstance(positions, range):
+            offsets = self.offsets[positions.start : positions.stop + 1]
+            return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+        lengths = self.lengths[positions]
+        offsets = np.zeros(len(positions) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][positions] - offsets[:-1], lengths)
+        return Ragged(self.values[index], offsets)
+
+
+Heavy = Ragged | list[object]
+
+
+class Shard(Protocol):
+    """A table of heavy columns, here or elsewhere."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it has, known without fetching."""
+        ...
+
+    def fetch(self) -> Mapping[str, Heavy]:
+        """Its columns, read-only."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A shard in this process."""
+
+    columns: Mapping[str, Heavy]
+    num_rows: int
+
+    def fetch(self) -> Mapping[str, Heavy]:
+        return self.columns
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some heavy columns of a batch: shards, and where in them each row stands."""
+
+    names: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    positions: Positions
+    """Row of the batch -> row of the shards laid end to end."""
+
+    def take(self, rows: npt.NDArray[np.int32]) -> Source:
+        """The given rows, with the shards that no row stands in left out."""
+        return Source(self.names, self.shards, _as_range(_as_array(self.positions)[rows]))._pruned()
+
+    def _pruned(self) -> Source:
+        starts = np.cumsum([0, *(shard.num_rows for shard in self.shards)])
+        positions = _as_array(self.positions)
+        home = np.searchsorted(starts, positions, side="right") - 1
+        used = np.unique(home)
+        if len(used) == len(self.shards):
+            return self
+        shift = np.zeros(len(self.shards), np.int64)
+        shift[used] = starts[used] - np.cumsum([0, *(self.shards[shard].num_rows for shard in used[:-1])])
+        moved = (positions - shift[home]).astype(np.int32)
+        return Source(self.names, tuple(self.shards[shard] for shard in used), _as_range(moved))
+
+    def read(self, name: str) -> Heavy:
+        """The column's rows in the order of the batch."""
+        parts = [shard.fetch()[name] for shard in self.shards]
+        if isinstance(first := (parts[0] if parts else []), Ragged):
+            whole = first if len(parts) == 1 else _concatenate_ragged([part for part in parts if isinstance(part, Ragged)])
+            in_order = self.positions == range(len(whole)) if isinstance(self.positions, range) else False
+            return whole if in_order else whole.take(self.positions)
+        objects = [value for part in parts for value in part]
+        return [objects[position] for position in self.positions]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows with named columns. Immutable: every method returns a new batch and moves no heavy data."""
+
+    light: Mapping[str, Array] = field(default_factory=dict)
+    """One number per row, always at hand: name -> array of shape [B]."""
+    sources: tuple[Source, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(column) for name, column in self.light.items()}
+        sizes |= {"/".join(source.names): len(source.positions) for source in self.sources}
+        if len(set(sizes.values())) > 1:
+            raise BatchError(f"the columns of a batch must have the same number of rows; found {sizes}")
+
+    @staticmethod
+    def from_columns(columns: Mapping[str, Array | Heavy]) -> Batch:
+        """A batch whose data is in this process. Arrays become light columns, `Ragged` and lists heavy ones."""
+        light = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
+        heavy = {name: column for name, column in columns.items() if isinstance(column, Ragged | list)}
+        if not heavy:
+            return Batch(light)
+        num_rows = len(next(iter(heavy.values())))
+        for name, column in heavy.items():
+            if len(column) != num_rows:
+                raise BatchError(f"column {name!r} has {len(column)} rows, the columns before it {num_rows}")
+        return Batch(light, (Source(tuple(heavy), (LocalShard(heavy, num_rows),), range(num_rows)),))
+
+    def __len__(self) -> int:
+        if self.light:
+            return len(next(iter(self.light.values())))
+        return len(self.sources[0].positions) if self.sources else 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All columns, light ones first."""
+        return (*self.light, *(name for source in self.sources for name in source.names))
+
+    def __getitem__(self, name: str) -> Array:
+        """A light column: shape [B].
+
+        Raises:
+            BatchError: there is no such column, or it is heavy.
+        """
+        if name in self.light:
+            return self.light[name]
+        if name in self.names:
+            raise BatchError(
+                f"column {name!r} has token-level data or text, which stays where it was computed. Compute with it on "
+                f"the ranks: group.compute(batch, function), or in a worker batch.tokens({name!r}) and batch.objects({name!r})"
+            )
+        raise self._missing(name)
+
+    def tokens(self, name: str) -> Ragged:
+        """A ragged column in the order of the rows; fetched where it is elsewhere, and not copied where it is whole.
+
+        Raises:
+            BatchError: there is no such column, or it is not ragged.
+        """
+        column = self._heavy(name)
+        if not isinstance(column, Ragged):
+            raise BatchError(f"column {name!r} holds one object per row; read it with batch.objects({name!r})")
+        return column
+
+    def objects(self, name: str) -> list[object]:
+        """A column of one object per row, likewise."""
+        column = self._heavy(name)
+        if isinstance(column, Ragged):
+            raise BatchError(f"column {name!r} holds tokens; read it with batch.tokens({name!r})")
+        return column
+
+    def _heavy(self, name: str) -> Heavy:
+        for source in self.sources:
+            if name in source.names:
+                return source.read(name)
+        if name in self.light:
+            raise BatchError(f"column {name!r} holds one number per row; read it with batch[{name!r}]")
+        raise self._missing(name)
+
+    def _missing(self, name: str) -> BatchError:
+        return BatchError(f"column {name!r} is missing: {writer_of(name)}. The batch has {', '.join(self.names) or 'no columns'}")
+
+    def select(self, rows: Sequence[int] | Array) -> Batch:
+        """The given rows in the given order, repeats allowed."""
+        index = np.asarray(rows, np.int32)
+        return Batch({name: column[index] for name, column in self.light.items()}, tuple(s.take(index) for s in self.sources))
+
+    def split(self, rows_per_part: int) -> list[Batch]:
+        """Consecutive parts of `rows_per_part` rows; the last may be smaller."""
+        return [self.select(np.arange(start, min(start + rows_per_part, len(self)))) for start in range(0, len(self), rows_per_part)]
+
+    def repeat(self, times: int) -> Batch:
+        """Every row `times` times in a row, column `sample` counting from 0 within each."""
+        repeated = self.select(np.repeat(np.arange(len(self)), times))
+        return repeated.with_columns(sample=np.tile(np.arange(times), len(self)))
+
+    def with_columns(self, **columns: Array) -> Batch:
+        """With light columns added or replaced: arrays of shape [B]."""
+        return Batch({**self.light, **columns}, self.sources)
+
+    def drop(self, *names: str) -> Batch:
+        """Without the light columns of these names."""
+        return Batch({name: column for name, column in self.light.items() if name not in names}, self.sources)
+
+    def join(self, *others: Batch) -> Batch:
+        """With the columns of other batches about the same rows in the same order; a column of a later batch wins."""
+        light, sources = dict(self.light), list(self.sources)
+        for other in others:
+            if len(other) != len(self):
+                raise BatchError(f"join needs the same rows; this batch has {len(self)}, the other {len(other)}")
+            light |= other.light
+            replaced = {name for source in other.sources for name in source.names}
+            kept = [Source(tuple(n for n in s.names if n not in replaced), s.shards, s.positions) for s in sources]
+            sources = [source for source in kept if source.names] + list(other.sources)
+        return Batch(light, tuple(sources))
+
+    @staticmethod
+    def concatenate(batches: Sequence[Batch]) -> Batch:
+        """The rows of all batches, one batch after the other. All must have the same columns."""
+        filled = [batch for batch in batches if len(batch)]
+        if not filled:
+            return batches[0] if batches else Batch()
+        first = filled[0]
+        for batch in filled[1:]:
+            if set(batch.names) != set(first.names):
+                odd = sorted(set(batch.names) ^ set(first.names))
+                raise BatchError(f"batches to concatenate must have the same columns; only some have {', '.join(odd)}")
+        light = {name: np.concatenate([batch.light[name] for batch in filled]) for name in first.light}
+        return Batch(light, tuple(_concatenate_sources(filled)))
+
+
+def _concatenate_sources(batches: Sequence[Batch]) -> Iterator[Source]:
+    """One source for each set of columns that comes from the same source in every batch."""
+    homes = [{name: index for index, source in enumerate(batch.sources) for name in source.names} for batch in batches]
+    by_home: dict[tuple[int, ...], list[str]] = {}
+    for name in homes[0]:
+        by_home.setdefault(tuple(home[name] for home in homes), []).append(name)
+    for indices, names in by_home.items():
+        shards: list[Shard] = []
+        positions: list[npt.NDArray[np.int32]] = []
+        start = 0
+        for batch, index in zip(batches, indices, strict=True):
+            source = batch.sources[index]
+            positions.append(_as_array(source.positions) + np.int32(start))
+            shards.extend(source.shards)
+            start += sum(shard.num_rows for shard in source.shards)
+        yield Source(tuple(names), tuple(shards), _as_range(np.concatenate(positions)))
+
+
+def _concatenate_ragged(parts: Iterable[Ragged]) -> Ragged:
+    whole = list(parts)
+    return Ragged.from_lengths(np.concatenate([part.values for part in whole]), np.concatenate([part.lengths for part in whole]))
+
+
+def _as_array(positions: Positions) -> npt.NDArray[np.int32]:
+    return np.arange(positions.start, positions.stop, dtype=np.int32) if isinstance(positions, range) else positions
+
+
+def _as_range(positions: npt.NDArray[np.int32]) -> Positions:
+    """A range where the positions are consecutive: it takes no space in a message and reads without a copy."""
+    if len(positions) and np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
+        return range(int(positions[0]), int(positions[0]) + len(positions))
+    return positions

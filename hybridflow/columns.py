@@ -1,0 +1,64 @@
+"""The one table of the batch's columns: what each holds, in which unit, and who writes it.
+
+A column that is not in the table is allowed (a user's role may add its own); the table is what error messages
+and readers go by. `light` columns hold one number per row and stay on the controller; all others stay where they
+were computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Per = Literal["row", "prompt token", "response token"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column holds."""
+
+    per: Per
+    dtype: Literal["int64", "int32", "float32", "bool", "object"]
+    writer: str
+    """Who writes it: the role and method to call when it is missing."""
+    meaning: str
+    """With its unit."""
+    light: bool = False
+
+
+COLUMNS = {
+    # From the dataset: one row per prompt.
+    "prompt": Column("prompt token", "int32", "data.loader", "Token ids of the prompt, chat template applied."),
+    "prompt_text": Column("row", "object", "data.loader", "The prompt as text, chat template applied."),
+    "ground_truth": Column("row", "object", "data.loader", "`reward_model.ground_truth` of the dataset."),
+    "data_source": Column("row", "object", "data.loader", "`data_source` of the dataset."),
+    "extra_info": Column("row", "object", "data.loader", "`extra_info` of the dataset, a dict."),
+    "prompt_tokens": Column("row", "int64", "data.loader", "Number of prompt tokens.", light=True),
+    "prompt_id": Column("row", "int64", "data.loader", "Row number of the prompt in the dataset.", light=True),
+    "seed": Column("row", "int64", "data.loader", "Sampling seed of the prompt: a function of run seed, step, prompt.", light=True),
+    "group": Column("row", "int64", "data.loader", "Rows with the same number answer the same prompt of this step.", light=True),
+    "sample": Column("row", "int64", "data.loader, Batch.repeat", "Number of the response within its group, from 0.", light=True),
+    # From generation: one row per response.
+    "response": Column("response token", "int32", "rollout.generate", "Token ids of the response, end of sequence included."),
+    "response_text": Column("row", "object", "rollout.generate", "The response as text, without special tokens."),
+    "response_tokens": Column("row", "int64", "rollout.generate", "Number of response tokens.", light=True),
+    "truncated": Column("row", "bool", "rollout.generate", "True where the length limit ended the response.", light=True),
+    "rollout_log_probs": Column("response token", "float32", "rollout.generate", "The engine's log-probabilities, in nats."),
+    # From scoring.
+    "reward": Column("row", "float32", "reward.score", "The reward of the whole response.", light=True),
+    "reward_failed": Column("row", "bool", "reward.score", "True where the reward function raised or timed out.", light=True),
+    "log_probs": Column("response token", "float32", "actor.log_probs", "Under the policy before this step's updates, in nats."),
+    "reference_log_probs": Column("response token", "float32", "reference.log_probs", "Under the reference policy, in nats."),
+    "values": Column("response token", "float32", "critic.values", "Expected return before the token, in reward units."),
+    # From the estimate of advantages.
+    "advantages": Column("response token", "float32", "actor.compute(Advantages)", "Advantage of each token."),
+    "returns": Column("response token", "float32", "actor.compute(Advantages)", "Target of the critic."),
+    "advantage": Column("row", "float32", "the algorithm", "One advantage for all tokens of the response.", light=True),
+}
+
+
+def writer_of(name: str) -> str:
+    """Who should have written column `name`, as the end of an error message."""
+    if name in COLUMNS:
+        return f"it is written by {COLUMNS[name].writer}"
+    return "it is not in hybridflow/columns.py, so a role or function of your own must write it"

@@ -1,0 +1,284 @@
+"""Everything that can be configured, as frozen dataclasses: at most three levels, at most 150 keys.
+
+The defaults are the vetted setting for one GPU. The string under a field explains it; `docs/configuration.md` is made
+from these strings. Keys of an algorithm are in the `Config` of its own file (hybridflow/algorithms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run as a whole."""
+
+    folder: str = "outputs/run"
+    """Where checkpoints, metrics, samples and the resolved configuration go."""
+    seed: int = 0
+    """Every random number of the run is a function of this."""
+    total_steps: int | None = None
+    """Steps to train for; null means `total_epochs` passes over the data."""
+    total_epochs: int = 1
+    """Passes over the training data, where `total_steps` is null."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What ranks compute on; auto takes CUDA where it is available."""
+    ray_address: str | None = None
+    """Cluster to join; null starts one on this machine, or joins the one that `ray job submit` runs in."""
+    timeout_s: float = 1800.0
+    """A call on a group that takes longer ends the run with the names of the ranks that have not answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """Which algorithm, with its own options. `algorithm: grpo` is short for `algorithm: {name: grpo}`."""
+
+    name: str = "ppo"
+    """From the table in registry.py, or `my_package.module:Class`."""
+    options: object = None
+    """The algorithm's own `Config`, built from the other keys of this section."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy, and what holds for every model of the run."""
+
+    path: str = ""
+    """Local folder or hub name of a causal language model; actor, reference and rollout start from it."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; null means the model's."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of matrix products in training; auto is bfloat16 on CUDA and float32 on CPU. Master weights are always float32."""
+    attention: Literal["auto", "flash_attn", "torch"] = "auto"
+    """Packed attention; auto takes flash-attn where it is installed and the device is CUDA."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """torch.compile the layers of training models: faster steps after a minute of compilation."""
+    logits_chunk_tokens: int = 4096
+    """Tokens whose logits exist at once in the output layer."""
+    sequence_parallel: int = 1
+    """Ranks that share the tokens of a row (Ulysses)."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on actor and critic; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """LoRA scale: the update is multiplied by alpha / rank."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Names of the layers that get adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prompts and their lengths."""
+
+    train_files: tuple[str, ...] = ()
+    """Parquet files of training prompts."""
+    train_weights: tuple[float, ...] = ()
+    """Share of each file in a step's prompts; empty means by number of rows."""
+    validation_files: tuple[str, ...] = ()
+    """Parquet files of validation prompts; empty means no validation."""
+    prompts_per_step: int = 64
+    """Prompts drawn for each step."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are treated as `overlong_prompts` says."""
+    max_response_tokens: int = 512
+    """Responses end here, finished or not."""
+    overlong_prompts: Literal["drop", "truncate_left", "error"] = "drop"
+    """Prompts over `max_prompt_tokens` are left out, lose their beginning, or stop the run."""
+    shuffle: bool = True
+    """Draw prompts in random order, new in each epoch; else in file order."""
+    apply_chat_template: Literal["auto", "always", "never"] = "auto"
+    """Wrap string prompts in the tokenizer's chat template; auto does so where it has one. Message lists always are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One trained model: actor or critic."""
+
+    path: str | None = None
+    """Folder or hub name to start from; null means `model.path`."""
+    learning_rate: float = 1e-6
+    """Peak rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the rate after warm-up, over the updates of the run."""
+    warmup_steps: int = 0
+    """Steps of the run (not updates) over which the rate rises from zero."""
+    min_learning_rate_ratio: float = 0.0
+    """Where linear and cosine schedules end, as a share of the peak."""
+    weight_decay: float = 0.01
+    """Decoupled, on matrices only."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    tokens_per_microbatch: int = 16384
+    """Prompt and response tokens that go through a rank's model at once; a longer row goes alone."""
+    offload_parameters: bool = False
+    """Keep weights in CPU memory while the role is idle."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in CPU memory while the role is idle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen reference policy."""
+
+    path: str | None = None
+    """Folder or hub name; null means `model.path`."""
+    tokens_per_microbatch: int = 32768
+    """Tokens that go through a rank's model at once."""
+    offload_parameters: bool = False
+    """Keep weights in CPU memory while the role is idle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Generation during training."""
+
+    engine: str = "vllm"
+    """torch, vllm, sglang, or `my_package.module:Class`."""
+    temperature: float = 1.0
+    """Divides the logits, in generation and in training."""
+    top_p: float = 1.0
+    """Smallest set of tokens whose probabilities reach this sum."""
+    top_k: int = 0
+    """The most probable tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens less probable than this times the most probable are dropped."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, beside the end of sequence."""
+    ignore_eos: bool = False
+    """Generate to the length limit always; for benchmarks."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the engine's weights; auto is bfloat16 on CUDA and float32 on CPU."""
+    tensor_parallel: int = 1
+    """Ranks that share one engine."""
+    max_requests: int = 1024
+    """Responses generated at once by one engine."""
+    memory_fraction: float = 0.5
+    """Share of the GPU for the engine's weights and cache."""
+    cpu_cache_gib: float = 1.0
+    """Key-value cache of vLLM on CPU."""
+    enforce_eager: bool = False
+    """No CUDA graphs: starts faster, generates slower."""
+    sleep: Literal["auto", "always", "never"] = "auto"
+    """Free the engine's memory while training; auto does so only where sizes require it."""
+    verify_weights: bool = True
+    """After each sync, compare checksums of the trainer's and the engine's weights."""
+    sync_bucket_mib: int = 512
+    """Weights travel to the engine in flat buckets of this size."""
+    engine_options: Mapping[str, object] = field(default_factory=dict)
+    """Passed through to the engine's own constructor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Generation on the validation files, with its own sampling."""
+
+    before_training: bool = True
+    """Validate before the first step."""
+    every_steps: int = 10
+    """Validate after each so many steps, and after the last; 0 never."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """As in `rollout`."""
+    top_k: int = 0
+    """As in `rollout`."""
+    responses_per_prompt: int = 1
+    """Responses to each prompt; their mean reward counts."""
+    max_prompts: int | None = None
+    """Only the first so many validation prompts; null means all."""
+    num_samples_logged: int = 3
+    """Prompts and responses written to the trackers and to samples.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How responses are scored."""
+
+    name: str = "by_data_source"
+    """Rule from the table in registry.py, or `my_package.module:function`. Ignored where `path` is set."""
+    path: str | None = None
+    """Python file with a reward function of your own."""
+    function: str = "compute_score"
+    """Its name in that file."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Keyword arguments for the function."""
+    num_processes: int = 2
+    """Processes that score, on each rank of the reward role."""
+    timeout_s: float = 10.0
+    """For one sample; a batch function gets this times the number of samples."""
+    failure_reward: float = 0.0
+    """Given to a sample whose function raised or timed out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Which role runs where."""
+
+    pools: Mapping[str, str] = field(default_factory=lambda: {"main": "1x1", "scoring": "1x1 cpu"})
+    """Name -> `nodes x ranks per node`, for example `2x8`. A rank has one GPU (one CPU slot where `run.device` is cpu);
+    with ` cpu` behind it, one CPU slot always."""
+    roles: Mapping[str, str] = field(default_factory=lambda: {"reward": "scoring"})
+    """Role -> pool. Roles that are not named go to the first pool."""
+    workers: Mapping[str, str] = field(default_factory=dict)
+    """Role -> `my_package.module:Class`, for a role of your own or in place of a built-in one."""
+    cpu_slots: int | None = None
+    """CPU slots of this machine when a cluster is started here; null means its number of cores, at least 4."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every_steps: int = 0
+    """Save after each so many steps, and after the last; 0 saves only after the last."""
+    keep: int = 2
+    """Checkpoints kept, newest first; 0 keeps all."""
+    resume: Literal["auto", "never"] | str = "auto"
+    """auto continues from the newest checkpoint in the run's folder; a path continues from there."""
+    save_last: bool = True
+    """Save after the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig:
+    """Where metrics go. `metrics.jsonl` in the run's folder is always written."""
+
+    names: tuple[str, ...] = ("console", "tensorboard")
+    """console, tensorboard, wandb, or `my_package.module:Class`."""
+    project: str = "hybridflow"
+    """For trackers that group runs."""
+    run_name: str | None = None
+    """For trackers that name runs; null means the name of the run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    actor: TrainingConfig = field(default_factory=TrainingConfig)
+    critic: TrainingConfig = field(default_factory=lambda: TrainingConfig(learning_rate=1e-5))
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trackers: TrackerConfig = field(default_factory=TrackerConfig)
+
+    @property
+    def max_model_tokens(self) -> int:
+        """Most tokens of a prompt with its response."""
+        return self.data.max_prompt_tokens + self.data.max_response_tokens

@@ -1,0 +1,90 @@
+"""Every exception of the package. Each survives pickling, so that one raised on a rank arrives whole at the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class HybridflowError(Exception):
+    """Base of all errors of the package; its message says what was asked, what was found, and what to do."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake in a configuration."""
+
+    key: str
+    """The dotted key, for example `rollout.temperature`."""
+    problem: str
+    """What was found and what is allowed, as a sentence."""
+    where: str = ""
+    """`file:line`, `command line`, or empty where the key was not given."""
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}{self.key}: {self.problem}"
+
+
+class ConfigError(HybridflowError):
+    """The configuration has mistakes; `mistakes` holds all of them, not only the first."""
+
+    def __init__(self, mistakes: Sequence[Mistake]):
+        self.mistakes = tuple(mistakes)
+        super().__init__(self.mistakes)
+
+    def __str__(self) -> str:
+        count = len(self.mistakes)
+        heading = "1 mistake in the configuration" if count == 1 else f"{count} mistakes in the configuration"
+        return "\n".join([f"{heading}:", *(f"  {mistake}" for mistake in self.mistakes)])
+
+
+class DataError(HybridflowError):
+    """A data file is missing, malformed, or empty after filtering."""
+
+
+class ModelError(HybridflowError):
+    """A model folder cannot be loaded, or a model lacks something that a role needs."""
+
+
+class RewardError(HybridflowError):
+    """A reward function cannot be loaded or called."""
+
+
+class BatchError(HybridflowError):
+    """A column is missing or does not fit the rows of a batch."""
+
+
+class CheckpointError(HybridflowError):
+    """A checkpoint cannot be written, found or read."""
+
+
+class PlacementError(HybridflowError):
+    """The cluster cannot hold the pools that the configuration asks for."""
+
+
+class EngineError(HybridflowError):
+    """A generation engine cannot start, lost a request, or refused weights."""
+
+
+class WeightMismatchError(HybridflowError):
+    """After a weight sync the engine's tensors differ from the trainer's."""
+
+
+class WorkerError(HybridflowError):
+    """A method failed on a rank. `role`, `rank` and `node` say where; the message holds that rank's traceback."""
+
+    def __init__(self, *, role: str, rank: int, node: str, method: str, cause: str):
+        self.role, self.rank, self.node, self.method, self.cause = role, rank, node, method, cause
+        super().__init__(f"{role}.{method} failed on rank {rank} (node {node}):\n{cause}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _worker_error, (type(self), self.role, self.rank, self.node, self.method, self.cause)
+
+
+class WorkerDiedError(WorkerError):
+    """The process of a rank ended without an answer: killed, out of memory, or its node was lost."""
+
+
+def _worker_error(kind: type[WorkerError], role: str, rank: int, node: str, method: str, cause: str) -> WorkerError:
+    return kind(role=role, rank=rank, node=node, method=method, cause=cause)

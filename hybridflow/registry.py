@@ -1,0 +1,88 @@
+"""The tables of what can be named in a configuration. A new part is one file and one line here, or no line at all:
+a name with a colon, `my_package.module:Class`, is imported as it stands.
+
+The tables hold strings, so that looking a name up imports nothing; `load` imports on use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+
+from hybridflow.errors import ConfigError, Mistake
+
+ALGORITHMS = {
+    "ppo": "hybridflow.algorithms.ppo:PPO",
+    "grpo": "hybridflow.algorithms.grpo:GRPO",
+    "sft": "hybridflow.algorithms.sft:SFT",
+}
+
+ROLES = {
+    "actor": "hybridflow.workers.actor:ActorWorker",
+    "critic": "hybridflow.workers.critic:CriticWorker",
+    "reference": "hybridflow.workers.reference:ReferenceWorker",
+    "rollout": "hybridflow.workers.rollout:RolloutWorker",
+    "reward": "hybridflow.workers.reward:RewardWorker",
+}
+
+ENGINES = {
+    "torch": "hybridflow.rollout.torch_engine:TorchEngine",
+    "vllm": "hybridflow.rollout.vllm_engine:VllmEngine",
+    "sglang": "hybridflow.rollout.sglang_engine:SglangEngine",
+}
+
+REWARDS = {
+    "gsm8k": "hybridflow.rewards.gsm8k:compute_score",
+    "gsm8k_flexible": "hybridflow.rewards.gsm8k:compute_score_flexible",
+    "math": "hybridflow.rewards.math:compute_score",
+    "by_data_source": "hybridflow.rewards.by_data_source:compute_score",
+}
+
+TRACKERS = {
+    "console": "hybridflow.trackers.console:ConsoleTracker",
+    "jsonl": "hybridflow.trackers.jsonl:JsonlTracker",
+    "tensorboard": "hybridflow.trackers.tensorboard:TensorboardTracker",
+    "wandb": "hybridflow.trackers.wandb:WandbTracker",
+}
+
+PROTOCOLS = {
+    "one_to_all": "hybridflow.controller.protocols:OneToAll",
+    "split_by_data_rank": "hybridflow.controller.protocols:SplitByDataRank",
+    "rank_zero": "hybridflow.controller.protocols:RankZero",
+    "all_to_all": "hybridflow.controller.protocols:AllToAll",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, or an empty string where none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def unknown_name(name: str, table: Mapping[str, str]) -> str | None:
+    """Why `name` cannot be looked up in `table`, as a sentence, or None where it can. Imports nothing."""
+    if name in table or ":" in name:
+        return None
+    return f"{name!r} is not known{nearest(name, table)} Known: {', '.join(sorted(table))}; or your own as module:Name"
+
+
+def load(name: str, table: Mapping[str, str], *, key: str) -> object:
+    """The object that `name` stands for.
+
+    `key` is the configuration key that holds the name, for the message.
+
+    Raises:
+        ConfigError: the name is unknown, its module does not import, or the module lacks the attribute.
+    """
+    if problem := unknown_name(name, table):
+        raise ConfigError([Mistake(key, problem)])
+    module_name, _, attribute = table.get(name, name).partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError([Mistake(key, f"{name!r} needs module {module_name!r}, which does not import: {error}")]) from error
+    if not hasattr(module, attribute):
+        raise ConfigError([Mistake(key, f"module {module_name!r} has no {attribute!r}{nearest(attribute, dir(module))}")])
+    loaded: object = getattr(module, attribute)
+    return loaded

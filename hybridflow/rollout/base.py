@@ -1,0 +1,157 @@
+"""The interface of a generation engine. Every engine in the table passes tests/unit/test_engine_contract.py."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridflow.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hybridflow.config.schema import Config
+    from hybridflow.parallel.layout import Layout
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. The log-probabilities returned are those of the distribution after temperature and before
+    top-p, top-k and min-p cut it, which is what training computes."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_p: float = 1.0
+    """Smallest set of tokens whose probabilities reach this sum; 1 keeps all."""
+    top_k: int = 0
+    """The most probable tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens less probable than this times the most probable are dropped; 0 keeps all."""
+    max_tokens: int = 256
+    """Most tokens of a response, end of sequence included."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response; the response keeps the tokens up to the one that completes the string."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, beside the model's end of sequence; kept in the response."""
+    ignore_eos: bool = False
+    """Generate on after the end of sequence, for benchmarks of fixed length."""
+    log_probs: bool = True
+    """Return the log-probability of each token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One response to be generated."""
+
+    id: int
+    """Chosen by the caller, unique among unfinished requests."""
+    prompt: npt.NDArray[np.int32]
+    """Token ids, shape [P], at least one."""
+    sampling: Sampling
+    seed: int = 0
+    """The response is a function of weights, prompt, sampling and seed, whatever else is being generated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """A finished response."""
+
+    id: int
+    tokens: npt.NDArray[np.int32]
+    """Shape [R], the ending token included."""
+    log_probs: npt.NDArray[np.float32] | None
+    """Shape [R], in nats; None where not asked for."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What an engine is built from."""
+
+    model: str
+    """Local folder or hub name of a causal language model."""
+    dtype: str
+    """`float32` or `bfloat16`."""
+    max_model_tokens: int
+    """Most tokens of prompt and response together."""
+    max_requests: int
+    """Most responses generated at once; more wait."""
+    seed: int
+    device: torch.device
+    layout: Layout
+    """The generation layout: tensor ranks share one engine."""
+    rank: int
+    """Of this process in the pool."""
+    memory_fraction: float
+    """Share of the GPU that weights and cache of the engine may take."""
+    cpu_cache_gib: float
+    """Size of the key-value cache of an engine that reserves it on the CPU."""
+    enforce_eager: bool
+    options: dict[str, object] = field(default_factory=dict)
+    """Passed through to the engine's own constructor."""
+
+
+class Engine(ABC):
+    """Generates responses. Requests may be added at any time; `step` advances all that run."""
+
+    def __init__(self, spec: EngineSpec):
+        self.spec = spec
+
+    @abstractmethod
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            EngineError: prompt and `max_tokens` together exceed the model's context.
+        """
+
+    @abstractmethod
+    def step(self) -> list[Response]:
+        """Advance the running requests by at least one token and return those that finished."""
+
+    @property
+    @abstractmethod
+    def num_unfinished(self) -> int:
+        """Requests added and not yet returned."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        """The responses, in the order of the requests. The engine must be idle.
+
+        Raises:
+            EngineError: the engine became idle without an answer to some request.
+        """
+        for request in requests:
+            self.add(request)
+        finished: dict[int, Response] = {}
+        while self.num_unfinished:
+            finished |= {response.id: response for response in self.step()}
+        if lost := [request.id for request in requests if request.id not in finished]:
+            raise EngineError(f"{len(lost)} of {len(requests)} requests were never answered, the first is {lost[0]}")
+        return [finished[request.id] for request in requests]
+
+    @abstractmethod
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights by full tensors under their Hugging Face names, and forget cached prefixes.
+
+        Tensors may be views of a buffer that is reused once the iterator advances.
+        """
+
+    @abstractmethod
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that the engine computes with, under its own names; for checksums."""
+
+    def sleep(self) -> None:
+        """Give back the memory of the cache (and of the weights, where the engine can)."""
+
+    def wake(self) -> None:
+        """Take it again, before weights are loaded or requests added."""
+
+    def close(self) -> None:
+        """End threads and processes of the engine."""

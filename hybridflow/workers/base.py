@@ -1,0 +1,80 @@
+"""The base of every role: how a worker is built, and what its process tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+from hybridflow.config.schema import Config
+from hybridflow.parallel.layout import Layout
+from hybridflow.workers.remote import Dispatcher, remote
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+    from hybridflow.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankContext:
+    """Where a worker runs. One process holds several workers; they share this but for `role` and `layout`."""
+
+    role: str
+    rank: int
+    """Within the pool, from 0."""
+    layout: Layout
+    """How this role cuts its model and rows over the ranks of the pool."""
+    device: torch.device
+    group: ProcessGroup | None = None
+    """All ranks of the pool; None where torch.distributed is not initialised (one rank without training)."""
+    peers: dict[str, Worker] = field(default_factory=dict)
+    """The other workers of this process by role, filled as they are created."""
+
+    @property
+    def data_rank(self) -> int:
+        return self.layout.data_rank(self.rank)
+
+
+class Worker:
+    """A role on one rank. Subclasses build their state in `__init__` from the configuration and the context.
+
+    Methods marked `@remote(protocol)` can be called on the group; their arguments and results must pickle.
+    """
+
+    dispatcher: Dispatcher | None = None
+    """Set on the controller's stand-in for the group, None on a rank."""
+
+    def __init__(self, config: Config, context: RankContext):
+        self.config = config
+        self.context = context
+
+    @classmethod
+    def layout_of(cls, config: Config, num_ranks: int) -> Layout:
+        """How this role uses `num_ranks` ranks. By default every rank works on its own rows."""
+        return Layout(data=num_ranks)
+
+    @classmethod
+    def group(cls, dispatcher: Dispatcher) -> Self:
+        """The controller's stand-in for all workers of this role: no state, calls go to `dispatcher`."""
+        stand_in = cls.__new__(cls)
+        stand_in.dispatcher = dispatcher
+        return stand_in
+
+    @remote("split_by_data_rank")
+    def compute(self, batch: Batch, function: Callable[[Batch, RankContext], Batch]) -> Batch:
+        """New columns for `batch`, computed where its data is by `function(rows of this rank, context)`."""
+        return function(batch, self.context)
+
+    @remote("one_to_all")
+    def save(self, folder: str) -> None:
+        """Write this role's state below `folder`, which exists. Roles without state write nothing."""
+
+    @remote("one_to_all")
+    def restore(self, folder: str) -> None:
+        """Read the state that `save` wrote, by any number of ranks."""
+
+    @remote("one_to_all")
+    def close(self) -> None:
+        """Release what the process would not release by ending."""

@@ -1,0 +1,98 @@
+"""What makes a worker's method callable on a whole group: the mark, and the call that it turns into.
+
+A worker class is used twice. On a rank it is an ordinary object and its methods run. On the controller,
+`controller/group.py` makes an instance of the same class that has a dispatcher instead of a state: there a call of a
+marked method goes to every rank. Both are the same class, so go-to-definition and the type checker see one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+W = TypeVar("W", bound="Dispatching")
+
+
+class Future(Protocol[R_co]):
+    """The result of a call that may still be running."""
+
+    def result(self, timeout_s: float | None = None) -> R_co:
+        """Wait for the result. Raises the error of the first rank that failed."""
+        ...
+
+    def done(self) -> bool:
+        """Whether `result` would return without waiting."""
+        ...
+
+    @property
+    def later(self) -> R_co:
+        """The future in the place of its result, to be passed to another group's call without waiting for it."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """Carries a call to the ranks of a group."""
+
+    def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Future[object]:
+        """Send the call; arguments may be futures of other calls."""
+        ...
+
+
+class Dispatching(Protocol):
+    """An object that may stand for a group."""
+
+    dispatcher: Dispatcher | None
+
+
+class RemoteMethod(Generic[W, P, R]):
+    """A marked method, as the class attribute that `@remote` leaves behind."""
+
+    def __init__(self, function: Callable[Concatenate[W, P], R], protocol: str):
+        self.function, self.protocol = function, protocol
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+
+    @overload
+    def __get__(self, worker: None, owner: type) -> RemoteMethod[W, P, R]: ...
+
+    @overload
+    def __get__(self, worker: W, owner: type) -> BoundMethod[P, R]: ...
+
+    def __get__(self, worker: W | None, owner: type) -> RemoteMethod[W, P, R] | BoundMethod[P, R]:
+        if worker is None:
+            return self
+        return BoundMethod(self, worker)
+
+
+class BoundMethod(Generic[P, R]):
+    """A marked method of one worker or one group."""
+
+    def __init__(self, method: RemoteMethod[Any, P, R], worker: Dispatching):
+        self.method, self.worker = method, worker
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """On a rank: run. On the controller: run on every rank and wait for the collected result."""
+        if self.worker.dispatcher is None:
+            return self.method.function(self.worker, *args, **kwargs)
+        return self.start(*args, **kwargs).result()
+
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Run on every rank without waiting."""
+        assert self.worker.dispatcher is not None, f"{self.method.__name__}.start is for groups; on a rank call it directly"
+        future = self.worker.dispatcher.start(self.method.__name__, self.method.protocol, args, dict(kwargs))
+        return cast(Future[R], future)
+
+
+def remote(protocol: str) -> Callable[[Callable[Concatenate[W, P], R]], RemoteMethod[W, P, R]]:
+    """Mark a worker's method as callable on its group; `protocol` names how arguments and results travel.
+
+    The names are in `hybridflow.registry.PROTOCOLS`; `my_package.module:Class` names one of your own.
+    """
+
+    def mark(function: Callable[Concatenate[W, P], R]) -> RemoteMethod[W, P, R]:
+        return RemoteMethod(function, protocol)
+
+    return mark
