@@ -86,5 +86,9 @@ class WorkerDiedError(WorkerError):
     """The process of a rank ended without an answer: killed, out of memory, or its node was lost."""
 
 
+class CallTimeoutError(HybridflowError):
+    """A call on a group did not end within `run.timeout_s`; the message names the ranks that have not answered."""
+
+
 def _worker_error(kind: type[WorkerError], role: str, rank: int, node: str, method: str, cause: str) -> WorkerError:
     return kind(role=role, rank=rank, node=node, method=method, cause=cause)

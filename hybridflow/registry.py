@@ -19,6 +19,7 @@ ALGORITHMS = {
 }
 
 ROLES = {
+    "data": "hybridflow.workers.data:DataWorker",
     "actor": "hybridflow.workers.actor:ActorWorker",
     "critic": "hybridflow.workers.critic:CriticWorker",
     "reference": "hybridflow.workers.reference:ReferenceWorker",

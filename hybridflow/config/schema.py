@@ -226,7 +226,7 @@ class PlacementConfig:
     pools: Mapping[str, str] = field(default_factory=lambda: {"main": "1x1", "scoring": "1x1 cpu"})
     """Name -> `nodes x ranks per node`, for example `2x8`. A rank has one GPU (one CPU slot where `run.device` is cpu);
     with ` cpu` behind it, one CPU slot always."""
-    roles: Mapping[str, str] = field(default_factory=lambda: {"reward": "scoring"})
+    roles: Mapping[str, str] = field(default_factory=lambda: {"data": "scoring", "reward": "scoring"})
     """Role -> pool. Roles that are not named go to the first pool."""
     workers: Mapping[str, str] = field(default_factory=dict)
     """Role -> `my_package.module:Class`, for a role of your own or in place of a built-in one."""

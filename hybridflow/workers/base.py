@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from hybridflow.config.schema import Config
 from hybridflow.parallel.layout import Layout
@@ -43,6 +43,8 @@ class Worker:
     Methods marked `@remote(protocol)` can be called on the group; their arguments and results must pickle.
     """
 
+    is_distributed: ClassVar[bool] = True
+    """Whether the ranks of this role talk to each other through torch.distributed."""
     dispatcher: Dispatcher | None = None
     """Set on the controller's stand-in for the group, None on a rank."""
 
@@ -66,6 +68,10 @@ class Worker:
     def compute(self, batch: Batch, function: Callable[[Batch, RankContext], Batch]) -> Batch:
         """New columns for `batch`, computed where its data is by `function(rows of this rank, context)`."""
         return function(batch, self.context)
+
+    @remote("one_to_all")
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Called on every role before step `step` of `total_steps`, both from 1; learning rates follow it."""
 
     @remote("one_to_all")
     def save(self, folder: str) -> None:

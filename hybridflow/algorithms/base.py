@@ -1,0 +1,102 @@
+"""What an algorithm is: two methods over groups of workers. The loop calls them and knows no algorithm by name."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from hybridflow.batch import Batch
+from hybridflow.errors import Mistake
+from hybridflow.metrics import Metrics
+
+if TYPE_CHECKING:
+    from hybridflow.config.schema import Config as RunConfig
+    from hybridflow.workers.base import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """The `Config` of an algorithm without options."""
+
+
+class Algorithm(ABC):
+    """A dataflow over roles, as an ordinary class.
+
+    Every annotated attribute of a subclass, but `config`, is a role (`actor: ActorWorker`): the launcher creates a group
+    for each and sets the attribute. Calls on it run on all ranks of the group. No algorithm inherits from another.
+    """
+
+    config_class: ClassVar[type] = NoOptions
+    """The frozen dataclass of the algorithm's own options; an instance is in `self.config`."""
+    rows: ClassVar[Literal["prompts", "responses"]] = "prompts"
+    """What `collect` is given: prompts to answer, or prompts with the dataset's responses."""
+
+    def __init__(self, run: RunConfig, groups: Mapping[str, Worker]):
+        self.run = run
+        self.config = run.algorithm.options
+        self.step = 0
+        for role in self.roles(run):
+            setattr(self, role, groups[role])
+
+    @abstractmethod
+    def collect(self, prompts: Batch) -> Batch:
+        """Turn prompts into a scored batch."""
+
+    @abstractmethod
+    def learn(self, batch: Batch) -> Metrics:
+        """Turn the batch into updates, and say how they went."""
+
+    @classmethod
+    def roles(cls, run: RunConfig) -> tuple[str, ...]:
+        """The roles to be created: the annotated attributes, less `unused_roles`."""
+        declared: dict[str, None] = {}
+        for base in reversed(cls.__mro__):
+            if issubclass(base, Algorithm) and base is not Algorithm:
+                declared |= dict.fromkeys(inspect.get_annotations(base))
+        unused = cls.unused_roles(run) | {"config"}
+        return tuple(role for role in declared if role not in unused)
+
+    @classmethod
+    def unused_roles(cls, run: RunConfig) -> set[str]:
+        """Declared roles that this configuration does without."""
+        return set()
+
+    @classmethod
+    def check(cls, run: RunConfig) -> list[Mistake]:
+        """Mistakes in the algorithm's options, alone and against the rest of the configuration."""
+        return []
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs beside the workers' own states."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take back what `state_dict` gave."""
+
+    def updates(self, batch: Batch, *, rows_per_update: int, epochs: int) -> list[Batch]:
+        """The rows of each update of this step: every epoch visits all rows in an order drawn from (seed, step, epoch)."""
+        parts = []
+        for epoch in range(epochs):
+            order = np.random.default_rng([self.run.run.seed, self.step, epoch]).permutation(len(batch))
+            parts += batch.select(order).split(rows_per_update)
+        return parts
+
+
+def check_prompts_per_update(run: RunConfig, prompts_per_update: int) -> list[Mistake]:
+    """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts."""
+    prompts_per_step = run.data.prompts_per_step
+    if prompts_per_update < 1:
+        return [Mistake("algorithm.prompts_per_update", f"found {prompts_per_update}; at least 1 prompt is needed")]
+    if prompts_per_update > prompts_per_step:
+        problem = f"found {prompts_per_update}, more than the {prompts_per_step} prompts of data.prompts_per_step"
+        return [Mistake("algorithm.prompts_per_update", f"{problem}. Lower the one or raise the other")]
+    if prompts_per_step % prompts_per_update:
+        problem = f"found {prompts_per_update}, which does not divide data.prompts_per_step={prompts_per_step}"
+        divisors = [n for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0]
+        return [Mistake("algorithm.prompts_per_update", f"{problem}. Use one of {', '.join(map(str, divisors))}")]
+    return []

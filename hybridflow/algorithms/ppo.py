@@ -1,0 +1,165 @@
+"""PPO: a critic's values turn rewards into advantages of every token, and the policy moves within a clip.
+
+Schulman et al. 2017, arXiv:1707.06347, eq. 7; KL to a reference in the reward, Ouyang et al. 2022, arXiv:2203.02155, eq. 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from hybridflow import ops
+from hybridflow.algorithms.base import Algorithm, check_prompts_per_update
+from hybridflow.batch import Batch
+from hybridflow.errors import Mistake
+from hybridflow.metrics import Metrics
+from hybridflow.workers.token_functions import TokenAdvantages
+
+if TYPE_CHECKING:
+    from hybridflow.config.schema import Config as RunConfig
+    from hybridflow.workers.actor import ActorWorker
+    from hybridflow.workers.base import Worker
+    from hybridflow.workers.critic import CriticWorker
+    from hybridflow.workers.reference import ReferenceWorker
+    from hybridflow.workers.reward import RewardWorker
+    from hybridflow.workers.rollout import RolloutWorker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of PPO."""
+
+    responses_per_prompt: int = 1
+    """Responses generated to each prompt."""
+    prompts_per_update: int | None = None
+    """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
+    epochs: int = 1
+    """Passes over the step's rows."""
+    gamma: float = 1.0
+    """Discount per token."""
+    gae_lambda: float = 1.0
+    """Between one-step (0) and whole-response (1) estimates of advantages."""
+    whiten_advantages: bool = True
+    """Shift and scale the step's advantages to mean 0 and variance 1 over all tokens."""
+    clip: tuple[float, float] = (0.2, 0.2)
+    """The probability ratio is kept within [1 - low, 1 + high]."""
+    dual_clip: float | None = None
+    """Bound of the ratio where the advantage is negative, above 1; null for none."""
+    value_clip: float | None = 0.5
+    """Values may move this far from those of collection; null for any distance."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    kl_in: Literal["reward", "loss", "none"] = "reward"
+    """Where the KL to the reference counts: in each token's reward, in the loss, or nowhere (no reference is loaded)."""
+    kl_coefficient: float = 0.001
+    """Weight of the KL; the start value where it is adaptive."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimate of the KL."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """Adaptive steers the coefficient towards `kl_target`; for kl_in: reward."""
+    kl_target: float = 0.01
+    """KL per token that the adaptive coefficient aims at, in nats."""
+    kl_horizon: float = 10000.0
+    """Rows over which the adaptive coefficient reacts."""
+    critic_warmup_steps: int = 0
+    """Steps at the start in which only the critic learns."""
+    old_log_probs: Literal["actor", "rollout"] = "actor"
+    """Denominator of the ratio: recomputed by the actor, or as the engine returned them (saves a forward pass)."""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """How token losses become one number."""
+
+
+class PPO(Algorithm):
+    """Roles, dataflow and losses of PPO."""
+
+    config_class = Config
+    config: Config
+    actor: ActorWorker
+    critic: CriticWorker
+    rollout: RolloutWorker
+    reference: ReferenceWorker
+    reward: RewardWorker
+
+    def __init__(self, run: RunConfig, groups: Mapping[str, Worker]):
+        super().__init__(run, groups)
+        c = self.config
+        adaptive = c.kl_controller == "adaptive"
+        self.kl = ops.AdaptiveKL(c.kl_coefficient, c.kl_target, c.kl_horizon) if adaptive else ops.FixedKL(c.kl_coefficient)
+
+    def collect(self, prompts: Batch) -> Batch:
+        rows = prompts.repeat(self.config.responses_per_prompt)
+        rows = rows.join(self.rollout.generate(rows))
+        pending = [self.reward.score.start(rows), self.critic.values.start(rows)]  # roles on different pools overlap
+        if self.config.old_log_probs == "actor":
+            pending.append(self.actor.log_probs.start(rows))
+        if self.config.kl_in != "none":
+            pending.append(self.reference.log_probs.start(rows))
+        rows = rows.join(*(call.result() for call in pending))
+        return rows.join(self.critic.compute(rows, self.advantages()))
+
+    def learn(self, batch: Batch) -> Metrics:
+        rows_per_update = (self.config.prompts_per_update or self.run.data.prompts_per_step) * self.config.responses_per_prompt
+        calls = []
+        for part in self.updates(batch, rows_per_update=rows_per_update, epochs=self.config.epochs):
+            calls.append(self.critic.update.start(part, loss=ops.ValueLoss(clip=self.config.value_clip)))
+            if self.step > self.config.critic_warmup_steps:
+                calls.append(self.actor.update.start(part, loss=self.policy_loss()))
+        return Metrics.merged([self.steer_kl(batch), *(call.result() for call in calls)])
+
+    def advantages(self) -> TokenAdvantages:
+        """GAE over token rewards that carry the KL penalty, computed where the values are."""
+        c = self.config
+        return TokenAdvantages(
+            gamma=c.gamma,
+            lam=c.gae_lambda,
+            whiten=c.whiten_advantages,
+            kl_coefficient=self.kl.coefficient if c.kl_in == "reward" else 0.0,
+            kl_estimator=c.kl_estimator,
+            log_probs="log_probs" if c.old_log_probs == "actor" else "rollout_log_probs",
+        )
+
+    def policy_loss(self) -> ops.PolicyLoss:
+        """The clipped surrogate, with the KL to the reference in it where `kl_in` says so."""
+        c = self.config
+        return ops.PolicyLoss(
+            clip=c.clip,
+            dual_clip=c.dual_clip,
+            entropy_coefficient=c.entropy_coefficient,
+            kl_coefficient=c.kl_coefficient if c.kl_in == "loss" else 0.0,
+            kl_estimator=c.kl_estimator,
+            old_log_probs="log_probs" if c.old_log_probs == "actor" else "rollout_log_probs",
+            aggregation=c.loss_aggregation,
+            max_tokens=self.run.data.max_response_tokens,
+        )
+
+    def steer_kl(self, batch: Batch) -> Metrics:
+        """Report the KL to the reference of this step's tokens, and let it move the coefficient of the next step."""
+        if self.config.kl_in == "none":
+            return Metrics()
+        kl_per_token = float(np.average(batch["kl"], weights=np.maximum(batch["response_tokens"], 1)))
+        metrics = Metrics({"kl/mean": kl_per_token, "kl/coefficient": self.kl.coefficient})
+        self.kl.update(kl_per_token, len(batch))
+        return metrics
+
+    def state_dict(self) -> dict[str, float]:
+        return self.kl.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.kl.load_state_dict(state)
+
+    @classmethod
+    def unused_roles(cls, run: RunConfig) -> set[str]:
+        options = run.algorithm.options
+        return {"reference"} if isinstance(options, Config) and options.kl_in == "none" else set()
+
+    @classmethod
+    def check(cls, run: RunConfig) -> list[Mistake]:
+        options = run.algorithm.options
+        assert isinstance(options, Config)
+        mistakes = check_prompts_per_update(run, options.prompts_per_update or run.data.prompts_per_step)
+        if options.kl_controller == "adaptive" and options.kl_in != "reward":
+            mistakes.append(Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward, or fixed"))
+        return mistakes

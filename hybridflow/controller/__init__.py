@@ -1,0 +1,1 @@
+"""One process drives all: loop, groups, protocols, placement, launch. The only folder that imports Ray."""

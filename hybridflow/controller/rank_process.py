@@ -1,0 +1,172 @@
+"""The process of one rank: it hosts the workers of every role on its pool and runs the calls of the controller."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+import traceback
+from dataclasses import dataclass
+
+import ray
+
+from hybridflow import registry
+from hybridflow.batch import Batch, Heavy, LocalShard, Source
+from hybridflow.config.schema import Config
+from hybridflow.errors import HybridflowError, WorkerError
+from hybridflow.parallel.layout import Layout
+from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.remote import RemoteMethod
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard in the object store. Fetching it on the node that holds it copies nothing."""
+
+    reference: ray.ObjectRef[dict[str, Heavy]]
+    num_rows: int
+
+    def fetch(self) -> dict[str, Heavy]:
+        return ray.get(self.reference)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank sends to the controller: everything but token-level data, which stays in the object store."""
+
+    value: object
+    """The result; of a batch its light columns, as a batch."""
+    heavy_names: tuple[str, ...] = ()
+    """Heavy columns that the second return value of the call holds."""
+    is_batch: bool = False
+    num_rows: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
+    """Pickled size of `value`."""
+
+    def with_shard(self, reference: ray.ObjectRef[dict[str, Heavy]]) -> object:
+        """The result, as the controller sees it."""
+        if not isinstance(self.value, Batch) or not self.heavy_names:
+            return self.value
+        source = Source(self.heavy_names, (StoredShard(reference, self.num_rows),), range(self.num_rows))
+        return Batch(self.value.light, (source,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    """Which rank of which pool a process is."""
+
+    pool: str
+    rank: int
+    num_ranks: int
+    ranks_per_node: int
+    device_type: str
+    """`cuda` or `cpu`."""
+    environment: dict[str, str]
+    """Variables to set before anything is imported."""
+
+
+class RankProcess:
+    """The body of the Ray actor."""
+
+    def __init__(self, place: RankPlace):
+        os.environ.update(place.environment)
+        self.place = place
+        self.workers: dict[str, Worker] = {}
+        self.has_process_group = False
+
+    def address(self) -> tuple[str, int]:
+        """Host and a free port, for the ranks of the pool to meet at."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return host, probe.getsockname()[1]
+
+    def node(self) -> str:
+        """Name and address of the machine."""
+        return f"{socket.gethostname()} {ray.util.get_node_ip_address()}"
+
+    def connect(self, host: str, port: int) -> None:
+        """Join torch.distributed's group of the pool; returns when all ranks have."""
+        import torch
+
+        from hybridflow.parallel.mesh import init_process_group
+
+        if self.place.device_type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.place.ranks_per_node))
+        os.environ["LOCAL_RANK"] = str(self.place.rank % self.place.ranks_per_node)
+        init_process_group(
+            rank=self.place.rank,
+            world_size=self.place.num_ranks,
+            init_method=f"tcp://{host}:{port}",
+            device=torch.device(self.place.device_type),
+        )
+        self.has_process_group = True
+
+    def create(self, role: str, class_name: str, config: Config, layout: Layout) -> None:
+        """Build this rank's worker of a role."""
+        import torch
+        import torch.distributed as dist
+
+        worker_class = registry.load(class_name, registry.ROLES, key=f"placement.workers.{role}")
+        assert isinstance(worker_class, type) and issubclass(worker_class, Worker), f"{class_name} is not a Worker"
+        context = RankContext(
+            role=role,
+            rank=self.place.rank,
+            layout=layout,
+            device=torch.device(self.place.device_type, 0) if self.place.device_type == "cuda" else torch.device("cpu"),
+            group=dist.group.WORLD if self.has_process_group else None,
+            peers=self.workers,
+        )
+        try:
+            self.workers[role] = worker_class(config, context)
+        except Exception as error:
+            raise self._named(role, "__init__", error) from None
+
+    def call(
+        self, role: str, method: str, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[Answer, dict[str, Heavy]]:
+        """Run a marked method of a role; the second value goes to the object store."""
+        started = time.perf_counter()
+        worker = self.workers[role]
+        marked = _marked_method(type(worker), method)
+        try:
+            result = marked.function(worker, *args, **kwargs)
+        except Exception as error:
+            raise self._named(role, method, error) from None
+        return _answer(result, time.perf_counter() - started)
+
+    def _named(self, role: str, method: str, error: Exception) -> WorkerError:
+        cause = str(error) if isinstance(error, HybridflowError) else "".join(traceback.format_exception(error)[1:])
+        named = f"{type(error).__name__}: {cause}" if isinstance(error, HybridflowError) else cause
+        return WorkerError(role=role, rank=self.place.rank, node=self.node(), method=method, cause=named)
+
+
+def _marked_method(worker_class: type[Worker], name: str) -> RemoteMethod[Worker, ..., object]:
+    for base in worker_class.__mro__:
+        if name in vars(base):
+            marked = vars(base)[name]
+            assert isinstance(marked, RemoteMethod), f"{worker_class.__name__}.{name} is not marked @remote"
+            return marked
+    raise AssertionError(f"{worker_class.__name__} has no method {name}")
+
+
+def _answer(result: object, seconds: float) -> tuple[Answer, dict[str, Heavy]]:
+    if not isinstance(result, Batch):
+        return Answer(result, seconds=seconds, num_bytes=len(pickle.dumps(result))), {}
+    heavy: dict[str, Heavy] = {}
+    for source in result.sources:
+        whole = [shard for shard in source.shards if isinstance(shard, LocalShard)]
+        assert len(whole) == len(source.shards), "a worker returns new columns, not those it was given"
+        heavy |= {name: source.read(name) for name in source.names}
+    light = Batch(result.light)
+    answer = Answer(
+        light,
+        heavy_names=tuple(heavy),
+        is_batch=True,
+        num_rows=len(result),
+        seconds=seconds,
+        num_bytes=len(pickle.dumps(light)),
+    )
+    return answer, heavy
