@@ -1,0 +1,125 @@
+"""A role's state on disk, written by all its ranks together and read by any number of ranks.
+
+A thin layer over torch.distributed.checkpoint: each rank writes the pieces that it holds, one `.metadata` file says
+where every piece of every tensor is, and reading cuts the tensors anew for whatever layout asks.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from hybridflow.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.checkpoint.metadata import Metadata
+
+METADATA = ".metadata"
+
+
+def save_sharded(folder: str, state: dict[str, object], group: ProcessGroup | None) -> None:
+    """Write `state`, a nested dict of tensors, DTensors and picklable values, to `folder`. Every rank of `group` calls this.
+
+    What has the same key on several ranks is written once, from any of them, so a value that differs between ranks,
+    such as a random state, needs a key of its own per rank. `group` is None where there is one process.
+
+    Raises:
+        CheckpointError: on every rank, when any rank could not write.
+    """
+    advice = (
+        "Make room or correct the permissions there, then start the run again: it continues from the last complete checkpoint"
+    )
+    with _explained("written", Path(folder), advice):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save(state, checkpoint_id=folder, process_group=group, no_dist=_is_alone(group))
+
+
+def load_sharded(folder: str, state: dict[str, object], group: ProcessGroup | None) -> None:
+    """Replace the contents of `state` by what `save_sharded` wrote: tensors in place, other values in their dict.
+
+    `state` says what is read: it may hold fewer keys than were written (see `saved_keys`), in any layout and dtype.
+
+    Raises:
+        CheckpointError: on every rank, when a file is missing or damaged, or a part of `state` was not saved or
+            has another shape.
+    """
+    read_metadata(folder)
+    advice = "Resume from an earlier checkpoint by checkpoint.resume=PATH, with the model and settings that wrote it"
+    with _explained("read", Path(folder), advice):
+        load(state, checkpoint_id=folder, process_group=group, no_dist=_is_alone(group))
+
+
+def saved_keys(folder: str) -> frozenset[str]:
+    """The dotted keys of everything that `save_sharded` wrote to `folder`: `{"model": {"w": t}}` has the key `model.w`."""
+    return frozenset(read_metadata(folder).state_dict_metadata)
+
+
+def read_metadata(folder: str) -> Metadata:
+    """What was written to `folder`: shapes, dtypes and places of all tensors.
+
+    Raises:
+        CheckpointError: `folder` holds no sharded state, or its metadata file is damaged.
+    """
+    path = Path(folder)
+    if not (path / METADATA).is_file():
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else ["no such folder"]
+        found = ", ".join(names[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path} should hold the sharded state of a role, with a file {METADATA}; found {found}. "
+            "Give the checkpoint of a run whose configuration has this role"
+        )
+    with _explained("read", path, f"{METADATA} is damaged; resume from an earlier checkpoint by checkpoint.resume=PATH"):
+        return FileSystemReader(folder).read_metadata()
+
+
+def _is_alone(group: ProcessGroup | None) -> bool:
+    return group is None and not dist.is_initialized()
+
+
+@contextmanager
+def _explained(action: str, folder: Path, advice: str) -> Iterator[None]:
+    """Turn what torch raises into a CheckpointError; its CheckpointException is no `Exception`, so callers would miss it."""
+    try:
+        with warnings.catch_warnings():
+            # One process without torch.distributed is a supported way to run, not an oversight.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            yield
+    except CheckpointException as error:
+        found = _causes(error)
+        raise CheckpointError(f"{folder} could not be {action}: {found}{_free_space(action, folder)}. {advice}") from error
+    except Exception as error:  # what unpickling damaged bytes ends in is open: EOFError, ValueError, ImportError and more
+        found = _one_line(error)
+        raise CheckpointError(f"{folder} could not be {action}: {found}{_free_space(action, folder)}. {advice}") from error
+
+
+def _causes(error: CheckpointException) -> str:
+    """The first line of each distinct failure, with its ranks."""
+    ranks: dict[str, list[int]] = {}
+    failures: Mapping[int, tuple[BaseException, object]] = error.failures
+    for rank, (cause, _) in sorted(failures.items()):
+        ranks.setdefault(_one_line(cause), []).append(rank)
+    return "; ".join(f"{cause} (rank {', '.join(map(str, where))})" for cause, where in ranks.items())
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no further words'}"[:400]
+
+
+def _free_space(action: str, folder: Path) -> str:
+    """torch reports a full disk as a wrong position in a file, so every failed write says how much was free."""
+    if action != "written":
+        return ""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return f"; {shutil.disk_usage(existing).free:,} bytes are free there"
