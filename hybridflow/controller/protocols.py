@@ -34,12 +34,12 @@ class Protocol(ABC):
         self.layout = layout
 
     @abstractmethod
-    def distribute(self, arguments: Arguments) -> list[Arguments]:
-        """The arguments of every rank."""
+    def distribute(self, arguments: Arguments) -> Sequence[Arguments | None]:
+        """The arguments of every rank; None for one that is not called."""
 
     @abstractmethod
     def collect(self, results: Sequence[object]) -> object:
-        """One result from those of every rank."""
+        """One result from those of every rank, None standing for one that was not called."""
 
     @property
     def answering(self) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ class Protocol(ABC):
 class OneToAll(Protocol):
     """The same arguments to every rank. Metrics are merged, other results come from rank 0."""
 
-    def distribute(self, arguments: Arguments) -> list[Arguments]:
+    def distribute(self, arguments: Arguments) -> Sequence[Arguments | None]:
         return [arguments] * self.layout.num_ranks
 
     def collect(self, results: Sequence[object]) -> object:
@@ -58,8 +58,11 @@ class OneToAll(Protocol):
         return Metrics.merged(metrics) if metrics else results[0]
 
 
-class RankZero(OneToAll):
-    """The same arguments to every rank; the result of rank 0."""
+class RankZero(Protocol):
+    """Rank 0 alone is called."""
+
+    def distribute(self, arguments: Arguments) -> Sequence[Arguments | None]:
+        return [arguments, *[None] * (self.layout.num_ranks - 1)]
 
     def collect(self, results: Sequence[object]) -> object:
         return results[0]
@@ -72,7 +75,7 @@ class RankZero(OneToAll):
 class AllToAll(Protocol):
     """Every argument is a sequence with one element per rank; the result is the list of all results."""
 
-    def distribute(self, arguments: Arguments) -> list[Arguments]:
+    def distribute(self, arguments: Arguments) -> Sequence[Arguments | None]:
         ranks = range(self.layout.num_ranks)
         for value in (*arguments.args, *arguments.kwargs.values()):
             assert isinstance(value, Sequence) and len(value) == len(ranks), "all_to_all takes one element per rank"
@@ -99,7 +102,7 @@ class SplitByDataRank(Protocol):
         super().__init__(layout)
         self.parts: list[npt.NDArray[np.int32]] = []
 
-    def distribute(self, arguments: Arguments) -> list[Arguments]:
+    def distribute(self, arguments: Arguments) -> Sequence[Arguments | None]:
         batches = [value for value in (*arguments.args, *arguments.kwargs.values()) if isinstance(value, Batch)]
         assert batches, "split_by_data_rank needs a batch among the arguments"
         self.parts = balanced_parts(_row_tokens(batches[0]), self.layout.data)

@@ -39,7 +39,6 @@ class Answer:
     """The result; of a batch its light columns, as a batch."""
     heavy_names: tuple[str, ...] = ()
     """Heavy columns that the second return value of the call holds."""
-    is_batch: bool = False
     num_rows: int = 0
     seconds: float = 0.0
     num_bytes: int = 0
@@ -164,7 +163,6 @@ def _answer(result: object, seconds: float) -> tuple[Answer, dict[str, Heavy]]:
     answer = Answer(
         light,
         heavy_names=tuple(heavy),
-        is_batch=True,
         num_rows=len(result),
         seconds=seconds,
         num_bytes=len(pickle.dumps(light)),

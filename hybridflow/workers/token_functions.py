@@ -1,4 +1,4 @@
-"""Token-level mathematics over a whole step, run where the data is: `group.compute(batch, TokenAdvantages(...))`."""
+"""Functions over a whole step that run where the data is: `group.compute(batch, TokenAdvantages(...))`."""
 
 from __future__ import annotations
 
@@ -73,3 +73,13 @@ def _sum_over_ranks(sums: torch.Tensor, context: RankContext) -> torch.Tensor:
     on_device = sums.to(context.device)  # NCCL reduces nothing on the CPU
     dist.all_reduce(on_device, group=context.group)
     return on_device.to(sums.device)
+
+
+@dataclass(frozen=True)
+class CopyObjects:
+    """Copies columns of objects, so that a few rows can be fetched without the shards they stand in."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        return Batch.from_columns({name: list(batch.objects(name)) for name in self.names})

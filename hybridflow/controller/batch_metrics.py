@@ -1,0 +1,46 @@
+"""Metrics of a batch from its light columns alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hybridflow.batch import Batch
+from hybridflow.metrics import Metric, Metrics
+
+
+def reward_metrics(batch: Batch) -> Metrics:
+    """`reward/...`: mean and standard deviation, failures, and the mean of each metric of the user's function."""
+    if "reward" not in batch:
+        return Metrics()
+    reward = batch["reward"].astype(np.float64)
+    metrics = {"reward/mean": _mean(reward), "reward/std": Metric(float(reward.std()))}
+    if "reward_failed" in batch:
+        metrics["reward/failed"] = Metric(float(batch["reward_failed"].sum()), kind="sum")
+    for name in batch.light:
+        if name.startswith("reward/"):
+            metrics[name] = _mean(batch[name].astype(np.float64))
+    return Metrics(metrics)
+
+
+def length_metrics(batch: Batch) -> Metrics:
+    """`prompt/...` and `response/...`: tokens per row, and the share of responses that hit the length limit."""
+    metrics = {"prompt/tokens_mean": _mean(batch["prompt_tokens"])}
+    if "response_tokens" in batch:
+        metrics["response/tokens_mean"] = _mean(batch["response_tokens"])
+        metrics["response/tokens_max"] = Metric(float(batch["response_tokens"].max(initial=0)), kind="max")
+    if "truncated" in batch:
+        metrics["response/truncated"] = _mean(batch["truncated"])
+    return Metrics(metrics)
+
+
+def num_tokens(batch: Batch) -> int:
+    """Prompt and response tokens of all rows."""
+    response = int(batch["response_tokens"].sum()) if "response_tokens" in batch else 0
+    return int(batch["prompt_tokens"].sum()) + response
+
+
+def _mean(column: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Metric:
+    """Over the rows that have a value: a metric that a reward function left out is not a number."""
+    values = column.astype(np.float64)
+    known = values[~np.isnan(values)]
+    return Metric(float(known.sum()), float(len(known)))

@@ -1,0 +1,63 @@
+"""What the controller itself costs: bytes that pass through it, and its time between the calls."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import threading
+from dataclasses import dataclass, field
+
+import ray
+
+from hybridflow.metrics import Metric, Metrics
+
+
+class _Sizer(pickle.Pickler):
+    """Pickles to measure; a reference to the object store counts as the few bytes that it is."""
+
+    def persistent_id(self, value: object) -> object:
+        return value.hex() if isinstance(value, ray.ObjectRef) else None
+
+
+def pickled_size(value: object) -> int:
+    """Bytes that sending `value` takes, token-level data in the object store not counted."""
+    buffer = io.BytesIO()
+    _Sizer(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.tell()
+
+
+@dataclass
+class CallLog:
+    """Sums over the calls of a step; the groups write it, the loop drains it. Thread-safe."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """`role.method` -> seconds of the slowest rank, added over calls."""
+    num_bytes: int = 0
+    num_calls: int = 0
+    own_seconds: float = 0.0
+    """Spent distributing arguments and collecting results."""
+
+    def sent(self, num_bytes: int, own_seconds: float) -> None:
+        """Note a call that went out."""
+        with self.lock:
+            self.num_calls += 1
+            self.num_bytes += num_bytes
+            self.own_seconds += own_seconds
+
+    def answered(self, name: str, seconds: float, num_bytes: int, own_seconds: float) -> None:
+        """Note its answers."""
+        with self.lock:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.num_bytes += num_bytes
+            self.own_seconds += own_seconds
+
+    def drain(self) -> Metrics:
+        """The sums as metrics; the log starts from zero."""
+        with self.lock:
+            metrics = {f"seconds/{name}": Metric(seconds, kind="sum") for name, seconds in self.seconds.items()}
+            metrics["controller/bytes_per_step"] = Metric(self.num_bytes, kind="sum")
+            metrics["controller/calls"] = Metric(self.num_calls, kind="sum")
+            metrics["controller/milliseconds_per_step"] = Metric(self.own_seconds * 1e3, kind="sum")
+            self.seconds, self.num_bytes, self.num_calls, self.own_seconds = {}, 0, 0, 0.0
+        return Metrics(metrics)

@@ -1,0 +1,203 @@
+"""Groups: a call of the controller goes to every rank of a pool, and its answers become one result."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future as ThreadFuture
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import ray
+from ray.actor import ActorHandle
+
+from hybridflow import registry
+from hybridflow.batch import Batch, Heavy, LocalShard, Source
+from hybridflow.controller.cost import CallLog, pickled_size
+from hybridflow.controller.protocols import Arguments, Protocol
+from hybridflow.controller.rank_process import Answer, StoredShard
+from hybridflow.errors import CallTimeoutError, WorkerDiedError, WorkerError
+from hybridflow.parallel.layout import Layout
+
+Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, Heavy]]"]
+
+
+@dataclass
+class Pool:
+    """The processes of one pool, one per rank."""
+
+    name: str
+    processes: list[ActorHandle]
+    nodes: list[str]
+    """Machine of each rank."""
+    queue: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
+    """Calls that wait for the results of others wait here; those behind them keep their order."""
+    waiting: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that is under way on every rank."""
+
+    name: str
+    replies: dict[int, Reply]
+    """By rank; a protocol may leave ranks out."""
+    protocol: Protocol
+
+
+class GroupFuture:
+    """The collected result of a call, when it has come."""
+
+    def __init__(self, dispatcher: GroupDispatcher, call: Call | ThreadFuture[Call]):
+        self._dispatcher, self._call = dispatcher, call
+        self._lock = threading.Lock()
+        self._result: list[object] = []
+
+    def result(self, timeout_s: float | None = None) -> object:
+        """Wait for the result.
+
+        Raises:
+            WorkerError: a rank failed; the first one to fail, at once, whatever the others do.
+            CallTimeoutError: a rank has not answered in time (`run.timeout_s` where `timeout_s` is None).
+        """
+        with self._lock:
+            if not self._result:
+                call = self._call if isinstance(self._call, Call) else self._call.result(timeout_s)
+                self._result.append(self._dispatcher.collect(call, timeout_s))
+            return self._result[0]
+
+    def done(self) -> bool:
+        """Whether every rank has answered."""
+        if isinstance(self._call, ThreadFuture) and not self._call.done():
+            return False
+        call = self._call if isinstance(self._call, Call) else self._call.result()
+        answers = [answer for answer, _ in call.replies.values()]
+        return len(ray.wait(answers, num_returns=len(answers), timeout=0, fetch_local=False)[0]) == len(answers)
+
+    @property
+    def later(self) -> object:
+        """Stands for the result among the arguments of another call."""
+        return self
+
+
+class GroupDispatcher:
+    """Carries the calls of one role to the ranks of its pool."""
+
+    def __init__(self, role: str, pool: Pool, layout: Layout, *, timeout_s: float, log: CallLog):
+        self.role, self.pool, self.layout, self.timeout_s, self.log = role, pool, layout, timeout_s, log
+
+    def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> GroupFuture:
+        """Send the call to every rank and return at once.
+
+        Calls to a pool run in the order in which they were started. One whose arguments are futures is sent when they
+        have come; meanwhile calls to other pools go on.
+        """
+        arguments = Arguments(args, kwargs)
+        has_futures = any(isinstance(value, GroupFuture) for value in (*args, *kwargs.values()))
+        with self.pool.lock:
+            if not has_futures and not self.pool.waiting:
+                return GroupFuture(self, self._send(method, protocol, arguments))
+            self.pool.waiting += 1
+        return GroupFuture(self, self.pool.queue.submit(self._send_when_ready, method, protocol, arguments))
+
+    def _send_when_ready(self, method: str, protocol: str, arguments: Arguments) -> Call:
+        try:
+            return self._send(method, protocol, _resolved(arguments))
+        finally:
+            with self.pool.lock:
+                self.pool.waiting -= 1
+
+    def _send(self, method: str, protocol_name: str, arguments: Arguments) -> Call:
+        started = time.perf_counter()
+        protocol_class = registry.load(protocol_name, registry.PROTOCOLS, key=f"@remote of {self.role}.{method}")
+        assert isinstance(protocol_class, type) and issubclass(protocol_class, Protocol), f"{protocol_name} is not a Protocol"
+        protocol = protocol_class(self.layout)
+        per_rank = protocol.distribute(arguments)
+        replies = {
+            rank: process.call.options(num_returns=2).remote(self.role, method, given.args, given.kwargs)
+            for rank, (process, given) in enumerate(zip(self.pool.processes, per_rank, strict=True))
+            if given is not None
+        }
+        num_bytes = sum(_sizes(per_rank))
+        self.log.sent(num_bytes, time.perf_counter() - started)
+        return Call(f"{self.role}.{method}", replies, protocol)
+
+    def collect(self, call: Call, timeout_s: float | None) -> object:
+        """Wait for all ranks of a call and make their answers one result."""
+        answers = self._wait(call, timeout_s if timeout_s is not None else self.timeout_s)
+        started = time.perf_counter()
+        results: list[object] = [None] * self.layout.num_ranks
+        for rank, answer in answers.items():
+            results[rank] = answer.with_shard(call.replies[rank][1]) if rank in call.protocol.answering else answer.value
+        collected = call.protocol.collect(results)
+        num_bytes = sum(answer.num_bytes for answer in answers.values())
+        slowest = max(answer.seconds for answer in answers.values())
+        self.log.answered(call.name, slowest, num_bytes, time.perf_counter() - started)
+        return collected
+
+    def _wait(self, call: Call, timeout_s: float) -> dict[int, Answer]:
+        rank_of = {answer: rank for rank, (answer, _) in call.replies.items()}
+        answers: dict[int, Answer] = {}
+        pending = list(rank_of)
+        deadline = time.monotonic() + timeout_s
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise self._timed_out(call, [rank_of[answer] for answer in pending], timeout_s)
+            for answer in ready:
+                answers[rank_of[answer]] = self._answer_of(answer, rank_of[answer], call)
+        return answers
+
+    def _answer_of(self, reference: ray.ObjectRef[Answer], rank: int, call: Call) -> Answer:
+        try:
+            answer: Answer = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, WorkerError) else error) from None
+        except ray.exceptions.RayActorError as error:
+            raise WorkerDiedError(
+                role=self.role,
+                rank=rank,
+                node=self.pool.nodes[rank],
+                method=call.name.partition(".")[2],
+                cause=f"The process died before it answered (killed, out of memory, or its node was lost). Ray says: {error}",
+            ) from None
+        return answer
+
+    def _timed_out(self, call: Call, ranks: Sequence[int], timeout_s: float) -> CallTimeoutError:
+        stuck = ", ".join(f"rank {rank} (node {self.pool.nodes[rank]})" for rank in sorted(ranks))
+        return CallTimeoutError(
+            f"{call.name} has not ended after {timeout_s:g} s on {len(ranks)} of {self.layout.num_ranks} ranks: {stuck}. "
+            "Look at what they do with `ray stack` on that node, or raise run.timeout_s."
+        )
+
+
+def _resolved(arguments: Arguments) -> Arguments:
+    """The arguments with the results of futures in their places."""
+
+    def value_of(value: object) -> object:
+        return value.result() if isinstance(value, GroupFuture) else value
+
+    return Arguments(tuple(map(value_of, arguments.args)), {name: value_of(value) for name, value in arguments.kwargs.items()})
+
+
+def _sizes(per_rank: Sequence[Arguments | None]) -> list[int]:
+    """Bytes sent to each rank; ranks with the very same arguments are measured once."""
+    sizes: dict[int, int] = {id(None): 0}
+    for given in per_rank:
+        if given is not None and id(given) not in sizes:
+            sizes[id(given)] = pickled_size((given.args, given.kwargs))
+    return [sizes[id(given)] for given in per_rank]
+
+
+def to_store(batch: Batch) -> Batch:
+    """The batch with every column that lies in this process moved to the object store."""
+    sources = []
+    for source in batch.sources:
+        shards = [
+            StoredShard(ray.put(shard.columns), shard.num_rows) if isinstance(shard, LocalShard) else shard
+            for shard in source.shards
+        ]
+        sources.append(Source(source.names, tuple(shards), source.positions))
+    return Batch(batch.light, tuple(sources))

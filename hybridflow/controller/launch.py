@@ -1,0 +1,158 @@
+"""From a configuration to running groups: join or start Ray, start the pools, build the workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from hybridflow import registry
+from hybridflow.algorithms.base import Algorithm
+from hybridflow.config.schema import Config
+from hybridflow.controller.cost import CallLog
+from hybridflow.controller.group import GroupDispatcher, Pool
+from hybridflow.controller.placement import RolePlace, device_type, local_cpu_slots, places, start_pool
+from hybridflow.errors import PlacementError, WorkerError
+from hybridflow.workers.base import Worker
+
+if TYPE_CHECKING:
+    from hybridflow.workers.data import DataWorker
+    from hybridflow.workers.reward import RewardWorker
+    from hybridflow.workers.rollout import RolloutWorker
+
+logger = logging.getLogger("hybridflow")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A run's groups, by role, and what their calls cost."""
+
+    groups: dict[str, Worker]
+    places: dict[str, RolePlace]
+    log: CallLog
+
+    @property
+    def data(self) -> DataWorker:
+        """The group that reads the dataset."""
+        from hybridflow.workers.data import DataWorker
+
+        data = self.groups["data"]
+        assert isinstance(data, DataWorker)
+        return data
+
+    @property
+    def rollout(self) -> RolloutWorker | None:
+        """The group that generates, where the algorithm has one."""
+        from hybridflow.workers.rollout import RolloutWorker
+
+        rollout = self.groups.get("rollout")
+        assert rollout is None or isinstance(rollout, RolloutWorker)
+        return rollout
+
+    @property
+    def reward(self) -> RewardWorker | None:
+        """The group that scores, where the algorithm has one."""
+        from hybridflow.workers.reward import RewardWorker
+
+        reward = self.groups.get("reward")
+        assert reward is None or isinstance(reward, RewardWorker)
+        return reward
+
+
+def algorithm_class(config: Config) -> type[Algorithm]:
+    """The class that `algorithm.name` names."""
+    loaded = registry.load(config.algorithm.name, registry.ALGORITHMS, key="algorithm.name")
+    assert isinstance(loaded, type) and issubclass(loaded, Algorithm), f"{config.algorithm.name} is not an Algorithm"
+    return loaded
+
+
+def all_roles(config: Config) -> tuple[str, ...]:
+    """The roles of a run: the dataset's, and those that the algorithm declares."""
+    return ("data", *algorithm_class(config).roles(config))
+
+
+@contextmanager
+def cluster(config: Config) -> Iterator[None]:
+    """Ray, joined or started for the time of the block. A cluster that was started here is ended; a joined one stays.
+
+    Raises:
+        PlacementError: the cluster cannot be reached, or none can be started.
+    """
+    address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
+    logger.info("joining the Ray cluster at %s", address) if address else logger.info("starting Ray on this machine")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        else:
+            num_cpus = local_cpu_slots(config)
+            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
+        doing = f"join the Ray cluster at {address!r}" if address else "start Ray on this machine"
+        raise PlacementError(f"could not {doing}: {error}. Check run.ray_address, or start a cluster with `ray start --head`") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def launched(config: Config) -> Iterator[Launched]:
+    """Every role of the algorithm on its pool; all processes end with the block."""
+    log = CallLog()
+    placed = places(config, all_roles(config))
+    device = device_type(config)
+    pools: dict[str, Pool] = {}
+    reserved: list[PlacementGroup] = []
+    try:
+        for name in dict.fromkeys(place.pool for place in placed.values()):
+            members = [place for place in placed.values() if place.pool == name]
+            pools[name], group = start_pool(name, members[0].size, device, _environment(config))
+            reserved.append(group)
+            _connect(pools[name], members)
+        groups = {place.role: _create(config, place, pools[place.pool], log) for place in placed.values()}
+        yield Launched(groups, placed, log)
+        for worker in groups.values():
+            worker.close()
+    finally:
+        for pool in pools.values():
+            for process in pool.processes:
+                ray.kill(process)
+        for group in reserved:
+            remove_placement_group(group)
+
+
+def _connect(pool: Pool, members: list[RolePlace]) -> None:
+    """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
+    if any(place.worker_class.is_distributed for place in members):
+        host, port = ray.get(pool.processes[0].address.remote())
+        _get_all([process.connect.remote(host, port) for process in pool.processes])
+
+
+def _create(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker:
+    """Build the workers of a role, all ranks at once, and the controller's stand-in for them."""
+    layout = place.worker_class.layout_of(config, place.size.num_ranks)
+    logger.info("building %s on pool '%s' (%d ranks)", place.role, place.pool, place.size.num_ranks)
+    _get_all([process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes])
+    return place.worker_class.group(GroupDispatcher(place.role, pool, layout, timeout_s=config.run.timeout_s, log=log))
+
+
+def _get_all(references: list[ray.ObjectRef[None]]) -> None:
+    """Wait for all; the first failure is raised at once, not when the slowest rank is done."""
+    pending = list(references)
+    while pending:
+        ready, pending = ray.wait(pending, num_returns=1)
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, WorkerError) else error) from None
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """What every rank's process is started with."""
+    return {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": str(config.run.seed)}

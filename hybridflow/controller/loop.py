@@ -1,0 +1,111 @@
+"""The loop: prompts, collect, learn, sync, validate, save. It knows no algorithm by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+from hybridflow.algorithms.base import Algorithm
+from hybridflow.batch import Batch
+from hybridflow.checkpoint.store import CheckpointStore, RunState
+from hybridflow.config.schema import Config
+from hybridflow.controller.batch_metrics import length_metrics, num_tokens, reward_metrics
+from hybridflow.controller.launch import Launched
+from hybridflow.controller.validation import validate
+from hybridflow.controller.weights import WeightSync
+from hybridflow.errors import CheckpointError
+from hybridflow.metrics import Metric, Metrics
+from hybridflow.trackers.base import Trackers
+
+logger = logging.getLogger("hybridflow")
+
+
+class Loop:
+    """One run over launched groups."""
+
+    def __init__(self, config: Config, launched: Launched, algorithm: Algorithm, *, total_steps: int):
+        self.config, self.launched, self.algorithm, self.total_steps = config, launched, algorithm, total_steps
+        self.store = CheckpointStore(config.run.folder, keep=config.checkpoint.keep)
+        self.weights = WeightSync(launched)
+
+    def run(self) -> None:
+        """Train from the newest checkpoint, or from the start, to the last step."""
+        last_step = self.resume()
+        trackers = Trackers(self.config, total_steps=self.total_steps, resume_step=last_step)
+        try:
+            if last_step == 0 and self.config.validation.before_training:
+                trackers.log(0, self.validate(0, trackers))
+            for step in range(last_step + 1, self.total_steps + 1):
+                metrics = self.step(step)
+                if self.is_due(step, self.config.validation.every_steps, and_last=self.config.validation.every_steps > 0):
+                    metrics += self.validate(step, trackers)
+                trackers.log(step, metrics)
+                if self.is_due(step, self.config.checkpoint.every_steps, and_last=self.config.checkpoint.save_last):
+                    self.save(step)
+        finally:
+            trackers.close()
+
+    def step(self, step: int) -> Metrics:
+        """One step: prompts in, updates made, metrics out."""
+        started = time.perf_counter()
+        self.launched.log.drain()
+        self.algorithm.step = step
+        for worker in self.launched.groups.values():
+            worker.begin_step.start(step, self.total_steps)
+        prompts = self.launched.data.next_batch(step)
+        synced = self.weights.sync()
+        batch = self.algorithm.collect(prompts)
+        learned = self.algorithm.learn(batch)
+        self.weights.is_stale = True
+        seconds = time.perf_counter() - started
+        return Metrics.merged([*batch_metrics(batch, seconds), learned, synced, self.launched.log.drain()])
+
+    def validate(self, step: int, trackers: Trackers) -> Metrics:
+        """Validate, if there is something to validate on; samples go to the trackers at once."""
+        if not self.config.data.validation_files or self.launched.rollout is None:
+            return Metrics()
+        started = time.perf_counter()
+        self.weights.sync()
+        metrics, samples = validate(self.config, self.launched)
+        trackers.log_samples(step, samples)
+        return metrics + Metrics({"seconds/validation": time.perf_counter() - started})
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint: complete, or absent."""
+        with self.store.writing(step) as folder:
+            for role, worker in self.launched.groups.items():
+                (folder / role).mkdir()
+                worker.save(str(folder / role))
+            state = RunState(step=step, config=dataclasses.asdict(self.config), algorithm=self.algorithm.state_dict())
+            self.store.write_state(folder, state)
+
+    def resume(self) -> int:
+        """Restore the checkpoint that `checkpoint.resume` names; returns its step, 0 where there is none.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or is of another number of roles.
+        """
+        source = {"auto": self.store.latest(), "never": None}.get(self.config.checkpoint.resume, Path(self.config.checkpoint.resume))
+        if source is None:
+            return 0
+        self.store.verify(source)
+        state = self.store.read_state(source)
+        for role, worker in self.launched.groups.items():
+            if not (source / role).is_dir():
+                raise CheckpointError(f"{source} has no state of role '{role}'; it was written by a run with other roles")
+            worker.restore(str(source / role))
+        self.algorithm.load_state_dict({name: float(str(value)) for name, value in state.algorithm.items()})
+        logger.info("resumed from %s, after step %d of %d", source, state.step, self.total_steps)
+        return state.step
+
+    def is_due(self, step: int, every_steps: int, *, and_last: bool) -> bool:
+        """Whether something that happens every `every_steps` steps (0: never) is due after `step`."""
+        return (and_last and step == self.total_steps) or (every_steps > 0 and step % every_steps == 0)
+
+
+def batch_metrics(batch: Batch, seconds: float) -> list[Metrics]:
+    """What the step's rows say without a look at their tokens, and how fast they went."""
+    speed = {"seconds/step": Metric(seconds), "tokens_per_second": Metric(num_tokens(batch) / seconds)}
+    return [reward_metrics(batch), length_metrics(batch), Metrics(speed)]

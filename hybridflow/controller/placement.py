@@ -1,0 +1,126 @@
+"""Which role runs where: pools become placement groups, ranks become processes on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hybridflow import registry
+from hybridflow.config.pools import PoolSize, parse_pool
+from hybridflow.config.schema import Config
+from hybridflow.controller.group import Pool
+from hybridflow.controller.rank_process import RankPlace, RankProcess
+from hybridflow.errors import PlacementError
+from hybridflow.workers.base import Worker
+
+# Long enough for a cluster that adds nodes on demand, short enough to say what is missing.
+PLACEMENT_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class RolePlace:
+    """Where a role runs and what it is."""
+
+    role: str
+    pool: str
+    size: PoolSize
+    class_name: str
+    worker_class: type[Worker]
+
+
+def places(config: Config, roles: tuple[str, ...]) -> dict[str, RolePlace]:
+    """The pool and class of every role, from the configuration alone. Imports the worker classes."""
+    default_pool = next(iter(config.placement.pools))
+    found = {}
+    for role in roles:
+        class_name = config.placement.workers.get(role, role)
+        worker_class = registry.load(class_name, registry.ROLES, key=f"placement.workers.{role}")
+        assert isinstance(worker_class, type) and issubclass(worker_class, Worker), f"{class_name} is not a Worker"
+        pool = config.placement.roles.get(role, default_pool)
+        found[role] = RolePlace(role, pool, parse_pool(config.placement.pools[pool]), class_name, worker_class)
+    return found
+
+
+def placement_lines(config: Config, roles: tuple[str, ...]) -> list[str]:
+    """One line per role: which class runs on which pool, with how many ranks, cut how."""
+    lines = []
+    for place in places(config, roles).values():
+        layout = place.worker_class.layout_of(config, place.size.num_ranks)
+        slot = "CPU slot" if place.size.is_cpu or config.run.device == "cpu" else "GPU" if config.run.device == "cuda" else "slot"
+        axes = ", ".join(f"{axis} {size}" for axis, size in vars(layout).items() if size > 1) or "whole"
+        shape = f"{place.size.nodes} node(s) x {place.size.ranks_per_node} {slot}(s)"
+        lines.append(f"{place.role:>10} on pool '{place.pool}': {shape}, {axes} [{place.worker_class.__name__}]")
+    return lines
+
+
+def device_type(config: Config) -> str:
+    """What ranks compute on: `run.device`, with auto resolved by what this machine, or the cluster, has."""
+    if config.run.device != "auto":
+        return config.run.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+
+
+def local_cpu_slots(config: Config) -> int:
+    """CPU slots of a cluster that is started on this machine."""
+    return config.placement.cpu_slots or max(os.cpu_count() or 1, 4)
+
+
+def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str, str]) -> tuple[Pool, PlacementGroup]:
+    """Reserve the pool's slots and start a process on each.
+
+    Raises:
+        PlacementError: the cluster does not have them.
+    """
+    resources = {"CPU": 1.0} if size.is_cpu or device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+    bundles = [{kind: amount * size.ranks_per_node for kind, amount in resources.items()} for _ in range(size.nodes)]
+    group = placement_group(bundles, strategy="STRICT_SPREAD" if size.nodes > 1 else "PACK", name=f"hybridflow-{name}")
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        remove_placement_group(group)
+        raise PlacementError(_shortage(name, size, resources))
+    processes = [
+        _start_rank(name, size, rank, group, resources, device, dict(environment)) for rank in range(size.num_ranks)
+    ]
+    return Pool(name, processes, ray.get([process.node.remote() for process in processes])), group
+
+
+def _start_rank(
+    pool: str,
+    size: PoolSize,
+    rank: int,
+    group: PlacementGroup,
+    resources: Mapping[str, float],
+    device: str,
+    environment: dict[str, str],
+) -> ray.actor.ActorHandle:
+    place = RankPlace(
+        pool=pool,
+        rank=rank,
+        num_ranks=size.num_ranks,
+        ranks_per_node=size.ranks_per_node,
+        device_type="cpu" if size.is_cpu else device,
+        environment=environment,
+    )
+    node = rank // size.ranks_per_node
+    options = ray.remote(RankProcess).options(
+        name=f"hybridflow-{pool}-{rank}-{os.getpid()}",
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node),
+    )
+    return options.remote(place)
+
+
+def _shortage(name: str, size: PoolSize, resources: Mapping[str, float]) -> str:
+    asked = " and ".join(f"{amount * size.ranks_per_node:g} {kind}s" for kind, amount in resources.items())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    return (
+        f"pool '{name}' asks for {size.nodes} node(s) with {asked} each. After {PLACEMENT_TIMEOUT_S:g} s the cluster had not "
+        f"given them; it has {len(nodes)} node(s): {found} (some may be in use). Make placement.pools.{name} smaller, add "
+        "nodes, or raise placement.cpu_slots where the cluster is started on this machine."
+    )

@@ -1,0 +1,39 @@
+"""Validation: generate on the validation prompts with their own sampling, and score."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hybridflow.batch import Batch
+from hybridflow.config.schema import Config
+from hybridflow.controller.batch_metrics import length_metrics, reward_metrics
+from hybridflow.controller.launch import Launched
+from hybridflow.metrics import Metrics
+from hybridflow.trackers.base import Sample
+from hybridflow.workers.rollout import validation_sampling
+from hybridflow.workers.token_functions import CopyObjects
+
+
+def validate(config: Config, launched: Launched) -> tuple[Metrics, list[Sample]]:
+    """Mean reward and the user's metrics over all validation prompts, and a few samples.
+
+    The same prompts get the same seeds each time, so two validations of the same weights agree.
+    """
+    rollout, reward = launched.rollout, launched.reward
+    assert rollout is not None and reward is not None, "an algorithm with validation declares rollout and reward"
+    rows = launched.data.validation_batch().repeat(config.validation.responses_per_prompt)
+    rows = rows.join(rollout.generate(rows, sampling=validation_sampling(config)))
+    rows = rows.join(reward.score(rows))
+    metrics = reward_metrics(rows) + length_metrics(rows)
+    return metrics.prefixed("validation"), _samples(config, launched, rows)
+
+
+def _samples(config: Config, launched: Launched, rows: Batch) -> list[Sample]:
+    stride = config.validation.responses_per_prompt
+    chosen = rows.select(np.arange(0, len(rows), stride)[: config.validation.num_samples_logged])
+    texts = launched.data.compute(chosen, CopyObjects(("prompt_text", "response_text", "ground_truth")))
+    columns = [texts.objects(name) for name in ("prompt_text", "response_text", "ground_truth")]
+    return [
+        Sample(prompt=str(prompt), response=str(response), ground_truth=str(truth), reward=float(value))
+        for prompt, response, truth, value in zip(*columns, chosen["reward"], strict=True)
+    ]

@@ -1,0 +1,54 @@
+"""Train: `python -m hybridflow.train config.yaml key=value ...`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from hybridflow.config.describe import resolved_yaml
+from hybridflow.config.load import load_config
+from hybridflow.errors import ConfigError, HybridflowError
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m hybridflow.train", description=__doc__)
+    parser.add_argument("config", help="YAML file; docs/configuration.md lists every key")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, for example actor.learning_rate=1e-6")
+    parser.add_argument("--dry-run", action="store_true", help="check and print the configuration and placement, start nothing")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 the run failed, 2 the configuration has mistakes."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    options = parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    if options.dry_run:
+        from hybridflow.controller.launch import all_roles
+        from hybridflow.controller.placement import placement_lines
+
+        sys.stdout.write("\n".join([resolved_yaml(config), *placement_lines(config, all_roles(config)), ""]))
+        return 0
+    # Imported here, so that a mistake in the configuration or --help waits for neither Ray nor torch.
+    from hybridflow.controller.run import run
+
+    try:
+        run(config)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except HybridflowError as error:
+        sys.stderr.write(f"\nThe run failed.\n{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The data role: reads the dataset beside the other roles, so that the controller holds no prompts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from hybridflow.batch import Batch
+from hybridflow.config.schema import Config
+from hybridflow.data.chat import load_tokenizer
+from hybridflow.data.loader import PromptLoader, build_loaders
+from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.remote import remote
+
+STATE_FILE = "loader.json"
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What `DataWorker.open` found."""
+
+    num_prompts: int
+    """Training prompts after filtering."""
+    steps_per_epoch: int
+    num_validation_prompts: int
+
+
+class DataWorker(Worker):
+    """Prompts of each step, in an order that a resumed run continues. Rank 0 does all of it."""
+
+    is_distributed: ClassVar[bool] = False
+
+    def __init__(self, config: Config, context: RankContext):
+        super().__init__(config, context)
+        self.train: PromptLoader | None = None
+        self.validation: PromptLoader | None = None
+
+    @remote("rank_zero")
+    def open(self, rows: Literal["prompts", "responses"]) -> DataSummary:
+        """Read the files; `rows` says whether the dataset's responses are wanted too.
+
+        Raises:
+            DataError: a file or column is missing or mistyped, or nothing is left after filtering.
+        """
+        self.train, self.validation = build_loaders(self.config, load_tokenizer(self.config), rows)
+        num_validation = self.validation.num_prompts if self.validation else 0
+        return DataSummary(self.train.num_prompts, self.train.num_batches_per_epoch, num_validation)
+
+    @remote("rank_zero")
+    def next_batch(self, step: int) -> Batch:
+        """The prompts of step `step`, counted from 1. Steps are asked for in order."""
+        assert self.train is not None, "DataWorker.open comes first"
+        return self.train.next_batch(step)
+
+    @remote("rank_zero")
+    def validation_batch(self) -> Batch:
+        """All validation prompts, the same with the same seeds at each call."""
+        assert self.validation is not None, "there are no validation files"
+        return self.validation.validation_batch()
+
+    @remote("rank_zero")
+    def save(self, folder: str) -> None:
+        assert self.train is not None, "DataWorker.open comes first"
+        Path(folder, STATE_FILE).write_text(json.dumps(self.train.state_dict()))
+
+    @remote("rank_zero")
+    def restore(self, folder: str) -> None:
+        assert self.train is not None, "DataWorker.open comes first"
+        self.train.load_state_dict(json.loads(Path(folder, STATE_FILE).read_text()))
