@@ -1,0 +1,109 @@
+"""Which part may import which, and where each dependency lives."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from hybridflow import registry
+from hybridflow.errors import ConfigError
+from tests.architecture import limits
+
+PACKAGE = limits.sources("hybridflow")
+
+LEVELS = (
+    ("__init__", "errors", "registry"),
+    ("config", "batch", "columns", "metrics"),
+    ("ops", "planner", "parallel", "rewards", "trackers", "data"),
+    ("models", "rollout", "resharding", "checkpoint"),
+    ("workers",),
+    ("algorithms",),
+    ("controller",),
+    ("train", "export", "report"),
+)
+"""From what everything may import to what nothing may."""
+
+HOMES = {
+    "ray": ("controller/",),
+    "vllm": ("rollout/vllm_engine.py",),
+    "sglang": ("rollout/sglang_engine.py",),
+    "flash_attn": ("models/attention.py",),
+    "omegaconf": ("config/load.py",),
+    "pyarrow": ("data/",),
+    "pebble": ("rewards/",),
+    "math_verify": ("rewards/",),
+    "peft": ("models/",),
+    "transformers": ("models/", "data/", "rollout/", "checkpoint/"),
+    "rich": ("trackers/", "controller/"),
+    "wandb": ("trackers/wandb.py",),
+    "torch.utils.tensorboard": ("trackers/tensorboard.py",),
+    "tensorboard": ("trackers/tensorboard.py",),
+    "matplotlib": ("report.py",),
+}
+"""Each dependency and the only places below hybridflow/ that may import it."""
+
+OPTIONAL_PACKAGES = {"vllm", "sglang", "flash_attn", "wandb", "peft"}
+
+WITHOUT_TORCH = (
+    "hybridflow.errors",
+    "hybridflow.registry",
+    "hybridflow.metrics",
+    "hybridflow.batch",
+    "hybridflow.config.load",
+    "hybridflow.algorithms.ppo",
+    "hybridflow.algorithms.grpo",
+    "hybridflow.algorithms.sft",
+)
+"""A mistake in a configuration is reported without waiting for torch."""
+
+TABLES = {
+    "algorithm.name": registry.ALGORITHMS,
+    "placement.workers": registry.ROLES,
+    "rollout.engine": registry.ENGINES,
+    "reward.name": registry.REWARDS,
+    "trackers.names": registry.TRACKERS,
+    "protocol": registry.PROTOCOLS,
+}
+
+
+def test_imports_point_one_way():
+    violations = [found for source in PACKAGE for found in limits.upward_imports(source, LEVELS)]
+    assert not violations, limits.report(violations)
+
+
+def test_parts_import_each_other_in_no_circle():
+    assert not limits.part_cycle(PACKAGE)
+
+
+def test_each_dependency_has_one_home():
+    violations = [found for source in PACKAGE for found in limits.strayed_imports(source, HOMES)]
+    assert not violations, limits.report(violations)
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_a_configuration_is_checked_without_torch(module: str):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=limits.ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"importing {module} imports torch or ray, or fails:\n{result.stderr}"
+
+
+@pytest.mark.parametrize(("key", "name"), [(key, name) for key, table in TABLES.items() for name in table])
+def test_every_name_in_a_table_imports(key: str, name: str):
+    try:
+        assert registry.load(name, TABLES[key], key=key) is not None
+    except ConfigError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and (missing.name or "").split(".")[0] in OPTIONAL_PACKAGES:
+            pytest.skip(f"NOT RUN: {key}={name} needs the optional package {missing.name!r}, which is not installed")
+        raise
+
+
+@pytest.mark.parametrize("name", sorted(registry.ALGORITHMS))
+def test_an_algorithm_inherits_from_no_other(name: str):
+    algorithm = registry.load(name, registry.ALGORITHMS, key="algorithm.name")
+    base = importlib.import_module("hybridflow.algorithms.base").Algorithm
+    assert isinstance(algorithm, type)
+    assert algorithm.__bases__ == (base,)

@@ -1,0 +1,83 @@
+"""Sizes and habits of the code: limits that only a test has ever held."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.architecture import limits
+
+PACKAGE = limits.sources("hybridflow")
+EVERYTHING = limits.sources("hybridflow", "examples", "benchmarks", "tests")
+TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".cfg", ".txt", ".sh", ""}
+TEXT_FOLDERS = ("hybridflow", "examples", "benchmarks", "tests", "configs", "docs", ".ci")
+
+FORBIDDEN_WORDS = {
+    r"(?<![\w~.])/" + "work/": (),
+    "pypi" + r"\.org": (),
+    "files.pythonhosted" + r"\.org": (),
+    "download.pytorch" + r"\.org": (),
+    r"--(?:extra-)?index" + "-url": (),
+    r"\.\./" + "shared": ("tests/", "benchmarks/"),
+}
+
+
+def test_the_package_is_found():
+    assert len(PACKAGE) > 10, "the checks below would pass on nothing"
+
+
+def test_files_are_short():
+    violations = [found for source in EVERYTHING for found in limits.long_files(source)]
+    assert not violations, limits.report(violations)
+
+
+def test_functions_are_short():
+    violations = [found for source in EVERYTHING for found in limits.long_functions(source)]
+    assert not violations, limits.report(violations)
+
+
+def test_functions_have_few_parameters():
+    violations = [found for source in EVERYTHING for found in limits.many_parameters(source)]
+    assert not violations, limits.report(violations)
+
+
+def test_an_algorithm_is_one_page():
+    algorithms = [source for source in PACKAGE if source.path.startswith("hybridflow/algorithms/")]
+    violations = [found for source in algorithms for found in limits.long_algorithms(source)]
+    assert not violations, limits.report(violations)
+
+
+def test_the_entry_point_is_short():
+    (train,) = [source for source in PACKAGE if source.path == "hybridflow/train.py"]
+    assert not limits.long_files(train, allowed=80), limits.report(limits.long_files(train, allowed=80))
+
+
+def test_nothing_prints():
+    violations = [found for source in PACKAGE for found in limits.printed(source)]
+    assert not violations, limits.report(violations)
+
+
+def test_what_is_put_off_names_its_issue():
+    violations = [found for source in EVERYTHING for found in limits.bare_todos(source)]
+    assert not violations, limits.report(violations)
+
+
+def test_everything_public_is_explained():
+    explained = limits.explained_methods(PACKAGE)
+    violations = [found for source in PACKAGE for found in limits.missing_docstrings(source, explained)]
+    assert not violations, limits.report(violations)
+
+
+def test_no_branch_knows_an_algorithm_an_engine_or_a_role_by_name():
+    violations = [found for source in PACKAGE for found in limits.branches_on_names(source)]
+    assert not violations, limits.report(violations)
+
+
+@pytest.mark.parametrize("folder", [*TEXT_FOLDERS, "."])
+def test_no_text_depends_on_one_machine(folder: str):
+    paths = (limits.ROOT / folder).glob("*") if folder == "." else (limits.ROOT / folder).rglob("*")
+    violations = []
+    for path in sorted(paths):
+        if path.is_file() and path.suffix in TEXT_SUFFIXES and "__pycache__" not in path.parts:
+            name = path.relative_to(limits.ROOT).as_posix()
+            violations += limits.forbidden_words(name, path.read_text(encoding="utf-8"), FORBIDDEN_WORDS)
+    assert not violations, limits.report(violations)
