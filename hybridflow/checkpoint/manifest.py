@@ -62,13 +62,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
     )
 
 
-def verify(checkpoint: str | Path) -> None:
-    """Compare every file of `checkpoint` with its manifest. Reads all of it, in several threads.
+def verify_files(folder: Path) -> None:
+    """Compare every file of the checkpoint `folder` with its manifest.
 
     Raises:
         CheckpointError: names the first file that is missing, has another size, or another checksum.
     """
-    folder = Path(checkpoint)
     manifest = read_manifest(folder)
     for name, expected in manifest.sizes.items():
         path = folder / name

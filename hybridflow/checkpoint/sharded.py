@@ -37,12 +37,11 @@ def save_sharded(folder: str, state: dict[str, object], group: ProcessGroup | No
     Raises:
         CheckpointError: on every rank, when any rank could not write.
     """
-    advice = (
-        "Make room or correct the permissions there, then start the run again: it continues from the last complete checkpoint"
-    )
+    advice = "Make room or correct the permissions there, then start the run again: it continues from the checkpoint before"
     with _explained("written", Path(folder), advice):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save(state, checkpoint_id=folder, process_group=group, no_dist=_is_alone(group))
+        metadata = save(state, checkpoint_id=folder, process_group=group, no_dist=_is_alone(group))
+    if _is_alone(group) or dist.get_rank(group) == 0:
+        _check_shared(Path(folder), metadata)
 
 
 def load_sharded(folder: str, state: dict[str, object], group: ProcessGroup | None) -> None:
@@ -81,6 +80,16 @@ def read_metadata(folder: str) -> Metadata:
         )
     with _explained("read", path, f"{METADATA} is damaged; resume from an earlier checkpoint by checkpoint.resume=PATH"):
         return FileSystemReader(folder).read_metadata()
+
+
+def _check_shared(folder: Path, metadata: Metadata) -> None:
+    """Every rank's file must be visible here: a folder on each node's own disk would be an incomplete checkpoint."""
+    names = {str(place.relative_path) for place in (metadata.storage_data or {}).values()}
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(names)} files that the ranks wrote are not visible on this node, the first is "
+            f"{missing[0]}. Checkpoints need a folder that all nodes share; set run.folder to one"
+        )
 
 
 def _is_alone(group: ProcessGroup | None) -> bool:

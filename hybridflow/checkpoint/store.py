@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from hybridflow.checkpoint.manifest import MANIFEST, RESUME_ANOTHER, flush_folder, read_json, read_manifest, write_manifest
+from hybridflow.checkpoint.manifest import (
+    MANIFEST,
+    RESUME_ANOTHER,
+    flush_folder,
+    read_json,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from hybridflow.errors import CheckpointError, HybridflowError, WorkerDiedError
 
 STATE = "state.json"
@@ -132,6 +140,29 @@ class CheckpointStore:
         complete = self._complete()
         return max(complete, key=_sequence) if complete else None
 
+    @staticmethod
+    def read_state(checkpoint: str | Path) -> RunState:
+        """What the controller wrote into `checkpoint`.
+
+        Raises:
+            CheckpointError: the folder is no checkpoint, or its state is unreadable.
+        """
+        path = Path(checkpoint) / STATE
+        content = read_json(path, "the controller's state")
+        try:
+            return RunState(**cast(dict[str, Any], content))
+        except TypeError as error:
+            raise CheckpointError(f"{path} was written by another version of hybridflow: {error}. {RESUME_ANOTHER}") from error
+
+    @staticmethod
+    def verify(checkpoint: str | Path) -> None:
+        """Compare every file of `checkpoint` with its manifest. Reads all of it, in several threads.
+
+        Raises:
+            CheckpointError: names the first file that is missing, has another size, or another checksum.
+        """
+        verify_files(Path(checkpoint))
+
     def prune(self) -> list[Path]:
         """Remove all but the newest `keep` checkpoints; returns what was removed."""
         if self.keep == 0:
@@ -160,20 +191,6 @@ class CheckpointStore:
                 shutil.rmtree(replaced)
             else:
                 replaced.rename(final)
-
-
-def read_state(checkpoint: str | Path) -> RunState:
-    """What the controller wrote into `checkpoint`.
-
-    Raises:
-        CheckpointError: the folder is no checkpoint, or its state is unreadable.
-    """
-    path = Path(checkpoint) / STATE
-    content = read_json(path, "the controller's state")
-    try:
-        return RunState(**cast(dict[str, Any], content))
-    except TypeError as error:
-        raise CheckpointError(f"{path} was written by another version of hybridflow: {error}. {RESUME_ANOTHER}") from error
 
 
 def find(path: str | Path) -> Path:

@@ -1,0 +1,119 @@
+"""What a tracker is, and the one that passes everything on to all trackers of a run."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybridflow.config.schema import Config
+from hybridflow.errors import ConfigError, Mistake
+from hybridflow.metrics import Metrics
+from hybridflow.registry import TRACKERS, load
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A response to be looked at by people."""
+
+    prompt: str
+    response: str
+    ground_truth: str
+    """What the dataset holds as the right answer; empty where it holds none."""
+    reward: float
+
+
+class Tracker(ABC):
+    """Receives the metrics of each step. Built when the run starts, and again when it is resumed."""
+
+    def __init__(self, config: Config, total_steps: int, resume_step: int):
+        self.config = config
+        self.total_steps = total_steps
+        self.resume_step = resume_step
+        """The step of the checkpoint that the run continues from; 0 for a new run. Later steps will be logged again."""
+
+    @abstractmethod
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of a step, validation among them as `validation/...`. Called once per step.
+
+        Step 0 is the validation before training. A step is logged before its checkpoint is committed, so that a resumed
+        run finds all steps up to its checkpoint already logged.
+        """
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:  # noqa: B027 (a default, not an omission)
+        """Take some responses of a validation. By default they are ignored."""
+
+    def close(self) -> None:  # noqa: B027 (likewise)
+        """Write what is held back. Called once, also after a failure."""
+
+
+class Trackers(Tracker):
+    """All trackers of a run as one. A failure of one is reported once and does not end the run."""
+
+    def __init__(self, config: Config, total_steps: int, resume_step: int):
+        """Builds `jsonl`, then those that `trackers.names` lists.
+
+        Raises:
+            ConfigError: a tracker is unknown, is no Tracker, or needs a package that is not installed.
+        """
+        super().__init__(config, total_steps, resume_step)
+        self.trackers: dict[str, Tracker] = {}
+        self._reported: set[str] = set()
+        for name in dict.fromkeys(("jsonl", *config.trackers.names)):
+            self.trackers[name] = _tracker_class(name)(config, total_steps, resume_step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._to_all(lambda tracker: tracker.log(step, metrics))
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        self._to_all(lambda tracker: tracker.log_samples(step, samples))
+
+    def close(self) -> None:
+        self._to_all(lambda tracker: tracker.close())
+
+    def _to_all(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in self.trackers.items():
+            try:
+                call(tracker)
+            except Exception as error:
+                # metrics.jsonl is part of what a run promises; a dashboard that is down is not worth the run.
+                if name == "jsonl":
+                    raise
+                self._report(name, error)
+
+    def _report(self, name: str, error: Exception) -> None:
+        if name in self._reported:
+            return
+        self._reported.add(name)
+        logger.warning(
+            "tracker %r failed and may miss values from here on; metrics.jsonl has them all. %s: %s",
+            name,
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+
+
+def _tracker_class(name: str) -> type[Tracker]:
+    found = load(name, TRACKERS, key="trackers.names")
+    if not (isinstance(found, type) and issubclass(found, Tracker)):
+        raise ConfigError(
+            [Mistake("trackers.names", f"{name!r} is {found!r}, not a subclass of hybridflow.trackers.base.Tracker")]
+        )
+    return found
+
+
+def run_folder(config: Config) -> Path:
+    """The run's folder, created where it does not exist."""
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_name(config: Config) -> str:
+    """What trackers call the run."""
+    return config.trackers.run_name or Path(config.run.folder).absolute().name

@@ -1,0 +1,74 @@
+"""`metrics.jsonl` and `samples.jsonl` in the run's folder: one JSON object per line, always written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hybridflow.config.schema import Config
+from hybridflow.metrics import Metrics
+from hybridflow.trackers.base import Sample, Tracker, run_folder
+
+
+class JsonlTracker(Tracker):
+    """One line per step, and one per sample. A resumed run's file equals that of an uninterrupted one, but for times.
+
+    Every line is handed to the operating system when it is complete, so a killed run loses at most the line it was writing.
+    """
+
+    def __init__(self, config: Config, total_steps: int, resume_step: int):
+        super().__init__(config, total_steps, resume_step)
+        folder = run_folder(config)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            drop_later_lines(folder / name, resume_step)
+        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._samples = (folder / "samples.jsonl").open("a", buffering=1)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(_line({"step": step, "time": time.time(), **values}))
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            reward = sample.reward if math.isfinite(sample.reward) else None
+            self._samples.write(_line({"step": step, **vars(sample), "reward": reward}))
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
+
+
+def drop_later_lines(path: Path, resume_step: int) -> None:
+    """Leave only whole lines of steps up to `resume_step`; none of them for a new run, whose `resume_step` is 0.
+
+    The lines that go are of steps that will be taken again, or of another run in the same folder.
+    """
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if resume_step and _step_of(line) <= resume_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    """The objects in a file that this tracker wrote; a line that a kill cut short is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if _step_of(line) != math.inf]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity where the line is not whole."""
+    if not line.endswith("\n"):
+        return math.inf
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _line(content: Mapping[str, object]) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"

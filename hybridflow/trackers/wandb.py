@@ -1,0 +1,54 @@
+"""Weights & Biases. `WANDB_MODE=offline` keeps everything in `<run folder>/wandb`, to be uploaded by `wandb sync`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from hybridflow.config.schema import Config
+from hybridflow.errors import ConfigError, Mistake
+from hybridflow.metrics import Metrics
+from hybridflow.trackers.base import Sample, Tracker, run_folder, run_name
+
+RUN_ID_FILE = "wandb_run_id"
+
+
+class WandbTracker(Tracker):
+    """Metrics and a table of samples. A resumed run goes on in the same wandb run."""
+
+    def __init__(self, config: Config, total_steps: int, resume_step: int):
+        super().__init__(config, total_steps, resume_step)
+        try:
+            import wandb
+        except ImportError as error:
+            found = f"'wandb' needs the package wandb, which does not import: {error}"
+            raise ConfigError([Mistake("trackers.names", f"{found}. pip install wandb, or leave it out")]) from error
+        folder = run_folder(config)
+        id_file = folder / RUN_ID_FILE
+        is_resumed = resume_step > 0 and id_file.exists()
+        run_id = id_file.read_text().strip() if is_resumed else wandb.util.generate_id()
+        id_file.write_text(run_id)
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=config.trackers.project,
+            name=run_name(config),
+            dir=str(folder),
+            id=run_id,
+            resume="allow" if is_resumed else None,
+            config=json.loads(json.dumps(asdict(config), default=str)),
+        )
+        # With a step of our own, values that a resumed run logs again stand at their own step: wandb's counter only rises.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        rows = [[sample.prompt, sample.response, sample.ground_truth, sample.reward] for sample in samples]
+        table = self._wandb.Table(columns=["prompt", "response", "ground_truth", "reward"], data=rows)
+        self._run.log({"step": step, "samples": table})
+
+    def close(self) -> None:
+        self._run.finish()
