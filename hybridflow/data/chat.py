@@ -1,0 +1,132 @@
+"""The tokenizer, and prompts as the text that a model reads: chat template applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+from hybridflow.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from hybridflow.config.schema import Config
+
+Message = Mapping[str, object]
+TemplateUse = Literal["auto", "always", "never"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Any of these holds a vocabulary."""
+
+
+class Tokenizer(Protocol):
+    """What this package asks of a transformers tokenizer."""
+
+    chat_template: str | None
+    eos_token_id: int | None
+
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, return_attention_mask: bool, verbose: bool
+    ) -> Mapping[str, list[list[int]]]:
+        """`input_ids`: token ids of each text."""
+        ...
+
+    def apply_chat_template(
+        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> list[str]:
+        """Each conversation as one text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        ...
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of `model.tokenizer`, or of `model.path` where that is null.
+
+    Raises:
+        ModelError: there is no such folder, or it holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
+    path = config.model.tokenizer or config.model.path
+    _check_folder(path, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ModelError(f"{key}={path!r}: the tokenizer does not load: {error}") from error
+    return cast(Tokenizer, tokenizer)
+
+
+def _check_folder(path: str, key: str) -> None:
+    """From a folder without a vocabulary transformers makes an empty tokenizer and says nothing, so look first."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.startswith(("/", "./", "../", "~")):
+            raise ModelError(f"{key}={path!r}: there is no such folder")
+        return
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
+        return
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+    raise ModelError(
+        f"{key}={path!r}: the folder has no tokenizer. Found {found}; expected one of {', '.join(TOKENIZER_FILES)}. "
+        "Set model.tokenizer to a folder or hub name that has one"
+    )
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each text."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]
+
+
+def is_templated(tokenizer: Tokenizer, *, has_messages: bool, use: TemplateUse) -> bool:
+    """Whether prompts go through the chat template: message lists always, strings as `data.apply_chat_template` says.
+
+    Raises:
+        DataError: they should, and the tokenizer has no template.
+    """
+    if not has_messages and (use == "never" or (use == "auto" and not tokenizer.chat_template)):
+        return False
+    if tokenizer.chat_template:
+        return True
+    asked = "column 'prompt' holds chat messages" if has_messages else "data.apply_chat_template=always"
+    raise DataError(
+        f"{asked}, but the tokenizer has no chat template. Add a chat_template.jinja to its folder, "
+        "set model.tokenizer to one that has it, or write the prompts as plain strings"
+    )
+
+
+class RowError(Exception):
+    """A row of those at hand cannot be used; who knows the file says which row that is."""
+
+    def __init__(self, row: int, problem: str):
+        super().__init__(row, problem)
+        self.row, self.problem = row, problem
+
+
+def prompt_texts(tokenizer: Tokenizer, conversations: list[list[Message]]) -> list[str]:
+    """Each conversation as the text that ends where the model's answer begins.
+
+    Raises:
+        RowError: the chat template refuses a conversation.
+    """
+    from jinja2 import TemplateError
+
+    def render(some: list[list[Message]]) -> list[str]:
+        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True)
+
+    refusals = (TemplateError, TypeError, ValueError, KeyError)
+    try:
+        return render(conversations)
+    except refusals as first_error:
+        for row, conversation in enumerate(conversations):
+            try:
+                render([conversation])
+            except refusals as error:
+                problem = f"the tokenizer's chat template refuses the prompt ({error}): {conversation!s:.500}"
+                raise RowError(row, problem) from error
+        raise DataError(f"the tokenizer's chat template fails: {first_error}") from first_error

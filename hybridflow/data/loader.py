@@ -1,0 +1,203 @@
+"""Which prompts each step gets: shuffled, several files mixed by weight, and resumable.
+
+The order has no hidden random state. Epoch `e` of a stream is the permutation drawn from (run seed, stream, e), so the number
+of prompts drawn so far says all that a resumed run needs. What an epoch has left when it cannot fill a step starts the next
+step, which goes on with the following epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridflow.batch import Array, Batch, Heavy
+from hybridflow.config.schema import Config
+from hybridflow.data.chat import Tokenizer
+from hybridflow.data.prompts import read_prompts
+from hybridflow.data.responses import read_responses
+from hybridflow.errors import DataError
+
+VALIDATION_STEP = -1
+"""Stands for the step in the seeds of validation, which are the same whenever it runs."""
+
+Rows = npt.NDArray[np.int64]
+
+
+class Dataset(Protocol):
+    """Rows that a loader draws from: `Prompts` or `Responses`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def rows_per_file(self) -> tuple[int, ...]:
+        """Rows of each file, in file order."""
+        ...
+
+    def columns(self, rows: Rows) -> dict[str, Array | Heavy]:
+        """Batch columns of the given rows."""
+        ...
+
+
+class PromptLoader:
+    """Draws `prompts_per_step` rows for each step.
+
+    Without weights all files are one stream; with `weights`, one per file, each file is a stream with its own epochs and
+    gives its share of every step to within one prompt.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, prompts_per_step: int, seed: int, shuffle: bool = True, weights: Sequence[float] = ()
+    ):
+        self.dataset, self.prompts_per_step, self.seed = dataset, prompts_per_step, seed
+        sizes = dataset.rows_per_file if weights else (len(dataset),)
+        _check_weights(weights, sizes)
+        starts = np.cumsum([0, *sizes])
+        self._streams = [
+            _Stream(first=int(first), num_rows=size, key=(seed % 2**63, index), shuffle=shuffle)
+            for index, (first, size) in enumerate(zip(starts, sizes, strict=False))
+        ]
+        self._shares = np.array(weights or [1.0], np.float64) / sum(weights or [1.0])
+        self._drawn = np.zeros(len(sizes), np.int64)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts in the dataset, after filtering."""
+        return len(self.dataset)
+
+    @property
+    def num_batches_per_epoch(self) -> int:
+        """Whole steps in one pass over the data; 1 where a step takes more than one pass."""
+        return max(1, self.num_prompts // self.prompts_per_step)
+
+    def next_batch(self, step: int) -> Batch:
+        """The prompts of step `step`. The step enters the seeds; which prompts come depends on how many were drawn before."""
+        counts = np.zeros(len(self._streams), np.int64)
+        order = np.empty(self.prompts_per_step, np.int64)
+        for place in range(self.prompts_per_step):
+            # The stream that is furthest behind its share: neighbours in the step come from different files.
+            behind = self._shares * (self._drawn.sum() + place + 1) - (self._drawn + counts)
+            order[place] = np.argmax(behind)
+            counts[order[place]] += 1
+        rows = np.empty(self.prompts_per_step, np.int64)
+        for index, stream in enumerate(self._streams):
+            rows[order == index] = stream.rows(int(self._drawn[index]), int(counts[index]))
+        self._drawn += counts
+        return self._batch(rows, step)
+
+    def validation_batch(self) -> Batch:
+        """All prompts once, in file order, with the same seeds at each call."""
+        return self._batch(np.arange(len(self.dataset)), VALIDATION_STEP)
+
+    def _batch(self, rows: Rows, step: int) -> Batch:
+        columns = self.dataset.columns(rows)
+        prompt_ids = columns["prompt_id"]
+        assert isinstance(prompt_ids, np.ndarray), "prompt_id is a number per row"
+        seen: dict[int, int] = {}
+        seeds = []
+        for prompt in prompt_ids.tolist():
+            seen[prompt] = seen.get(prompt, -1) + 1
+            seeds.append(prompt_seed(self.seed, step, prompt, occurrence=seen[prompt]))
+        columns["seed"] = np.array(seeds, np.int64)
+        columns["group"] = np.arange(len(rows))
+        columns["sample"] = np.zeros(len(rows), np.int64)
+        return Batch.from_columns(columns)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """Position in each stream, and the streams' sizes."""
+        return {"drawn": self._drawn.tolist(), "num_rows": [stream.num_rows for stream in self._streams]}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[int]]) -> None:
+        """Go on from where `state_dict` was taken.
+
+        Raises:
+            DataError: the data is not the data that the state was taken from.
+        """
+        found = [stream.num_rows for stream in self._streams]
+        if list(state["num_rows"]) != found:
+            raise DataError(
+                f"the checkpoint was written with {list(state['num_rows'])} prompts (per file if weighted), now {found}. "
+                "Use the data.train_files, data.train_weights and data.max_prompt_tokens of then, or start anew with "
+                "checkpoint.resume=never"
+            )
+        self._drawn = np.array(state["drawn"], np.int64)
+
+
+class _Stream:
+    """An endless sequence of rows: epoch after epoch, each in its own order."""
+
+    def __init__(self, *, first: int, num_rows: int, key: tuple[int, int], shuffle: bool):
+        self.first, self.num_rows, self.key, self.shuffle = first, num_rows, key, shuffle
+        self._epoch_order = lru_cache(maxsize=2)(self._draw_order)
+
+    def rows(self, position: int, count: int) -> Rows:
+        """`count` rows from `position` on."""
+        places = np.arange(position, position + count)
+        epochs, within = np.divmod(places, self.num_rows)
+        rows = np.empty(count, np.int64)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = self._epoch_order(int(epoch))[within[epochs == epoch]]
+        return rows + self.first
+
+    def _draw_order(self, epoch: int) -> Rows:
+        if not self.shuffle:
+            return np.arange(self.num_rows)
+        return np.random.default_rng([*self.key, epoch]).permutation(self.num_rows)
+
+
+def prompt_seed(run_seed: int, step: int, prompt: int, *, occurrence: int = 0) -> int:
+    """63 bits that are a function of these numbers alone, on every machine.
+
+    `occurrence` counts the times that a step has the prompt, where a step is larger than the dataset or crosses epochs: its
+    copies get different responses.
+    """
+    packed = struct.pack("<Qqqq", run_seed % 2**64, step, prompt, occurrence)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def _check_weights(weights: Sequence[float], sizes: Sequence[int]) -> None:
+    if not weights:
+        return
+    if len(weights) != len(sizes):
+        raise DataError(f"data.train_weights has {len(weights)} numbers for {len(sizes)} files; give one for each, or none")
+    if min(weights) <= 0:
+        raise DataError(f"data.train_weights must be above 0, found {min(weights)}; leave a file out that is not wanted")
+    for index, size in enumerate(sizes):
+        if not size:
+            raise DataError(f"file {index} of data.train_files has no prompts left, but data.train_weights gives it a share")
+
+
+def build_loaders(
+    config: Config, tokenizer: Tokenizer, rows: Literal["prompts", "responses"]
+) -> tuple[PromptLoader, PromptLoader | None]:
+    """The loader of training rows, and that of validation prompts where there are validation files.
+
+    `rows` says whether training rows carry the dataset's responses. Validation generates, so its rows never do.
+
+    Raises:
+        DataError: a file or column is missing or malformed, or nothing is left after filtering.
+    """
+    data = config.data
+    dataset: Dataset
+    if rows == "responses":
+        dataset = read_responses(data.train_files, tokenizer, data=data)
+    else:
+        dataset = read_prompts(data.train_files, tokenizer, data=data)
+    train = PromptLoader(
+        dataset,
+        prompts_per_step=data.prompts_per_step,
+        seed=config.run.seed,
+        shuffle=data.shuffle,
+        weights=data.train_weights,
+    )
+    if not data.validation_files:
+        return train, None
+    prompts = read_prompts(
+        data.validation_files, tokenizer, data=data, key="data.validation_files", max_prompts=config.validation.max_prompts
+    )
+    return train, PromptLoader(prompts, prompts_per_step=len(prompts), seed=config.run.seed, shuffle=False)

@@ -1,0 +1,123 @@
+"""Parquet files: which columns are expected, what to say where they differ, and columns kept as Arrow stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hybridflow.errors import DataError
+from hybridflow.registry import nearest
+
+ROWS_PER_READ = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSpec:
+    """A column that a file should have."""
+
+    name: str
+    expected: str
+    """Its type in words, for messages."""
+    fits: Callable[[pa.DataType], bool]
+    is_required: bool = True
+    field: str | None = None
+    """The one field of a struct column that is read."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.name}.{self.field}" if self.field else self.name
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of the type read as strings."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_messages(kind: pa.DataType) -> bool:
+    """Whether values of the type are lists of {role, content}."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    return has_fields(kind.value_type, "role", "content") and all(
+        is_text(kind.value_type[name].type) for name in ("role", "content")
+    )
+
+
+def has_fields(kind: pa.DataType, *names: str) -> bool:
+    """Whether the type is a struct with these fields."""
+    return bool(pa.types.is_struct(kind)) and all(kind.get_field_index(name) >= 0 for name in names)
+
+
+def open_parquet(path: str, specs: Sequence[ColumnSpec], *, key: str) -> pq.ParquetFile:
+    """The opened file; columns are checked, rows not read.
+
+    `key` is the configuration key that names the file, for messages.
+
+    Raises:
+        DataError: no such file, not Parquet, or a column is missing or has another type.
+    """
+    where = f"{key}: {path}"
+    resolved = Path(path).expanduser()
+    if not resolved.exists():
+        siblings = [entry.name for entry in resolved.parent.iterdir()] if resolved.parent.is_dir() else []
+        raise DataError(f"{where}: there is no such file{nearest(resolved.name, siblings)}")
+    if resolved.is_dir():
+        raise DataError(f"{where}: is a folder; name its Parquet files one by one")
+    try:
+        file = pq.ParquetFile(resolved, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: is not a Parquet file that can be read ({error}). Was it written completely?") from error
+    problems = [problem for spec in specs if (problem := _problem(spec, file.schema_arrow))]
+    if problems:
+        found = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow) or "no columns"
+        raise DataError(f"{where}: {'; '.join(problems)}. The file has: {found}. docs/data.md shows how to write one")
+    return file
+
+
+def _problem(spec: ColumnSpec, schema: pa.Schema) -> str | None:
+    index = schema.get_field_index(spec.name)
+    if index < 0:
+        if not spec.is_required:
+            return None
+        return f"column {spec.name!r} is missing{nearest(spec.name, schema.names)} Expected {spec.expected}"
+    kind = schema.field(index).type
+    if spec.fits(kind) or (not spec.is_required and pa.types.is_null(kind)):
+        return None
+    return f"column {spec.name!r} is {kind}; expected {spec.expected}"
+
+
+def read_batches(file: pq.ParquetFile, specs: Sequence[ColumnSpec]) -> Iterator[pa.RecordBatch]:
+    """The file's rows, some thousand at a time, with only those of the columns that it has."""
+    names = set(file.schema_arrow.names)
+    columns = [spec.path for spec in specs if spec.name in names]
+    yield from file.iter_batches(batch_size=ROWS_PER_READ, columns=columns)
+
+
+class StoredColumn:
+    """A column as Arrow arrays, which take a fraction of the memory of Python objects; parts may differ in type."""
+
+    def __init__(self, parts: Sequence[pa.Array]):
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def take(self, rows: npt.NDArray[np.int64]) -> list[object]:
+        """The values at `rows`, as Python objects."""
+        values: list[object] = [None] * len(rows)
+        home = np.searchsorted(self._starts, rows, side="right") - 1
+        for part in np.unique(home):
+            where = np.flatnonzero(home == part)
+            found = self._parts[part].take(pa.array(rows[where] - self._starts[part])).to_pylist()
+            for position, value in zip(where, found, strict=True):
+                values[position] = value
+        return values
+
+    def take_field(self, field: str, rows: npt.NDArray[np.int64]) -> list[object]:
+        """Likewise, of a struct column: one of its fields."""
+        return [value[field] if isinstance(value, dict) else None for value in self.take(rows)]

@@ -1,0 +1,85 @@
+"""Prompts with the dataset's own responses, for supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridflow.batch import Array, Heavy, Ragged
+from hybridflow.config.schema import DataConfig
+from hybridflow.data.chat import Tokenizer, encode
+from hybridflow.data.parquet import ColumnSpec, is_text
+from hybridflow.data.prompts import DATA_SOURCE, EXTRA_INFO, GROUND_TRUTH, PROMPT, Prompts, PromptSummary, read_prompts
+from hybridflow.errors import DataError, ModelError
+
+RESPONSE = ColumnSpec(name="response", expected="a string", fits=is_text)
+RESPONSE_COLUMNS = (
+    PROMPT,
+    RESPONSE,
+    replace(GROUND_TRUTH, is_required=False),
+    replace(DATA_SOURCE, is_required=False),
+    EXTRA_INFO,
+)
+"""Learning from responses needs neither a ground truth nor its source."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Prompts and their responses. A response is tokenised when its row is drawn."""
+
+    prompts: Prompts
+    tokenizer: Tokenizer
+    eos_token_id: int
+    max_response_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def rows_per_file(self) -> tuple[int, ...]:
+        """Prompts kept of each file."""
+        return self.prompts.rows_per_file
+
+    @property
+    def summary(self) -> PromptSummary:
+        """What became of the rows of the files."""
+        return self.prompts.summary
+
+    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
+        """The prompts' columns, and response, response_text, response_tokens and truncated.
+
+        A response ends with the end of sequence, unless it was cut at `max_response_tokens`.
+
+        Raises:
+            DataError: a response is null.
+        """
+        texts = self.prompts.stored["response"].take(rows)
+        for row, text in zip(rows, texts, strict=True):
+            if not isinstance(text, str):
+                raise DataError(f"row {self.prompts.row_numbers[row]} of data.train_files: column 'response' is null")
+        strings = [str(text) for text in texts]
+        whole = [[*ids, self.eos_token_id] for ids in encode(self.tokenizer, strings, add_special_tokens=False)]
+        response = Ragged.from_rows([ids[: self.max_response_tokens] for ids in whole], np.int32)
+        return {
+            **self.prompts.columns(rows),
+            "response": response,
+            "response_text": texts,
+            "response_tokens": response.lengths,
+            "truncated": np.array([len(ids) > self.max_response_tokens for ids in whole], np.bool_),
+        }
+
+
+def read_responses(files: Sequence[str], tokenizer: Tokenizer, *, data: DataConfig, key: str = "data.train_files") -> Responses:
+    """The prompts and responses of Parquet files, in file order.
+
+    Raises:
+        DataError: a file or column is missing or malformed, or no prompt is left.
+        ModelError: the tokenizer has no end of sequence, so that a model would never learn to end.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    prompts = read_prompts(files, tokenizer, data=data, key=key, columns=RESPONSE_COLUMNS)
+    return Responses(prompts, tokenizer, tokenizer.eos_token_id, data.max_response_tokens)
