@@ -121,7 +121,7 @@ class Source:
         starts = np.cumsum([0, *(shard.num_rows for shard in self.shards)])
         positions = _as_array(self.positions)
         home = np.searchsorted(starts, positions, side="right") - 1
-        used = np.unique(home)
+        used = np.unique(home) if len(home) else np.array([0])  # one shard stays: it knows the kinds of the columns
         if len(used) == len(self.shards):
             return self
         shift = np.zeros(len(self.shards), np.int64)
@@ -132,10 +132,13 @@ class Source:
     def read(self, name: str) -> Heavy:
         """The column's rows in the order of the batch."""
         parts = [shard.fetch()[name] for shard in self.shards]
-        if isinstance(first := (parts[0] if parts else []), Ragged):
-            whole = first if len(parts) == 1 else _concatenate_ragged([part for part in parts if isinstance(part, Ragged)])
-            in_order = self.positions == range(len(whole)) if isinstance(self.positions, range) else False
-            return whole if in_order else whole.take(self.positions)
+        if ragged := [part for part in parts if isinstance(part, Ragged)]:
+            whole = ragged[0] if len(ragged) == 1 else _concatenate_ragged(ragged)
+            return (
+                whole
+                if isinstance(self.positions, range) and self.positions == range(len(whole))
+                else whole.take(self.positions)
+            )
         objects = [value for part in parts for value in part]
         return [objects[position] for position in self.positions]
 
@@ -222,7 +225,9 @@ class Batch:
         raise self._missing(name)
 
     def _missing(self, name: str) -> BatchError:
-        return BatchError(f"column {name!r} is missing: {writer_of(name)}. The batch has {', '.join(self.names) or 'no columns'}")
+        return BatchError(
+            f"column {name!r} is missing: {writer_of(name)}. The batch has {', '.join(self.names) or 'no columns'}"
+        )
 
     def select(self, rows: Sequence[int] | Array) -> Batch:
         """The given rows in the given order, repeats allowed."""
@@ -231,7 +236,9 @@ class Batch:
 
     def split(self, rows_per_part: int) -> list[Batch]:
         """Consecutive parts of `rows_per_part` rows; the last may be smaller."""
-        return [self.select(np.arange(start, min(start + rows_per_part, len(self)))) for start in range(0, len(self), rows_per_part)]
+        return [
+            self.select(np.arange(start, min(start + rows_per_part, len(self)))) for start in range(0, len(self), rows_per_part)
+        ]
 
     def repeat(self, times: int) -> Batch:
         """Every row `times` times in a row, column `sample` counting from 0 within each."""
@@ -293,7 +300,9 @@ def _concatenate_sources(batches: Sequence[Batch]) -> Iterator[Source]:
 
 def _concatenate_ragged(parts: Iterable[Ragged]) -> Ragged:
     whole = list(parts)
-    return Ragged.from_lengths(np.concatenate([part.values for part in whole]), np.concatenate([part.lengths for part in whole]))
+    return Ragged.from_lengths(
+        np.concatenate([part.values for part in whole]), np.concatenate([part.lengths for part in whole])
+    )
 
 
 def _as_array(positions: Positions) -> npt.NDArray[np.int32]:
@@ -302,6 +311,8 @@ def _as_array(positions: Positions) -> npt.NDArray[np.int32]:
 
 def _as_range(positions: npt.NDArray[np.int32]) -> Positions:
     """A range where the positions are consecutive: it takes no space in a message and reads without a copy."""
-    if len(positions) and np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
+    if not len(positions):
+        return range(0)
+    if np.array_equal(positions, np.arange(positions[0], positions[0] + len(positions))):
         return range(int(positions[0]), int(positions[0]) + len(positions))
     return positions

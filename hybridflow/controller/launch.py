@@ -85,7 +85,7 @@ def cluster(config: Config) -> Iterator[None]:
         PlacementError: the cluster cannot be reached, or none can be started.
     """
     address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
-    logger.info("joining the Ray cluster at %s", address) if address else logger.info("starting Ray on this machine")
+    logger.info(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
@@ -94,7 +94,9 @@ def cluster(config: Config) -> Iterator[None]:
             ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         doing = f"join the Ray cluster at {address!r}" if address else "start Ray on this machine"
-        raise PlacementError(f"could not {doing}: {error}. Check run.ray_address, or start a cluster with `ray start --head`") from error
+        raise PlacementError(
+            f"could not {doing}: {error}. Check run.ray_address, or start a cluster with `ray start --head`"
+        ) from error
     try:
         yield
     finally:

@@ -87,7 +87,9 @@ class Loop:
         Raises:
             CheckpointError: the checkpoint is damaged, or is of another number of roles.
         """
-        source = {"auto": self.store.latest(), "never": None}.get(self.config.checkpoint.resume, Path(self.config.checkpoint.resume))
+        source = {"auto": self.store.latest(), "never": None}.get(
+            self.config.checkpoint.resume, Path(self.config.checkpoint.resume)
+        )
         if source is None:
             return 0
         self.store.verify(source)

@@ -51,7 +51,9 @@ def placement_lines(config: Config, roles: tuple[str, ...]) -> list[str]:
     lines = []
     for place in places(config, roles).values():
         layout = place.worker_class.layout_of(config, place.size.num_ranks)
-        slot = "CPU slot" if place.size.is_cpu or config.run.device == "cpu" else "GPU" if config.run.device == "cuda" else "slot"
+        slot = (
+            "CPU slot" if place.size.is_cpu or config.run.device == "cpu" else "GPU" if config.run.device == "cuda" else "slot"
+        )
         axes = ", ".join(f"{axis} {size}" for axis, size in vars(layout).items() if size > 1) or "whole"
         shape = f"{place.size.nodes} node(s) x {place.size.ranks_per_node} {slot}(s)"
         lines.append(f"{place.role:>10} on pool '{place.pool}': {shape}, {axes} [{place.worker_class.__name__}]")
@@ -82,9 +84,7 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
     if not group.wait(PLACEMENT_TIMEOUT_S):
         remove_placement_group(group)
         raise PlacementError(_shortage(name, size, resources))
-    processes = [
-        _start_rank(name, size, rank, group, resources, device, dict(environment)) for rank in range(size.num_ranks)
-    ]
+    processes = [_start_rank(name, size, rank, group, resources, device, dict(environment)) for rank in range(size.num_ranks)]
     return Pool(name, processes, ray.get([process.node.remote() for process in processes])), group
 
 

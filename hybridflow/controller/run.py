@@ -32,7 +32,9 @@ def run(config: Config) -> None:
             algorithm = algorithm_class(config)(config, groups.groups)
             data = groups.data.open(algorithm.rows)
             total_steps = config.run.total_steps or config.run.total_epochs * data.steps_per_epoch
-            logger.info("%d training and %d validation prompts; %d steps", data.num_prompts, data.num_validation_prompts, total_steps)
+            logger.info(
+                "%d training and %d validation prompts; %d steps", data.num_prompts, data.num_validation_prompts, total_steps
+            )
             logger.info("ready for the first step after %.1f s", time.perf_counter() - started)
             Loop(config, groups, algorithm, total_steps=total_steps).run()
     logger.info("done: everything is in %s", folder)

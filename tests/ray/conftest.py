@@ -1,0 +1,40 @@
+"""A small Ray cluster, and groups of fake workers on it."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from hybridflow.config.pools import parse_pool
+from hybridflow.config.schema import Config
+from hybridflow.controller.cost import CallLog
+from hybridflow.controller.group import GroupDispatcher, Pool
+from hybridflow.controller.placement import start_pool
+from hybridflow.parallel.layout import Layout
+from tests.ray.fake_workers import EchoWorker
+
+FAKE = "tests.ray.fake_workers:EchoWorker"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def pool(cluster: None) -> Iterator[Pool]:
+    """Two ranks without torch.distributed."""
+    started, group = start_pool("main", parse_pool("1x2 cpu"), "cpu", {})
+    yield started
+    for process in started.processes:
+        ray.kill(process)
+    ray.util.remove_placement_group(group)
+
+
+def make_group(pool: Pool, *, timeout_s: float = 60.0) -> EchoWorker:
+    """A group of `EchoWorker` on both ranks of `pool`."""
+    layout = Layout(data=len(pool.processes))
+    ray.get([process.create.remote("echo", FAKE, Config(), layout) for process in pool.processes])
+    return EchoWorker.group(GroupDispatcher("echo", pool, layout, timeout_s=timeout_s, log=CallLog()))
