@@ -15,7 +15,6 @@ from hybridflow.errors import EngineError
 if TYPE_CHECKING:
     import torch
 
-    from hybridflow.config.schema import Config
     from hybridflow.parallel.layout import Layout
 
 FinishReason = Literal["stop", "length"]
@@ -96,6 +95,19 @@ class EngineSpec:
     enforce_eager: bool
     options: dict[str, object] = field(default_factory=dict)
     """Passed through to the engine's own constructor."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; None means the model's."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    can_sleep: bool = False
+    """Start in such a way that `sleep` frees what it can, where that must be decided at the start."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's own."""
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
 
 class Engine(ABC):
@@ -103,6 +115,32 @@ class Engine(ABC):
 
     def __init__(self, spec: EngineSpec):
         self.spec = spec
+
+    def check_length(self, request: Request) -> None:
+        """Raise where a request has no prompt or does not fit the context.
+
+        Raises:
+            EngineError: it says by how much.
+        """
+        num_prompt, num_response, limit = len(request.prompt), request.sampling.max_tokens, self.spec.max_model_tokens
+        if num_prompt == 0 or num_response < 1:
+            raise EngineError(
+                f"request {request.id} has {num_prompt} prompt tokens and asks for {num_response}; both must be at least 1"
+            )
+        if num_prompt + num_response > limit:
+            raise EngineError(
+                f"request {request.id} has {num_prompt} prompt tokens and asks for up to {num_response} more, over the {limit} "
+                "that the engine was started for. Shorten the prompt, or raise data.max_prompt_tokens or data.max_response_tokens"
+            )
+
+    def check_idle(self) -> None:
+        """Raise where requests are unfinished: their cache belongs to the weights that they began with.
+
+        Raises:
+            EngineError: it says how many.
+        """
+        if self.num_unfinished:
+            raise EngineError(f"{self.num_unfinished} requests are unfinished; weights and memory can change only when none is")
 
     @abstractmethod
     def add(self, request: Request) -> None:
@@ -141,17 +179,20 @@ class Engine(ABC):
         """Replace the weights by full tensors under their Hugging Face names, and forget cached prefixes.
 
         Tensors may be views of a buffer that is reused once the iterator advances.
+
+        Raises:
+            EngineError: requests are unfinished; a weight is unknown or has another shape; or some were not given.
         """
 
     @abstractmethod
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights that the engine computes with, under its own names; for checksums."""
 
-    def sleep(self) -> None:
+    def sleep(self) -> None:  # noqa: B027, an engine may have nothing to give back
         """Give back the memory of the cache (and of the weights, where the engine can)."""
 
-    def wake(self) -> None:
+    def wake(self) -> None:  # noqa: B027
         """Take it again, before weights are loaded or requests added."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """End threads and processes of the engine."""

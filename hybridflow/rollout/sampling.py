@@ -1,0 +1,105 @@
+"""How the torch engine draws tokens: cuts, one uniform number per token, inverse of the cumulative distribution.
+
+Legend: B rows, V vocabulary. Random numbers are a pure function of (seed of the request, number of the token), so a
+response does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+ELEMENTS_AT_ONCE = 1 << 24
+"""Logits that are processed together: bounds the float64 copy of the cumulative distribution to 128 MiB."""
+
+
+@dataclass(frozen=True)
+class SamplingColumns:
+    """The sampling parameters of rows, each of shape [B]; meanings as in `rollout.base.Sampling`."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    top_k: torch.Tensor
+    min_p: torch.Tensor
+    uniform: torch.Tensor
+    """float64 in [0, 1): the random number of each row's token."""
+
+    def __getitem__(self, rows: slice) -> SamplingColumns:
+        return SamplingColumns(self.temperature[rows], self.top_p[rows], self.top_k[rows], self.min_p[rows], self.uniform[rows])
+
+
+def uniform(seeds: npt.NDArray[np.uint64], numbers: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each pair of seed and token number, by SplitMix64 (Steele, Lea, Flood 2014).
+
+    52 bits, so that its product with a sum of probabilities stays below that sum after rounding.
+    """
+    mixed = _mix(_mix(seeds) + np.uint64(0x9E3779B97F4A7C15) * (numbers.astype(np.uint64) + np.uint64(1)))
+    return (mixed >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def mixed_seed(*parts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """One seed of 63 bits for each row from several numbers; different numbers give different seeds, practically."""
+    mixed = np.zeros(len(parts[0]), np.uint64)
+    for part in parts:
+        mixed = _mix(mixed + np.uint64(0x9E3779B97F4A7C15) + part.astype(np.int64).view(np.uint64))
+    return (mixed >> np.uint64(1)).astype(np.int64)
+
+
+def _mix(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def choose(logits_BV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each row, and its log-probability in nats after temperature and before the cuts.
+
+    Returns int64 and float32 tensors of shape [B]. Arithmetic is float32 whatever the dtype of the logits.
+    """
+    rows_at_once = max(1, ELEMENTS_AT_ONCE // logits_BV.shape[1])
+    parts = [
+        _choose(logits_BV[start : start + rows_at_once], columns[slice(start, start + rows_at_once)])
+        for start in range(0, len(logits_BV), rows_at_once)
+    ]
+    tokens, log_probs = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def _choose(logits_BV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
+    is_greedy_B = columns.temperature == 0
+    divisor_B = torch.where(is_greedy_B, 1.0, columns.temperature)
+    scaled_BV = logits_BV.float() / divisor_B[:, None]
+    log_total_B = scaled_BV.logsumexp(-1)
+    tokens_B = scaled_BV.argmax(-1)
+    if not bool(is_greedy_B.all()):
+        probs_BV = cut((scaled_BV - log_total_B[:, None]).exp_(), columns)
+        cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+        target_B1 = columns.uniform[:, None] * cumulative_BV[:, -1:]
+        drawn_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
+        tokens_B = torch.where(is_greedy_B, tokens_B, drawn_B)
+    return tokens_B, scaled_BV.gather(1, tokens_B[:, None]).squeeze(1) - log_total_B
+
+
+def cut(probs_BV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+    """Probabilities with zeros where min-p, then top-k, then top-p drop a token, in the order that vLLM cuts.
+
+    Each cut works on what the one before it left; the result is not normalised.
+    """
+    if bool((columns.min_p > 0).any()):
+        least_B1 = columns.min_p[:, None] * probs_BV.amax(-1, keepdim=True)
+        probs_BV = probs_BV.where(probs_BV >= least_B1, 0.0)
+    num_tokens = probs_BV.shape[1]
+    has_order_cut_B = ((columns.top_k > 0) & (columns.top_k < num_tokens)) | (columns.top_p < 1)
+    if not bool(has_order_cut_B.any()):
+        return probs_BV
+    sorted_BV, order_BV = probs_BV.sort(stable=True, dim=-1, descending=True)
+    rank_V = torch.arange(num_tokens, device=probs_BV.device)
+    most_B1 = torch.where(columns.top_k > 0, columns.top_k, num_tokens)[:, None]
+    sorted_BV = sorted_BV.where(rank_V < most_B1, 0.0)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    is_kept_BV = before_BV < columns.top_p[:, None] * sorted_BV.sum(-1, keepdim=True)
+    is_kept_BV |= columns.top_p[:, None] >= 1
+    return torch.zeros_like(probs_BV).scatter_(1, order_BV, sorted_BV.where(is_kept_BV, 0.0))

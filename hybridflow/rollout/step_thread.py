@@ -1,0 +1,148 @@
+"""The thread that steps an engine, so that requests can be added while it runs.
+
+Whole batches and the turns of an episode take one path: `submit`, which returns a future for each request.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+
+import torch
+
+from hybridflow.errors import EngineError
+from hybridflow.rollout.base import Engine, Request, Response
+
+Submitted = list[tuple[Request, Future[Response]]]
+
+
+class EngineThread:
+    """Owns an engine. Every request that was submitted ends in a response or an error, whatever happens to the thread."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        # Ranks that share an engine must all admit the same requests before the same step, or they wait for each other
+        # for ever: there, what is submitted waits until the engine is idle.
+        self._admits_while_running = engine.spec.layout.tensor == 1
+        self._ids = count()
+        self._changed = threading.Condition()
+        self._submitted: deque[Submitted] = deque()
+        self._unanswered: dict[int, tuple[int, Future[Response]]] = {}
+        self._failure: BaseException | None = None
+        self._num_pauses = 0
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="hybridflow-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Response]]:
+        """Queue requests, which start together; a future for each, in their order. `id` is the caller's to choose.
+
+        Raises:
+            EngineError: the engine failed before, or was closed.
+        """
+        futures: list[Future[Response]] = [Future() for _ in requests]
+        with self._changed:
+            self._raise_failure()
+            self._submitted.append(list(zip(requests, futures, strict=True)))
+            self._changed.notify_all()
+        return futures
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        """The responses, in the order of the requests.
+
+        Raises:
+            EngineError: of the first request that has no response.
+        """
+        return [future.result() for future in self.submit(requests)]
+
+    @contextmanager
+    def paused(self) -> Iterator[Engine]:
+        """The engine, idle and for the caller alone: to load weights or change its memory. What is submitted waits."""
+        with self._changed:
+            self._num_pauses += 1
+            try:
+                self._changed.wait_for(lambda: not self._unanswered or self._failure is not None)
+                self._raise_failure()
+                yield self._engine
+            finally:
+                self._num_pauses -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread and the engine; unanswered requests get an error."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._engine.close()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"the generation engine failed before: {self._failure}") from self._failure
+        if self._is_closed:
+            raise EngineError("the generation engine was closed")
+
+    def _run(self) -> None:
+        if self._engine.spec.device.type == "cuda":
+            torch.cuda.set_device(self._engine.spec.device)  # the current device belongs to a thread
+        try:
+            while self._wait_for_work():
+                if self._unanswered:  # none where all that was submitted was refused
+                    self._answer(self._engine.step())
+        except BaseException as error:  # it reaches whoever waits for a response, and whoever submits later
+            self._end(error)
+        else:
+            self._end(None)
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is a step to make, and hand over what was submitted; False when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._unanswered or (self._submitted and not self._num_pauses))
+            if self._is_closed:
+                return False
+            if not self._num_pauses and (self._admits_while_running or not self._unanswered):
+                while self._submitted:
+                    for request, future in self._submitted[0]:
+                        self._admit(request, future)
+                    self._submitted.popleft()
+            return True
+
+    def _admit(self, request: Request, future: Future[Response]) -> None:
+        """Give the engine one request; one that it refuses fails alone."""
+        number = next(self._ids)  # the ids of several callers may collide: here each request has its own
+        self._unanswered[number] = request.id, future
+        try:
+            self._engine.add(replace(request, id=number))
+        except EngineError as error:
+            del self._unanswered[number]
+            future.set_exception(error)
+
+    def _answer(self, responses: Sequence[Response]) -> None:
+        with self._changed:
+            for response in responses:
+                callers_id, future = self._unanswered.pop(response.id)
+                future.set_result(replace(response, id=callers_id))
+            if self._unanswered and not self._engine.num_unfinished:
+                raise EngineError(f"the engine is idle, but {len(self._unanswered)} requests were never answered")
+            self._changed.notify_all()
+
+    def _end(self, error: BaseException | None) -> None:
+        """Tell everyone who waits that no response will come."""
+        why = "was closed" if error is None else f"failed: {type(error).__name__}: {error}"
+        with self._changed:
+            self._failure = error
+            waiting = [future for _, future in self._unanswered.values()]
+            waiting += [future for requests in self._submitted for _, future in requests]
+            for future in waiting:
+                if not future.done():
+                    failure = EngineError(f"the generation engine {why}")
+                    failure.__cause__ = error
+                    future.set_exception(failure)
+            self._unanswered.clear()
+            self._submitted.clear()
+            self._changed.notify_all()

@@ -1,0 +1,204 @@
+"""Generation with nothing but torch and transformers: continuous batching over the slots of a key-value cache.
+
+A step admits waiting requests into free slots, runs their prompts (each distinct prompt once, however many responses
+it gets), and then advances every running row by one token. Rows that finish leave at once: the last ones move into
+their slots, so that the running rows are always the first ones and the cache is read without a gather.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybridflow.errors import EngineError
+from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
+from hybridflow.rollout.running_rows import RunningRows, Slots
+from hybridflow.rollout.sampling import choose
+from hybridflow.rollout.slot_cache import ATTENTION, Decode, Prefill, SlotCache, Step, register
+from hybridflow.rollout.stopping import end_of_sequence_ids, text_decoder
+
+logger = logging.getLogger("hybridflow")
+
+PREFILL_TOKENS = 16384
+"""Prompt tokens, padded to the longest, that go through attention at once."""
+
+
+class TorchEngine(Engine):
+    """Runs any causal language model of transformers that takes its attention from `AttentionInterface`, on one rank."""
+
+    def __init__(self, spec: EngineSpec):
+        super().__init__(spec)
+        _check(spec)
+        register()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            spec.model,
+            dtype=spec.torch_dtype,
+            attn_implementation=ATTENTION,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        module: torch.nn.Module = self.model
+        module.to(spec.device).eval().requires_grad_(False)
+        limit = self.model.config.get_text_config().max_position_embeddings
+        if spec.max_model_tokens > limit:
+            raise EngineError(
+                f"prompt and response may have {spec.max_model_tokens} tokens, but {spec.model} was made for {limit}. "
+                "Lower data.max_prompt_tokens or data.max_response_tokens"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
+        self.waiting: deque[Request] = deque()
+        self.num_slots = self._num_slots()
+        self.cache = SlotCache(self.num_slots, spec.max_model_tokens)
+        self.rows = RunningRows(
+            self.num_slots,
+            spec.max_model_tokens,
+            end_ids=end_of_sequence_ids(spec.model, tokenizer, trust_remote_code=spec.trust_remote_code),
+            decode=text_decoder(tokenizer),
+        )
+
+    def _num_slots(self) -> int:
+        """How many responses of full length fit the memory for the cache, `max_requests` at most."""
+        probe = SlotCache(num_slots=1, max_tokens=1)
+        self._prefill_logits(probe, [np.zeros(1, np.int32)], prompt_of_slot=np.zeros(1, np.int64), slots=np.zeros(1, np.int64))
+        bytes_per_row = probe.num_bytes * self.spec.max_model_tokens
+        room = self.spec.cpu_cache_gib * 2**30
+        if self.spec.device.type == "cuda":
+            weights = sum(parameter.nbytes for parameter in self.model.parameters())
+            room = self.spec.memory_fraction * torch.cuda.mem_get_info(self.spec.device)[1] - weights
+        num_slots = min(self.spec.max_requests, int(room // bytes_per_row))
+        if num_slots < 1:
+            raise EngineError(
+                f"the cache of one response of {self.spec.max_model_tokens} tokens takes {bytes_per_row / 2**30:.2f} GiB, "
+                f"but the engine has {max(room, 0) / 2**30:.2f} GiB. "
+                "Raise rollout.memory_fraction (CUDA) or rollout.cpu_cache_gib (CPU)"
+            )
+        if num_slots < self.spec.max_requests:
+            logger.info(
+                "torch engine: %.1f GiB of cache hold %d responses of %d tokens at once, not the %d of rollout.max_requests",
+                room / 2**30, num_slots, self.spec.max_model_tokens, self.spec.max_requests,
+            )  # fmt: skip
+        return num_slots
+
+    def add(self, request: Request) -> None:
+        self.check_length(request)
+        self.waiting.append(request)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.waiting) + self.rows.count
+
+    def step(self) -> list[Response]:
+        responses: list[Response] = []
+        with torch.inference_mode():
+            if self.waiting and self.rows.num_free:
+                self._admit()
+                responses += self._take_finished()
+            if self.rows.count:
+                self._decode()
+                responses += self._take_finished()
+        return responses
+
+    def _admit(self) -> None:
+        """Start as many requests as there are free slots, with one pass over each distinct prompt."""
+        requests = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.rows.num_free))]
+        slots = self.rows.start(requests)
+        slots_of_prompt: dict[bytes, list[int]] = {}
+        for slot, request in zip(slots, requests, strict=True):
+            slots_of_prompt.setdefault(np.asarray(request.prompt, np.int32).tobytes(), []).append(int(slot))
+        groups = sorted(slots_of_prompt.items(), key=lambda group: len(group[0]), reverse=True)
+        while groups:
+            prompts_at_once = max(1, PREFILL_TOKENS * np.dtype(np.int32).itemsize // len(groups[0][0]))
+            chunk, groups = groups[:prompts_at_once], groups[prompts_at_once:]
+            prompts = [np.frombuffer(tokens, np.int32) for tokens, _ in chunk]
+            prompt_of_slot = np.repeat(np.arange(len(chunk)), [len(group) for _, group in chunk])
+            chunk_slots = np.concatenate([group for _, group in chunk])
+            logits_BV = self._prefill_logits(self.cache, prompts, prompt_of_slot=prompt_of_slot, slots=chunk_slots)
+            self._append(chunk_slots, logits_BV[self._to_device(prompt_of_slot)])
+
+    def _prefill_logits(
+        self, cache: SlotCache, prompts: Sequence[npt.NDArray[np.int32]], *, prompt_of_slot: Slots, slots: Slots
+    ) -> torch.Tensor:
+        """Run prompts into their slots; the logits of the token after each prompt."""
+        step = Prefill(
+            cache,
+            self._to_device(np.array([len(prompt) for prompt in prompts])),
+            prompt_of_slot=self._to_device(prompt_of_slot),
+            slots=self._to_device(slots),
+        )
+        tokens_T = self._to_device(np.concatenate(prompts).astype(np.int64))
+        return self._forward(tokens_T, step.positions_T, step, keep=step.last_B)
+
+    def _decode(self) -> None:
+        """One token for every running row."""
+        slots = self.rows.running
+        num_cached = self.rows.num_cached(slots)
+        positions_B = self._to_device(num_cached)
+        step = Decode(self.cache, positions_B, max_length=int(num_cached.max()))
+        self._append(slots, self._forward(self._to_device(self.rows.table["token"][slots]), positions_B, step, keep=0))
+
+    def _forward(
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, step: Step, *, keep: torch.Tensor | int
+    ) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = self.model(
+                input_ids=tokens_T[None],
+                position_ids=positions_T[None],
+                use_cache=False,
+                logits_to_keep=keep,
+                slot_step=step,
+            ).logits
+        return logits[0]
+
+    def _append(self, slots: Slots, logits_BV: torch.Tensor) -> None:
+        tokens_B, log_probs_B = choose(logits_BV, self.rows.sampling(slots, logits_BV.device))
+        self.rows.append(slots, tokens_B.cpu().numpy(), log_probs_B.cpu().numpy())
+
+    def _take_finished(self) -> list[Response]:
+        responses, moves = self.rows.take_finished()
+        if moves is not None:
+            self.cache.move(
+                sources=self._to_device(moves.sources), targets=self._to_device(moves.targets), num_tokens=moves.num_tokens
+            )
+        return responses
+
+    def _to_device(self, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(numbers)).to(self.spec.device)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.check_idle()
+        own = self.model.state_dict()
+        loaded: set[int] = set()  # by address: a tied weight counts under either of its names
+        for name, tensor in weights:
+            if name not in own or own[name].shape != tensor.shape:
+                found = f"has shape {tuple(own[name].shape)} in the engine" if name in own else "is unknown to the engine"
+                raise EngineError(f"weight {name!r} of shape {tuple(tensor.shape)} {found}")
+            own[name].copy_(tensor)
+            loaded.add(own[name].data_ptr())
+        if missing := [name for name, tensor in own.items() if tensor.data_ptr() not in loaded]:
+            raise EngineError(f"{len(missing)} of {len(own)} weights were not given: {', '.join(islice(missing, 5))}")
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_parameters()
+
+    def sleep(self) -> None:
+        self.check_idle()
+        self.cache.layers.clear()
+        if self.spec.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _check(spec: EngineSpec) -> None:
+    if spec.layout.tensor > 1:
+        raise EngineError(
+            f"rollout.tensor_parallel={spec.layout.tensor}, but the torch engine does not cut weights. "
+            "Use 1, or rollout.engine=vllm"
+        )
+    if spec.options:
+        raise EngineError(f"the torch engine takes no rollout.engine_options; found {', '.join(spec.options)}")

@@ -1,0 +1,171 @@
+"""The rollout role: responses to prompts, by a generation engine that runs in this process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from hybridflow import registry
+from hybridflow.batch import Batch, Ragged
+from hybridflow.config.schema import Config
+from hybridflow.errors import ConfigError, Mistake
+from hybridflow.parallel.layout import Layout
+from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
+from hybridflow.rollout.sampling import mixed_seed
+from hybridflow.rollout.step_thread import EngineThread
+from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.remote import remote
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("hybridflow")
+
+
+def training_sampling(config: Config) -> Sampling:
+    """How responses are drawn in training: `rollout.*` and `data.max_response_tokens`."""
+    rollout = config.rollout
+    return Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        max_tokens=config.data.max_response_tokens,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+        ignore_eos=rollout.ignore_eos,
+    )
+
+
+def validation_sampling(config: Config) -> Sampling:
+    """How responses are drawn in validation: `validation.*`, the ends of responses as in training, no log-probabilities."""
+    return Sampling(
+        temperature=config.validation.temperature,
+        top_p=config.validation.top_p,
+        top_k=config.validation.top_k,
+        max_tokens=config.data.max_response_tokens,
+        stop=tuple(config.rollout.stop),
+        stop_token_ids=tuple(config.rollout.stop_token_ids),
+        log_probs=False,
+    )
+
+
+class RolloutWorker(Worker):
+    """One engine for each data rank; its tensor ranks step the same engine with the same requests."""
+
+    def __init__(self, config: Config, context: RankContext):
+        super().__init__(config, context)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            config.model.tokenizer or config.model.path, trust_remote_code=config.model.trust_remote_code
+        )
+        engine_class = registry.load(config.rollout.engine, registry.ENGINES, key="rollout.engine")
+        if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
+            problem = f"{config.rollout.engine!r} is no subclass of hybridflow.rollout.base.Engine"
+            raise ConfigError([Mistake("rollout.engine", problem)])
+        start = time.perf_counter()
+        self.engine = EngineThread(engine_class(engine_spec(config, context)))
+        if (seconds := time.perf_counter() - start) > 5:
+            logger.info("rollout: engine %s started in %.0f s on rank %d", config.rollout.engine, seconds, context.rank)
+
+    @classmethod
+    def layout_of(cls, config: Config, num_ranks: int) -> Layout:
+        tensor = config.rollout.tensor_parallel
+        if num_ranks % tensor:
+            divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
+            problem = f"found {tensor}, which does not divide the {num_ranks} ranks of the pool. Use one of {divisors}"
+            raise ConfigError([Mistake("rollout.tensor_parallel", problem)])
+        return Layout(data=num_ranks // tensor, tensor=tensor)
+
+    @remote("split_by_data_rank")
+    def generate(self, batch: Batch, *, sampling: Sampling | None = None) -> Batch:
+        """One response to each row's `prompt`, as new columns: `response`, `response_text`, `response_tokens`, `truncated`,
+        and `rollout_log_probs` where `sampling.log_probs`. `sampling` is the configured one of training by default.
+
+        A response is a function of weights, prompt, sampling and the row's `seed` and `sample`.
+        """
+        sampling = sampling or training_sampling(self.config)
+        requests = [
+            Request(id=row, prompt=prompt.astype(np.int32, copy=False), sampling=sampling, seed=int(seed))
+            for row, (prompt, seed) in enumerate(zip(batch.tokens("prompt"), _seeds(batch), strict=True))
+        ]
+        return self._columns(self.engine.generate(requests), has_log_probs=sampling.log_probs)
+
+    def _columns(self, responses: list[Response], *, has_log_probs: bool) -> Batch:
+        rows = [response.tokens for response in responses]
+        columns = Batch.from_columns(
+            {
+                "response": Ragged.from_rows(rows, np.int32),
+                "response_text": list(self.tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)),
+            }
+        )
+        if has_log_probs:
+            log_probs = [response.log_probs for response in responses if response.log_probs is not None]
+            assert len(log_probs) == len(responses), "the engine left out log-probabilities that were asked for"
+            columns = columns.join(Batch.from_columns({"rollout_log_probs": Ragged.from_rows(log_probs, np.float32)}))
+        return columns.with_columns(
+            response_tokens=np.array([len(row) for row in rows], np.int64),
+            truncated=np.array([response.finish_reason == "length" for response in responses], np.bool_),
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the engine's weights by full tensors under their Hugging Face names. Waits until the engine is idle."""
+        with self.engine.paused() as engine:
+            engine.load_weights(weights)
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that the engine computes with, for checksums: see `Engine.named_weights`."""
+        with self.engine.paused() as engine:
+            yield from engine.named_weights()
+
+    @remote("one_to_all")
+    def sleep(self) -> None:
+        """Give the engine's memory to the other roles of this process."""
+        with self.engine.paused() as engine:
+            engine.sleep()
+
+    @remote("one_to_all")
+    def wake(self) -> None:
+        """Take the memory back, before weights are loaded or responses generated."""
+        with self.engine.paused() as engine:
+            engine.wake()
+
+    @remote("one_to_all")
+    def close(self) -> None:
+        """End the engine and its thread."""
+        self.engine.close()
+
+
+def engine_spec(config: Config, context: RankContext) -> EngineSpec:
+    """What the engine of this rank is built from."""
+    rollout = config.rollout
+    dtype = rollout.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if context.device.type == "cuda" else "float32"
+    return EngineSpec(
+        model=config.model.path,
+        dtype=dtype,
+        max_model_tokens=config.max_model_tokens,
+        max_requests=rollout.max_requests,
+        seed=config.run.seed,
+        device=context.device,
+        layout=context.layout,
+        rank=context.rank,
+        memory_fraction=rollout.memory_fraction,
+        cpu_cache_gib=rollout.cpu_cache_gib,
+        enforce_eager=rollout.enforce_eager,
+        options=dict(rollout.engine_options),
+        tokenizer=config.model.tokenizer,
+        trust_remote_code=config.model.trust_remote_code,
+        can_sleep=rollout.sleep == "always",
+    )
+
+
+def _seeds(batch: Batch) -> np.ndarray:
+    seed = cast(np.ndarray, batch["seed"])
+    sample = cast(np.ndarray, batch["sample"]) if "sample" in batch else np.zeros(len(batch), np.int64)
+    return mixed_seed(seed, sample)
