@@ -1,0 +1,321 @@
+"""Plots of a run, from its metrics.jsonl alone: whether it learns, whether it is healthy, and where the time goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from hybridflow.errors import DataError
+from hybridflow.trackers.jsonl import read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NOT_PHASES_OF_A_STEP = {"seconds/step", "seconds/validation", "seconds/checkpoint"}
+MAX_PHASES = 7
+"""Phases with a colour of their own; the shorter ones are drawn together."""
+SMOOTHED_FROM_STEPS = 40
+"""Runs of at least this many steps get a running mean over their raw values."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The numbers of a run."""
+
+    name: str
+    lines: list[dict[str, object]]
+    """One per step, as in metrics.jsonl."""
+
+    @property
+    def window(self) -> int:
+        """Steps whose mean is drawn; 1 where the run is short enough to see every step."""
+        return 1 if len(self.lines) < SMOOTHED_FROM_STEPS else max(5, len(self.lines) // 20)
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was measured and is a number."""
+        points = [(line["step"], line[metric]) for line in self.lines if metric in line]
+        numbers = [
+            (int(step), float(value)) for step, value in points if isinstance(step, int) and isinstance(value, int | float)
+        ]
+        return [step for step, _ in numbers], [value for _, value in numbers]
+
+    def names(self, prefix: str) -> list[str]:
+        """The metrics that begin with `prefix`, in the order of their first appearance."""
+        found = {name: None for line in self.lines for name in line if name.startswith(prefix)}
+        return [name for name in found if self.series(name)[0]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric over the steps."""
+
+    metric: str
+    label: str
+    color: str
+    with_ends: bool = False
+    """Say the first and the last value in the legend, and mark every point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One diagram of a figure. It is left out where none of its metrics were measured."""
+
+    title: str
+    unit: str
+    """Of the vertical axis."""
+    lines: tuple[Line, ...] = ()
+    axis: Literal["fitted", "from zero", "logarithmic"] = "fitted"
+    phases: bool = False
+    """Draw the seconds of all phases on top of each other, behind the lines."""
+
+
+def plot_run(folder: str | Path) -> list[Path]:
+    """Draw `plots/learning.png`, `plots/health.png` and `plots/speed.png` in the run's folder; returns their paths.
+
+    A figure of which nothing was measured is left out.
+
+    Raises:
+        DataError: the folder has no metrics.jsonl, or no step in it.
+    """
+    run = read_run(Path(folder))
+    target = Path(folder) / "plots"
+    target.mkdir(exist_ok=True)
+    paths = []
+    for name, panels in figures(run).items():
+        if measured := [panel for panel in panels if _is_measured(panel, run)]:
+            paths.append(_draw_figure(run, measured, target / f"{name}.png"))
+    return paths
+
+
+def read_run(folder: Path) -> Run:
+    """The metrics of the run in `folder`.
+
+    Raises:
+        DataError: there are none.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Give the folder of a run, which is `run.folder` of its configuration")
+    lines = read_lines(path)
+    if not lines:
+        raise DataError(f"{path} has no finished step yet. Try again after the first step")
+    return Run(folder.absolute().name, lines)
+
+
+def figures(run: Run) -> dict[str, tuple[Panel, ...]]:
+    """File name -> its panels, in reading order. The run says which metrics of the user's own there are."""
+    return {"learning": _learning(run), "health": HEALTH, "speed": SPEED}
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and the up to `window - 1` values before it."""
+    return [sum(part) / len(part) for part in (values[max(0, end - window) : end] for end in range(1, len(values) + 1))]
+
+
+def _learning(run: Run) -> tuple[Panel, ...]:
+    colors = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+    not_scores = ("/std", "tokens_mean", "truncated", "failed")
+    training = [name for name in run.names("reward/") if not name.endswith(not_scores)]
+    validation = [name for name in run.names("validation/") if not name.endswith(not_scores)]
+    training_lines = [
+        Line(name, "reward" if name == "reward/mean" else _words(name), color)
+        for name, color in zip(training, colors, strict=False)
+    ]
+    validation_lines = [
+        Line(name, _words(name), color, with_ends=True) for name, color in zip(validation, colors, strict=False)
+    ]
+    return (
+        Panel(title="Training: the step's responses", unit="mean over responses", lines=tuple(training_lines)),
+        Panel(title="Validation: held-out prompts", unit="mean over responses", lines=tuple(validation_lines)),
+    )
+
+
+def _words(metric: str) -> str:
+    return metric.partition("/")[2].removesuffix("/mean").replace("_", " ").replace("/", " ")
+
+
+def _is_measured(panel: Panel, run: Run) -> bool:
+    return any(run.series(line.metric)[0] for line in panel.lines)
+
+
+def _draw_figure(run: Run, panels: Sequence[Panel], path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_columns = min(2, len(panels))
+    num_rows = math.ceil(len(panels) / num_columns)
+    # Not pyplot: it keeps global state and asks for a display.
+    figure = Figure(figsize=(6.4 * num_columns, 4.1 * num_rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    smoothing = "" if run.window == 1 else f"   (thin: each step, bold: mean of the last {run.window} steps)"
+    figure.suptitle(f"{run.name}: {path.stem}{smoothing}", fontsize=12)
+    places = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, panel in zip(places, panels, strict=False):
+        _draw_panel(axes, panel, run)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.unit)
+    axes.grid(visible=True, color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if panel.phases:
+        _draw_phases(axes, run)
+    for line in panel.lines:
+        _draw_line(axes, line, run)
+    if panel.axis == "logarithmic":
+        axes.set_yscale("log")
+    if panel.axis == "from zero":
+        axes.set_ylim(bottom=0)
+    # Below the diagram: inside, it would cover the curves of some runs.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
+
+
+def _draw_line(axes: Axes, line: Line, run: Run) -> None:
+    """The metric; in long runs its running mean, with the raw values thin behind."""
+    steps, values = run.series(line.metric)
+    if not steps:
+        return
+    if line.with_ends:
+        ends = f"{line.label}: {values[0]:.3g} → {values[-1]:.3g}"
+        axes.plot(steps, values, color=line.color, label=ends, linewidth=1.8, marker="o", markersize=4)
+        return
+    if run.window > 1:
+        axes.plot(steps, values, color=line.color, alpha=0.3, linewidth=0.8)
+        values = running_mean(values, run.window)
+    marker = "o" if run.window == 1 else None
+    axes.plot(steps, values, color=line.color, label=line.label, linewidth=1.8, marker=marker, markersize=3)
+
+
+def _draw_phases(axes: Axes, run: Run) -> None:
+    """The longest phase at the bottom; phases that overlap in time add up to more than the step."""
+    lines = [line for line in run.lines if "seconds/step" in line]
+    columns = {
+        name: [_number(line.get(name)) for line in lines] for name in run.names("seconds/") if name not in NOT_PHASES_OF_A_STEP
+    }
+    longest = sorted(columns, key=lambda name: -sum(columns[name]))
+    stack = {name.removeprefix("seconds/"): columns[name] for name in longest[:MAX_PHASES]}
+    if rest := longest[MAX_PHASES:]:
+        stack[f"{len(rest)} shorter phases"] = [sum(parts) for parts in zip(*(columns[name] for name in rest), strict=True)]
+    steps = [_number(line["step"]) for line in lines]
+    bottom = [0.0] * len(lines)
+    for label, values in stack.items():
+        axes.bar(steps, values, bottom=bottom, width=1.0, label=label, alpha=0.75)
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+HEALTH = (
+    Panel(
+        title="How far the policy has moved",
+        unit="KL divergence, nats per token",
+        lines=(
+            Line("kl/mean", "from the reference", "tab:red"),
+            Line("actor/kl_to_reference", "from the reference, in the loss", "tab:orange"),
+            Line("actor/approx_kl", "within the step", "tab:purple"),
+        ),
+    ),
+    Panel(
+        title="Entropy of the policy",
+        unit="nats per token",
+        lines=(Line("actor/entropy", "entropy", "tab:green"),),
+    ),
+    Panel(
+        title="Losses",
+        unit="loss",
+        lines=(Line("actor/loss", "actor", "tab:blue"), Line("critic/loss", "critic", "tab:orange")),
+    ),
+    Panel(
+        title="Clipped by the loss",
+        unit="share of tokens",
+        axis="from zero",
+        lines=(
+            Line("actor/clip_fraction_high", "ratio above", "tab:blue"),
+            Line("actor/clip_fraction_low", "ratio below", "tab:cyan"),
+            Line("critic/value_clip_fraction", "value", "tab:orange"),
+        ),
+    ),
+    Panel(
+        title="Gradients before clipping",
+        unit="L2 norm",
+        axis="logarithmic",
+        lines=(Line("actor/grad_norm", "actor", "tab:blue"), Line("critic/grad_norm", "critic", "tab:orange")),
+    ),
+    Panel(
+        title="What the critic knows",
+        unit="share of the returns' variance",
+        lines=(Line("critic/explained_variance", "explained variance (1 is all of it)", "tab:orange"),),
+    ),
+    Panel(
+        title="Lengths",
+        unit="tokens",
+        axis="from zero",
+        lines=(
+            Line("response/tokens_mean", "response, mean", "tab:blue"),
+            Line("response/tokens_max", "response, longest", "tab:cyan"),
+            Line("prompt/tokens_mean", "prompt, mean", "tab:gray"),
+        ),
+    ),
+    Panel(
+        title="Engine against trainer",
+        unit="|difference of log-probabilities|, nats",
+        axis="logarithmic",
+        lines=(
+            Line("agreement/mean", "mean", "tab:green"),
+            Line("agreement/p99", "99th percentile", "tab:orange"),
+            Line("agreement/max", "largest", "tab:red"),
+        ),
+    ),
+)
+
+SPEED = (
+    Panel(
+        title="Where a step's time goes",
+        unit="seconds",
+        axis="from zero",
+        phases=True,
+        lines=(Line("seconds/step", "whole step", "black"),),
+    ),
+    Panel(
+        title="Throughput",
+        unit="prompt and response tokens per second",
+        axis="from zero",
+        lines=(Line("tokens_per_second", "tokens per second", "tab:blue"),),
+    ),
+    Panel(
+        title="Model FLOPs utilisation in training",
+        unit="share of the GPU's peak",
+        axis="from zero",
+        lines=(Line("mfu", "utilisation", "tab:green"),),
+    ),
+    Panel(
+        title="GPU memory of the fullest rank",
+        unit="GiB",
+        axis="from zero",
+        lines=(
+            Line("memory/peak_reserved_gib", "peak reserved", "tab:cyan"),
+            Line("memory/peak_allocated_gib", "peak allocated", "tab:blue"),
+        ),
+    ),
+    Panel(
+        title="What the controller costs",
+        unit="milliseconds per step",
+        axis="from zero",
+        lines=(Line("controller/milliseconds_per_step", "its own work", "tab:purple"),),
+    ),
+)
