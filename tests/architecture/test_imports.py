@@ -41,7 +41,7 @@ HOMES = {
     "wandb": ("trackers/wandb.py",),
     "torch.utils.tensorboard": ("trackers/tensorboard.py",),
     "tensorboard": ("trackers/tensorboard.py",),
-    "matplotlib": ("report.py",),
+    "matplotlib": ("trackers/plots.py",),
 }
 """Each dependency and the only places below hybridflow/ that may import it."""
 

