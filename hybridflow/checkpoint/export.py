@@ -1,0 +1,228 @@
+"""From a role's sharded weights to a Hugging Face folder, in one process and a few GiB of memory, whatever the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from hybridflow.checkpoint.sharded import METADATA, load_sharded, read_metadata
+from hybridflow.checkpoint.store import CheckpointStore, find
+from hybridflow.errors import CheckpointError
+from hybridflow.models.load import load_config, load_tokenizer
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+MODEL_KEY = "model."
+"""What the keys of weights begin with in a role's sharded state; the rest is the name in a Hugging Face checkpoint."""
+VALUE_HEAD = "value_head."
+ADAPTED, LOW, HIGH = ".base_layer.", ".lora_A.default.", ".lora_B.default."
+FILE_BYTES = 4 << 30
+"""Most bytes of weights in one file, and at once in memory (in the exported dtype)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The model that training started from: what it is made of is copied from there."""
+
+    path: str
+    tokenizer: str
+    trust_remote_code: bool
+    lora_scale: float
+    """What an adapter's product is multiplied by."""
+
+
+def export_checkpoint(
+    checkpoint: str | Path, folder: str | Path, *, role: str = "actor", dtype: DtypeName = "auto", source: str | None = None
+) -> Path:
+    """Write the weights of `role` to `folder` as a model that `AutoModelForCausalLM` loads, with configuration and tokenizer.
+
+    `checkpoint` may be a run's folder, which means its newest checkpoint. `dtype` auto is that of the model that training
+    started from; `source` says where that is, if it was moved. Adapters are merged. A model with a value head gives its
+    backbone, which `AutoModel` loads, and `value_head.safetensors` with `weight` and `bias`. `folder` is complete or absent.
+
+    Raises:
+        CheckpointError: there is no such checkpoint or role, a file is damaged, or `folder` cannot be written.
+        ModelError: the model that training started from does not load.
+    """
+    found, target = find(checkpoint), Path(folder).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty. Export to a new folder")
+    if not (found / role / METADATA).is_file():
+        roles = sorted(path.parent.name for path in found.glob(f"*/{METADATA}"))
+        raise CheckpointError(f"{found} has no weights of role {role!r}. It has those of: {', '.join(roles) or 'none'}")
+    CheckpointStore.verify(found)
+    origin = _source(CheckpointStore.read_state(found).config, role, source)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_model(found / role, temporary, origin, dtype)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target} could not be written: {error}. Make room there, or export elsewhere") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _write_model(weights_folder: Path, target: Path, origin: Source, dtype: DtypeName) -> None:
+    config = load_config(origin.path, trust_remote_code=origin.trust_remote_code)
+    exported = _dtype(config, dtype)
+    weights = SavedWeights(weights_folder, lora_scale=origin.lora_scale)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=origin.trust_remote_code)  # type: ignore[no-untyped-call]
+    head = [name for name in weights.shapes if name.startswith(VALUE_HEAD)]
+    names = _checked_names(weights, skeleton, has_value_head=bool(head))
+    if head:
+        values = {name.removeprefix(VALUE_HEAD): value.to(torch.float32) for name, value in weights.read(head).items()}
+        save_file(values, target / "value_head.safetensors", metadata={"format": "pt"})
+        config.architectures = [type(skeleton.base_model).__name__]
+    _write_weights(weights, target, exported, names)
+    config.dtype = exported
+    config.save_pretrained(target)
+    load_tokenizer(origin.tokenizer, trust_remote_code=origin.trust_remote_code).save_pretrained(target)
+    _copy_extras(origin, target, has_value_head=bool(head))
+
+
+class SavedWeights:
+    """The weights in a role's sharded state, under the names of a Hugging Face checkpoint, read on demand."""
+
+    def __init__(self, folder: Path, *, lora_scale: float):
+        self.folder, self.lora_scale = folder, lora_scale
+        self._saved: dict[str, TensorStorageMetadata] = {
+            key.removeprefix(MODEL_KEY): entry
+            for key, entry in read_metadata(str(folder)).state_dict_metadata.items()
+            if key.startswith(MODEL_KEY) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Name -> shape of each weight, adapters counted as part of the weight that they change."""
+        adapters = (LOW, HIGH)
+        return {
+            name.replace(ADAPTED, "."): entry.size
+            for name, entry in self._saved.items()
+            if not any(part in name for part in adapters)
+        }
+
+    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """The weights of these names, adapters merged, in the dtype that they were trained in."""
+        needed = [saved for name in names for saved in self._parts(name)]
+        state = {saved: torch.empty(self._saved[saved].size, dtype=self._saved[saved].properties.dtype) for saved in needed}
+        load_sharded(str(self.folder), {MODEL_KEY.rstrip("."): state}, None)
+        return {name: self._merged([state[saved] for saved in self._parts(name)]) for name in names}
+
+    def _parts(self, name: str) -> list[str]:
+        """What `name` is made of: itself, or the weight before adaptation with both factors of its adapter."""
+        if name in self._saved:
+            return [name]
+        layer, _, leaf = name.rpartition(".")
+        parts = [f"{layer}{ADAPTED}{leaf}", f"{layer}{LOW}{leaf}", f"{layer}{HIGH}{leaf}"]
+        return [part for part in parts if part in self._saved]
+
+    def _merged(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        if len(parts) < 3:
+            return parts[0]
+        weight, low, high = (part.to(torch.float32) for part in parts)
+        return weight + self.lora_scale * (high @ low)
+
+
+def _checked_names(weights: SavedWeights, skeleton: PreTrainedModel, *, has_value_head: bool) -> list[str]:
+    """The weights to be written: exactly what the model is made of, tied weights once."""
+    expected = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    if has_value_head:
+        inside = f"{skeleton.base_model_prefix}."
+        expected = {name: shape for name, shape in expected.items() if name.startswith(inside)}
+    once = set(skeleton.all_tied_weights_keys) - expected.keys()
+    found = {name: shape for name, shape in weights.shapes.items() if not name.startswith(VALUE_HEAD) and name not in once}
+    if different := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        first = different[0]
+        raise CheckpointError(
+            f"{weights.folder} does not fit {type(skeleton).__name__}: {len(different)} weights differ, the first is {first}: "
+            f"the checkpoint has {_shape(found.get(first))}, the model {_shape(expected.get(first))}. "
+            "Give the model that training started from by --source"
+        )
+    return list(found)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else f"shape {tuple(shape)}"
+
+
+def _write_weights(weights: SavedWeights, target: Path, dtype: torch.dtype, names: list[str]) -> None:
+    """One file for each `FILE_BYTES` of weights, named and indexed as Hugging Face does."""
+    shapes = weights.shapes
+    sizes = {name: shapes[name].numel() * dtype.itemsize for name in names}
+    files = list(_portions(sizes))
+    index: dict[str, str] = {}
+    for number, portion in enumerate(files, start=1):
+        file_name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = {name: weight.to(dtype).contiguous() for name, weight in weights.read(portion).items()}
+        save_file(tensors, target / file_name, metadata={"format": "pt"})
+        index |= dict.fromkeys(portion, file_name)
+    if len(files) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
+        (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
+
+
+def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in order, cut where the next one would exceed `FILE_BYTES`."""
+    names: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if names and total + size > FILE_BYTES:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    yield names
+
+
+def _copy_extras(origin: Source, target: Path, *, has_value_head: bool) -> None:
+    """Generation settings, and the code of a model that brings its own."""
+    if not has_value_head:
+        # A model without any is complete: its configuration says how sequences end.
+        with suppress(OSError):
+            GenerationConfig.from_pretrained(origin.path).save_pretrained(target)
+    if origin.trust_remote_code and Path(origin.path).is_dir():
+        for code in Path(origin.path).glob("*.py"):
+            shutil.copy(code, target)
+
+
+def _dtype(config: PretrainedConfig, name: DtypeName) -> torch.dtype:
+    if name == "auto":
+        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    assert name in get_args(DtypeName), f"dtype {name!r}"
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+
+
+def _source(config: Mapping[str, object], role: str, moved_to: str | None) -> Source:
+    """Where the model of `role` came from, by the run's configuration."""
+    model, own = _section(config, "model"), _section(config, role)
+    path = str(moved_to or own.get("path") or model.get("path") or "")
+    if not path:
+        raise CheckpointError(f"the checkpoint does not say which model {role!r} started from. Give it by --source")
+    rank, alpha = model.get("lora_rank", 0), model.get("lora_alpha", 0.0)
+    return Source(
+        path=path,
+        tokenizer=str(moved_to or model.get("tokenizer") or path),
+        trust_remote_code=bool(model.get("trust_remote_code", False)),
+        lora_scale=float(str(alpha)) / max(int(str(rank)), 1),
+    )
+
+
+def _section(config: Mapping[str, object], name: str) -> Mapping[str, object]:
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}

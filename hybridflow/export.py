@@ -1,0 +1,50 @@
+"""Write a checkpoint as a Hugging Face folder: `python -m hybridflow.export CHECKPOINT DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hybridflow.errors import HybridflowError
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hybridflow.export", description="Write a checkpoint as a Hugging Face folder."
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run for its newest one")
+    parser.add_argument("folder", metavar="DIR", help="new folder to write to")
+    parser.add_argument(
+        "--role", default="actor", help="whose weights (default: actor); a critic gives backbone and value head"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="auto: as the model that training started from",
+    )
+    parser.add_argument("--source", metavar="MODEL", help="the model that training started from, if it was moved since")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export, and say where to; returns the exit code."""
+    options = parse(arguments)
+    # Imported here, so that --help does not wait for torch.
+    from hybridflow.checkpoint.export import export_checkpoint
+
+    try:
+        folder = export_checkpoint(
+            options.checkpoint, options.folder, role=options.role, dtype=options.dtype, source=options.source
+        )
+    except HybridflowError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
