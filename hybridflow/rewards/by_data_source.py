@@ -1,0 +1,35 @@
+"""The rule that belongs to the dataset which a prompt comes from, so that several can be mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hybridflow.errors import RewardError
+from hybridflow.registry import nearest
+from hybridflow.rewards import gsm8k, math
+from hybridflow.rewards.call import RewardInput
+
+REWARD_NAME = "by_data_source"
+
+RULES = {
+    "openai/gsm8k": gsm8k.compute_score,
+    "hybridflow/arithmetic": gsm8k.compute_score,
+    "lighteval/MATH": math.compute_score,
+    "DigitalLearningGmbH/MATH-lighteval": math.compute_score,
+    "HuggingFaceH4/MATH-500": math.compute_score,
+}
+
+
+def compute_score(reward_input: RewardInput) -> Mapping[str, float]:
+    """The score by the rule of the data source.
+
+    Raises:
+        RewardError: no rule belongs to it.
+    """
+    source = reward_input["data_source"]
+    if source not in RULES:
+        raise RewardError(
+            f"no reward rule belongs to data_source {source!r}{nearest(str(source), RULES)} Known: {', '.join(RULES)}. "
+            "Set reward.name to one rule for all data, or reward.path to a file with a function compute_score of your own"
+        )
+    return RULES[source](reward_input)

@@ -1,0 +1,85 @@
+"""The reward role: scores responses by a rule or a user's function, in processes of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
+
+import numpy as np
+
+from hybridflow.batch import Array, Batch
+from hybridflow.config.schema import Config
+from hybridflow.rewards.call import RewardInput, Score
+from hybridflow.rewards.child import Failure
+from hybridflow.rewards.process_pool import RewardPool
+from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.remote import remote
+
+logger = logging.getLogger(__name__)
+
+
+class RewardWorker(Worker):
+    """Scores the rows of its rank. Its processes start at construction."""
+
+    is_distributed: ClassVar[bool] = False
+
+    def __init__(self, config: Config, context: RankContext):
+        super().__init__(config, context)
+        self.pool = RewardPool(config.reward)
+
+    @remote("split_by_data_rank")
+    def score(self, batch: Batch) -> Batch:
+        """Columns `reward` and `reward_failed`, and `reward/NAME` for each number that the function returned beside it.
+
+        A response whose function raised, timed out or ended its process gets `reward.failure_reward`, and NaN for the
+        numbers; the first such failure of a call is logged.
+
+        Raises:
+            RewardError: the function cannot score at all, for example because it does not know the data source.
+        """
+        results = self.pool.score(_reward_inputs(batch))
+        scores = [result if isinstance(result, Score) else Score(self.config.reward.failure_reward) for result in results]
+        failures = [result for result in results if isinstance(result, Failure)]
+        if failures:
+            self._log(failures, len(results))
+        names = dict.fromkeys(name for score in scores for name in score.metrics)
+        columns: dict[str, Array] = {
+            "reward": np.array([score.reward for score in scores], np.float32),
+            "reward_failed": np.array([isinstance(result, Failure) for result in results], np.bool_),
+        }
+        for name in names:
+            columns[f"reward/{name}"] = np.array([score.metrics.get(name, np.nan) for score in scores], np.float32)
+        return Batch(columns)
+
+    def _log(self, failures: Sequence[Failure], num_rows: int) -> None:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(f.reason for f in failures).items())
+        logger.warning(
+            "reward %r: %d of %d responses failed (%s) and get reward.failure_reward=%s. The first:\n%s",
+            self.pool.function.name,
+            len(failures),
+            num_rows,
+            reasons,
+            self.config.reward.failure_reward,
+            failures[0].detail.rstrip(),
+        )
+
+    @remote("one_to_all")
+    def close(self) -> None:
+        """End the scoring processes."""
+        self.pool.close()
+
+
+def _reward_inputs(batch: Batch) -> list[RewardInput]:
+    columns = (batch.objects(name) for name in ("response_text", "ground_truth", "data_source", "extra_info", "prompt_text"))
+    return [
+        RewardInput(
+            response=cast(str, response),
+            ground_truth=ground_truth,
+            data_source=cast(str, data_source),
+            extra_info=cast(Mapping[str, object], extra_info),
+            prompt=cast(str, prompt),
+        )
+        for response, ground_truth, data_source, extra_info, prompt in zip(*columns, strict=True)
+    ]
