@@ -267,8 +267,10 @@ class Batch:
 
     @staticmethod
     def concatenate(batches: Sequence[Batch]) -> Batch:
-        """The rows of all batches, one batch after the other. All must have the same columns."""
-        filled = [batch for batch in batches if len(batch)]
+        """The rows of all batches, one batch after the other. All must have the same columns, but for metrics of rows
+        (names with a slash): they are NaN where a batch lacks them, since a reward function may return others for other rows.
+        """
+        filled = _with_all_metrics([batch for batch in batches if len(batch)])
         if not filled:
             return batches[0] if batches else Batch()
         first = filled[0]
@@ -278,6 +280,14 @@ class Batch:
                 raise BatchError(f"batches to concatenate must have the same columns; only some have {', '.join(odd)}")
         light = {name: np.concatenate([batch.light[name] for batch in filled]) for name in first.light}
         return Batch(light, tuple(_concatenate_sources(filled)))
+
+
+def _with_all_metrics(batches: Sequence[Batch]) -> list[Batch]:
+    names = dict.fromkeys(name for batch in batches for name in batch.light if "/" in name)
+    return [
+        batch.with_columns(**{name: np.full(len(batch), np.nan, np.float32) for name in names if name not in batch.light})
+        for batch in batches
+    ]
 
 
 def _concatenate_sources(batches: Sequence[Batch]) -> Iterator[Source]:
