@@ -4,7 +4,8 @@
 
 Runs on CPU in about a minute. Three parts:
 1. a PPO-shaped step over 4,096 rows x 8,192 tokens with four per-token columns: bytes that pass through the controller;
-2. a call without work over 2 ranks, beside two plain Ray actor calls;
+2. a call without work over 2 ranks, beside two plain Ray actor calls that carry the same few bytes (role, method and no
+   arguments), and beside two that carry nothing;
 3. 48 MiB to 2 ranks and back, beside plain Ray `put`, call and `get` of the same bytes.
 Parts 2 and 3 are medians of interleaved repetitions in the same run.
 """
@@ -78,7 +79,7 @@ class DispatchWorker(Worker):
 class PlainActor:
     """The same work without the framework."""
 
-    def nothing(self) -> None:
+    def nothing(self, invocation: object = None) -> None:
         """A call without work."""
 
     def echo(self, payload: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -129,7 +130,8 @@ def measure(rows: int, tokens: int) -> dict[str, object]:
     noop = medians(
         200,
         hybridflow=group.nothing,
-        plain_ray=lambda: ray.get([actor.nothing.remote() for actor in plain]),
+        plain_ray=lambda: ray.get([actor.nothing.remote(("dispatch", "nothing", (), {})) for actor in plain]),
+        plain_ray_without_argument=lambda: ray.get([actor.nothing.remote() for actor in plain]),
     )
     payload = np.zeros(ECHO_BYTES // 4, np.float32)
     lengths = np.full(64, len(payload) // 64)
@@ -166,6 +168,8 @@ def main() -> None:
     for name in ("noop_seconds", "echo_48mib_seconds"):
         ours, plain = (statistics.median(result[name][side]) * 1e3 for side in ("hybridflow", "plain_ray"))
         print(f"{name.removesuffix('_seconds')}: {ours:.2f} ms, plain Ray {plain:.2f} ms, ratio {ours / plain:.2f}")
+    bare = statistics.median(result["noop_seconds"]["plain_ray_without_argument"]) * 1e3
+    print(f"noop of plain Ray without an argument: {bare:.2f} ms")
     if options.out:
         versions = {"python": platform.python_version(), "ray": ray.__version__, "numpy": np.__version__}
         stamp = {"date": time.strftime("%Y-%m-%d"), "versions": versions, "command": "python benchmarks/dispatch.py"}

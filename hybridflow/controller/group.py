@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -87,6 +87,7 @@ class GroupDispatcher:
 
     def __init__(self, role: str, pool: Pool, layout: Layout, *, timeout_s: float, log: CallLog):
         self.role, self.pool, self.layout, self.timeout_s, self.log = role, pool, layout, timeout_s, log
+        self.calls = [process.call.options(num_returns=2) for process in pool.processes]
 
     def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> GroupFuture:
         """Send the call to every rank and return at once.
@@ -116,8 +117,8 @@ class GroupDispatcher:
         protocol = protocol_class(self.layout)
         per_rank = protocol.distribute(arguments)
         replies = {
-            rank: process.call.options(num_returns=2).remote(self.role, method, given.args, given.kwargs)
-            for rank, (process, given) in enumerate(zip(self.pool.processes, per_rank, strict=True))
+            rank: call.remote((self.role, method, given.args, given.kwargs))
+            for rank, (call, given) in enumerate(zip(self.calls, per_rank, strict=True))
             if given is not None
         }
         num_bytes = sum(_sizes(per_rank))
@@ -138,32 +139,28 @@ class GroupDispatcher:
         return collected
 
     def _wait(self, call: Call, timeout_s: float) -> dict[int, Answer]:
-        rank_of = {answer: rank for rank, (answer, _) in call.replies.items()}
-        answers: dict[int, Answer] = {}
-        pending = list(rank_of)
-        deadline = time.monotonic() + timeout_s
-        while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise self._timed_out(call, [rank_of[answer] for answer in pending], timeout_s)
-            for answer in ready:
-                answers[rank_of[answer]] = self._answer_of(answer, rank_of[answer], call)
-        return answers
-
-    def _answer_of(self, reference: ray.ObjectRef[Answer], rank: int, call: Call) -> Answer:
+        references = {rank: answer for rank, (answer, _) in call.replies.items()}
         try:
-            answer: Answer = ray.get(reference)
+            # Raises as soon as one rank has failed, however long the others take.
+            answers: list[Answer] = ray.get(list(references.values()), timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            done = set(ray.wait(list(references.values()), num_returns=len(references), timeout=0)[0])
+            raise self._timed_out(call, [rank for rank, answer in references.items() if answer not in done], timeout_s) from None
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, WorkerError) else error) from None
         except ray.exceptions.RayActorError as error:
-            raise WorkerDiedError(
-                role=self.role,
-                rank=rank,
-                node=self.pool.nodes[rank],
-                method=call.name.partition(".")[2],
-                cause=f"The process died before it answered (killed, out of memory, or its node was lost). Ray says: {error}",
-            ) from None
-        return answer
+            raise self._died(call, references, error) from None
+        return dict(zip(references, answers, strict=True))
+
+    def _died(self, call: Call, references: Mapping[int, ray.ObjectRef[Answer]], error: Exception) -> WorkerDiedError:
+        rank = next(rank for rank, reference in references.items() if _has_died(reference))
+        return WorkerDiedError(
+            role=self.role,
+            rank=rank,
+            node=self.pool.nodes[rank],
+            method=call.name.partition(".")[2],
+            cause=f"The process died before it answered (killed, out of memory, or its node was lost). Ray says: {error}",
+        )
 
     def _timed_out(self, call: Call, ranks: Sequence[int], timeout_s: float) -> CallTimeoutError:
         stuck = ", ".join(f"rank {rank} (node {self.pool.nodes[rank]})" for rank in sorted(ranks))
@@ -171,6 +168,16 @@ class GroupDispatcher:
             f"{call.name} has not ended after {timeout_s:g} s on {len(ranks)} of {self.layout.num_ranks} ranks: {stuck}. "
             "Look at what they do with `ray stack` on that node, or raise run.timeout_s."
         )
+
+
+def _has_died(reference: ray.ObjectRef[Answer]) -> bool:
+    try:
+        ray.get(reference, timeout=0)
+    except ray.exceptions.RayActorError:
+        return True
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError):
+        return False
+    return False
 
 
 def _resolved(arguments: Arguments) -> Arguments:
@@ -187,7 +194,7 @@ def _sizes(per_rank: Sequence[Arguments | None]) -> list[int]:
     sizes: dict[int, int] = {id(None): 0}
     for given in per_rank:
         if given is not None and id(given) not in sizes:
-            sizes[id(given)] = pickled_size((given.args, given.kwargs))
+            sizes[id(given)] = pickled_size((*given.args, *given.kwargs.items()))
     return [sizes[id(given)] for given in per_rank]
 
 

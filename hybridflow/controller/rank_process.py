@@ -20,6 +20,10 @@ from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import RemoteMethod
 
 
+# Role, method, positional and keyword arguments. One argument of the Ray call, since each costs 0.1 ms.
+Invocation = tuple[str, str, tuple[object, ...], dict[str, object]]
+
+
 @dataclass(frozen=True)
 class StoredShard:
     """A shard in the object store. Fetching it on the node that holds it copies nothing."""
@@ -123,10 +127,9 @@ class RankProcess:
         except Exception as error:
             raise self._named(role, "__init__", error) from None
 
-    def call(
-        self, role: str, method: str, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> tuple[Answer, dict[str, Heavy]]:
+    def call(self, invocation: Invocation) -> tuple[Answer, dict[str, Heavy]]:
         """Run a marked method of a role; the second value goes to the object store."""
+        role, method, args, kwargs = invocation
         started = time.perf_counter()
         worker = self.workers[role]
         marked = _marked_method(type(worker), method)
@@ -153,7 +156,7 @@ def _marked_method(worker_class: type[Worker], name: str) -> RemoteMethod[Worker
 
 def _answer(result: object, seconds: float) -> tuple[Answer, dict[str, Heavy]]:
     if not isinstance(result, Batch):
-        return Answer(result, seconds=seconds, num_bytes=len(pickle.dumps(result))), {}
+        return Answer(result, seconds=seconds, num_bytes=_pickled_size(result)), {}
     heavy: dict[str, Heavy] = {}
     for source in result.sources:
         whole = [shard for shard in source.shards if isinstance(shard, LocalShard)]
@@ -165,6 +168,10 @@ def _answer(result: object, seconds: float) -> tuple[Answer, dict[str, Heavy]]:
         heavy_names=tuple(heavy),
         num_rows=len(result),
         seconds=seconds,
-        num_bytes=len(pickle.dumps(light)),
+        num_bytes=_pickled_size(light),
     )
     return answer, heavy
+
+
+def _pickled_size(value: object) -> int:
+    return 0 if value is None else len(pickle.dumps(value))

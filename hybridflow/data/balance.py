@@ -17,18 +17,30 @@ def balanced_parts(lengths: Lengths, num_parts: int) -> list[Rows]:
     """The rows of each of `num_parts` parts, ascending within a part.
 
     `lengths` has shape [B], in tokens. Longest row first, each to the part that has the fewest tokens so far (Graham 1969:
-    the largest part is at most 4/3 of the best possible). Rows of equal length are dealt out evenly. Deterministic. Parts
-    are empty only where there are fewer rows than parts.
+    the largest part is at most 4/3 of the best possible). Rows of equal length are dealt out evenly, in
+    runs. Deterministic. Parts are empty only where there are fewer rows than parts.
     """
     assert num_parts >= 1, f"rows cannot be divided into {num_parts} parts"
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    part_of = np.zeros(len(lengths), np.int32)
     # (tokens, rows, part): the number of rows breaks ties, so that rows without tokens spread too.
     heap = [(0, 0, part) for part in range(num_parts)]
     for row in _longest_first(lengths):
         tokens, count, part = heap[0]
-        parts[part].append(row)
+        part_of[row] = part
         heapq.heapreplace(heap, (tokens + int(lengths[row]), count + 1, part))
-    return [_ascending(part) for part in parts]
+    part_of = _in_runs(part_of, lengths)
+    return [np.flatnonzero(part_of == part).astype(np.int32) for part in range(num_parts)]
+
+
+def _in_runs(part_of: Rows, lengths: Lengths) -> Rows:
+    """The same sums with neighbours kept together: among rows of equal length, the first go to the first part.
+
+    Neighbouring rows are read from a shard without copying them one by one.
+    """
+    by_length = np.argsort(lengths, kind="stable")
+    in_runs = np.empty_like(part_of)
+    in_runs[by_length] = part_of[np.lexsort((part_of, lengths))]
+    return in_runs
 
 
 def token_budget_parts(lengths: Lengths, max_tokens: int, *, min_parts: int = 1) -> list[Rows]:
