@@ -188,6 +188,14 @@ class Engine(ABC):
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights that the engine computes with, under its own names; for checksums."""
 
+    def hugging_face_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Views of what this rank holds of each weight, under its Hugging Face name: whole, or its tensor rank's part.
+
+        Weights that the engine keeps in a form that cannot be compared bit by bit (repacked for its kernels) are left out;
+        where any is, the sync compares log-probabilities instead. By default the engine's own names are taken.
+        """
+        return self.named_weights()
+
     def sleep(self) -> None:  # noqa: B027, an engine may have nothing to give back
         """Give back the memory of the cache (and of the weights, where the engine can)."""
 

@@ -1,0 +1,123 @@
+"""Fingerprints of weights: one 64-bit number per tensor that changes with any bit and any exchange of elements.
+
+A tensor is read as a matrix of machine words x_rc over dim 0 and the rest; its fingerprint is
+sum over r and c of a_r b_c x_rc modulo 2^64, with a and b odd pseudo-random numbers. Sums over parts of the rows add up
+to the fingerprint of the whole, so ranks that hold shards need to exchange one number per tensor only. Nothing is
+copied to the host but these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+WORDS_AT_ONCE = 1 << 23
+"""Words multiplied at a time: bounds the temporary to 64 MiB."""
+
+
+class Fingerprints:
+    """Fingerprints of a fixed list of tensors, which are shown to it one at a time, whole or in parts of their rows."""
+
+    def __init__(self, shapes: Sequence[tuple[str, tuple[int, ...]]], *, dtype: torch.dtype, device: torch.device):
+        self.names = tuple(name for name, _ in shapes)
+        rows = np.array([_matrix_shape(shape)[0] for _, shape in shapes], np.int64)
+        ends = np.cumsum(rows)
+        self._starts: Mapping[str, int] = dict(zip(self.names, (ends - rows).tolist(), strict=True))
+        self._ends = torch.from_numpy(ends).to(device)
+        row_of = np.arange(rows.sum()) - np.repeat(ends - rows, rows)
+        self._row_weights = torch.from_numpy(odd_numbers(int(rows.max(initial=0)), stream=1)[row_of]).to(device)
+        widest = max((_matrix_shape(shape)[1] for _, shape in shapes), default=0)
+        self._column_weights = torch.from_numpy(odd_numbers(widest, stream=2)).to(device)
+        self._row_sums = torch.zeros(int(rows.sum()), dtype=torch.int64, device=device)
+        self._dtype = dtype
+        self._seen: set[str] = set()
+
+    def begin(self) -> None:
+        """Forget what was shown."""
+        self._row_sums.zero_()
+        self._seen.clear()
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Tensors not shown since `begin`."""
+        return tuple(name for name in self.names if name not in self._seen)
+
+    @torch.no_grad()
+    def add(self, name: str, tensor: torch.Tensor, *, first_row: int = 0) -> None:
+        """Show a tensor, or consecutive rows of it that begin at `first_row`."""
+        assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}, fingerprints are of {self._dtype}"
+        self._seen.add(name)
+        if not tensor.numel():
+            return
+        words_RC = _words(tensor)
+        start = self._starts[name] + first_row
+        sums_R = self._row_sums[start : start + len(words_RC)]
+        if words_RC.shape[1] == 1:
+            sums_R.copy_(words_RC[:, 0])
+            return
+        weights_C = self._column_weights[: words_RC.shape[1]]
+        rows_at_once = max(1, WORDS_AT_ONCE // words_RC.shape[1])
+        for low in range(0, len(words_RC), rows_at_once):
+            part = slice(low, low + rows_at_once)
+            torch.sum(words_RC[part] * weights_C, dim=1, out=sums_R[part])
+
+    @torch.no_grad()
+    def finish(self) -> torch.Tensor:
+        """Shape [tensors], int64, in the order of the names. Integer sums wrap around, so any order of adding is exact."""
+        sums = torch.cumsum(self._row_sums * self._row_weights, dim=0)[self._ends - 1]
+        return torch.diff(sums, prepend=sums.new_zeros(1))
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a tensor that one tensor rank of an engine holds."""
+
+    dim: int
+    start: int
+    length: int
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The region, as a view."""
+        return whole.narrow(self.dim, self.start, self.length)
+
+
+def region_held(shape: Sequence[int], held_shape: Sequence[int], *, tensor_rank: int, num_tensor_ranks: int) -> Region | None:
+    """Which region of a tensor of `shape` rank `tensor_rank` of an engine holds, told by the shape of its part; None for
+    the whole. Where parts are larger than an even cut (fewer key-value heads than ranks), neighbours hold the same part.
+    """
+    if tuple(shape) == tuple(held_shape):
+        return None
+    dims = [dim for dim, (size, held) in enumerate(zip(shape, held_shape, strict=True)) if size != held]
+    assert len(dims) == 1, f"an engine that holds {tuple(held_shape)} of {tuple(shape)} cuts more than one dim"
+    size, length = shape[dims[0]], held_shape[dims[0]]
+    sharing = max(1, num_tensor_ranks * length // size)
+    return Region(dims[0], tensor_rank // sharing * length, length)
+
+
+def odd_numbers(count: int, *, stream: int) -> npt.NDArray[np.int64]:
+    """Pseudo-random odd 64-bit numbers: splitmix64 of (stream, index), Steele et al. 2014."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = (np.arange(1, count + 1, dtype=np.uint64) + np.array(stream, np.uint64) * np.uint64(1 << 40)) * golden
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((state ^ (state >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits as a matrix [rows, words], in the widest integer that divides a row, so that few are multiplied."""
+    rows, columns = _matrix_shape(tuple(tensor.shape))
+    matrix = tensor.detach().reshape(rows, columns).contiguous()
+    row_bytes = columns * matrix.element_size()
+    size = next(size for size in (8, 4, 2, 1) if row_bytes % size == 0)
+    if matrix.storage_offset() * matrix.element_size() % size:
+        matrix = matrix.clone()  # a wider view must start at a multiple of its width
+    return matrix.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[size])

@@ -1,0 +1,67 @@
+"""Do engine and trainer agree on a few tokens? The check where an engine's weights cannot be read back.
+
+The engine answers the same fixed prompt after every sync, long enough to fill blocks of its prefix cache, so that a
+cache left over from older weights shows as well.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from hybridflow.batch import Batch, Ragged
+from hybridflow.config.schema import Config
+from hybridflow.errors import WeightMismatchError
+from hybridflow.rollout.base import Engine, Request, Sampling
+from hybridflow.workers.base import RankContext
+
+PROMPT_TOKENS = 300
+"""Two blocks of the largest default, 128 tokens (vLLM on CPU), and some more."""
+RESPONSE_TOKENS = 8
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Mean |difference| in nats, by the coarser dtype of the two sides. Kernels alone differ by 1e-5 and 2e-2."""
+
+
+@runtime_checkable
+class ScoresRows(Protocol):
+    """A worker that computes log-probabilities of responses."""
+
+    def log_probs(self, batch: Batch) -> Batch:
+        """Column `log_probs` for `prompt` and `response`."""
+        ...
+
+
+def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContext) -> float:
+    """Mean |difference| of log-probabilities between engine and trainer over the probe's tokens, in nats.
+
+    Every rank of the pool calls this: scoring is a forward pass of all.
+
+    Raises:
+        WeightMismatchError: it is above the tolerance.
+    """
+    response_tokens = min(RESPONSE_TOKENS, engine.spec.max_model_tokens - 1)
+    prompt_tokens = min(PROMPT_TOKENS, engine.spec.max_model_tokens - response_tokens)
+    prompt = (np.arange(prompt_tokens) * 7 % 61 + 3).astype(np.int32)
+    sampling = Sampling(temperature=config.rollout.temperature, max_tokens=response_tokens, ignore_eos=True)
+    (response,) = engine.generate([Request(id=0, prompt=prompt, sampling=sampling, seed=config.run.seed)])
+    assert response.log_probs is not None, "the engine left out log-probabilities that were asked for"
+    row = Batch.from_columns(
+        {
+            "prompt": Ragged.from_rows([prompt], np.int32),
+            "response": Ragged.from_rows([response.tokens], np.int32),
+            "prompt_tokens": np.array([len(prompt)]),
+            "response_tokens": np.array([len(response.tokens)]),
+        }
+    )
+    trained = actor.log_probs(row).tokens("log_probs").values
+    difference = float(np.abs(trained - response.log_probs).mean())
+    coarse = "bfloat16" in (engine.spec.dtype, config.model.compute_dtype) or context.device.type == "cuda"
+    tolerance = TOLERANCE["bfloat16" if coarse else "float32"]
+    if not difference <= tolerance:  # not a number counts as different
+        raise WeightMismatchError(
+            f"after the weight sync the engine of {context.role} rank {context.rank} gives {len(response.tokens)} probe tokens "
+            f"log-probabilities that differ from the trainer's by {difference:.3g} nats on average; {tolerance} is allowed. "
+            "Either weights did not arrive, or the engine still serves prefixes cached under older ones"
+        )
+    return difference

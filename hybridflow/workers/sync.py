@@ -1,0 +1,139 @@
+"""Weights from the actor to the engine, as the workers see it: in one process, or from pool to pool.
+
+Colocated: `rollout.sync_weights()`. On separate pools, once `address = actor.transfer_address()` and both sides'
+`open_transfer(address)`, then after each step `actor.send_weights.start()` together with `rollout.receive_weights()`.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from hybridflow.config.schema import Config
+from hybridflow.metrics import Metric, Metrics
+from hybridflow.resharding.links import TransferStore, host_transfer, join_transfer
+from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings, WeightReceiver, WeightSender
+from hybridflow.resharding.verify import Place
+from hybridflow.rollout.step_thread import EngineThread
+from hybridflow.workers.base import RankContext
+from hybridflow.workers.probe import ScoresRows, probe
+
+
+@runtime_checkable
+class HoldsWeights(Protocol):
+    """A worker whose weights an engine can take."""
+
+    def named_tensors(self) -> Sequence[tuple[str, torch.Tensor]]:
+        """The current weights under their Hugging Face names, in an order that never changes, tied ones once."""
+        ...
+
+
+class RolloutSync:
+    """The receiving side, one per rollout worker."""
+
+    def __init__(self, config: Config, context: RankContext, engine: EngineThread):
+        self.config, self.context, self.engine = config, context, engine
+        self.colocated: ColocatedSync | None = None
+        self.receiver: WeightReceiver | None = None
+
+    def from_peer(self) -> Metrics:
+        """Take the weights of the actor in this process. Every rank of the pool calls this.
+
+        Raises:
+            WeightMismatchError: the engine holds something else afterwards.
+        """
+        actor = self.context.peers["actor"]
+        assert isinstance(actor, HoldsWeights), "role 'actor' has no named_tensors()"
+        if self.colocated is None:
+            self.colocated = ColocatedSync(sync_settings(self.config, self.context), self.context.group)
+        with self.engine.paused() as engine:
+            report = self.colocated.sync(actor.named_tensors(), engine)
+            if report.unreadable and self.config.rollout.verify_weights and isinstance(actor, ScoresRows):
+                probe(engine, actor, self.config, self.context)
+        return as_metrics(report)
+
+    def open(self, address: str) -> None:
+        """Meet the actors' pool at `host:port`."""
+        store = join_transfer(address, device=self.context.device, timeout_s=self.config.run.timeout_s)
+        self.receiver = WeightReceiver(
+            sync_settings(self.config, self.context),
+            store,
+            rank=self.context.rank,
+            num_ranks=self.context.layout.num_ranks,
+        )
+
+    def receive(self) -> Metrics:
+        """Take the weights that the actors send meanwhile.
+
+        Raises:
+            WeightMismatchError: the engine holds something else afterwards.
+        """
+        assert self.receiver is not None, "open_transfer comes before receive_weights"
+        with self.engine.paused() as engine:
+            return as_metrics(self.receiver.receive(engine))
+
+
+class ActorSync:
+    """The sending side, one per actor worker."""
+
+    def __init__(self, config: Config, context: RankContext):
+        self.config, self.context = config, context
+        self.store: TransferStore | None = None
+        self.sender: WeightSender | None = None
+
+    def address(self) -> str:
+        """Open the meeting place on this rank: `host:port`."""
+        self.store, port = host_transfer(device=self.context.device, timeout_s=self.config.run.timeout_s)
+        return f"{_own_host()}:{port}"
+
+    def open(self, address: str) -> None:
+        """Meet the pool of the engines at `host:port`."""
+        store = self.store or join_transfer(address, device=self.context.device, timeout_s=self.config.run.timeout_s)
+        self.sender = WeightSender(
+            sync_settings(self.config, self.context),
+            store,
+            rank=self.context.rank,
+            num_ranks=self.context.layout.num_ranks,
+        )
+
+    def send(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Metrics:
+        """Send these weights to every rank that receives."""
+        assert self.sender is not None, "open_transfer comes before send_weights"
+        return as_metrics(self.sender.send(tensors), prefix="sync/send_")
+
+
+def sync_settings(config: Config, context: RankContext) -> SyncSettings:
+    """What the configuration says about syncs, on this rank. Both sides must come to the same dtype and bucket size."""
+    dtype = config.rollout.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if context.device.type == "cuda" else "float32"
+    layout = context.layout
+    return SyncSettings(
+        dtype=dtype,
+        bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
+        verify=config.rollout.verify_weights,
+        device=context.device,
+        place=Place(context.role, context.rank, layout.tensor_rank(context.rank), layout.tensor),
+    )
+
+
+def as_metrics(report: SyncReport, *, prefix: str = "sync/") -> Metrics:
+    """Bytes as the mean over ranks, seconds as those of the slowest."""
+    metrics = {f"{prefix}seconds_{part}": Metric(seconds, kind="max") for part, seconds in report.seconds.items()}
+    metrics[f"{prefix}seconds"] = Metric(sum(report.seconds.values()), kind="max")
+    metrics[f"{prefix}bytes_received"] = Metric(float(report.bytes_received))
+    metrics[f"{prefix}tensors_unreadable"] = Metric(float(len(report.unreadable)), kind="max")
+    return Metrics(metrics)
+
+
+def _own_host() -> str:
+    """The address by which other machines reach this one. Nothing is sent: connecting UDP only picks an interface."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probing:
+        try:
+            probing.connect(("192.0.2.1", 9))  # TEST-NET-1, RFC 5737: routed like any other address
+        except OSError:
+            return "127.0.0.1"
+        return str(probing.getsockname()[0])
