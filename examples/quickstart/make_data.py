@@ -2,8 +2,11 @@
 
     python examples/quickstart/make_data.py --folder DIR --seed 0
 
-gives DIR/train.parquet and DIR/validation.parquet in the schema of docs/data.md. The column `response` is read by
-supervised fine-tuning only. No problem is in both files.
+gives DIR/train.parquet and DIR/validation.parquet in the schema of docs/data.md. No problem is in both files.
+
+The column `response` is read by supervised fine-tuning only. In the training file it is the homework of a careless pupil:
+half of the answers are off by one, two or three. Who imitates it learns the format and roughly the sum; which answer is
+right is left to be learned from rewards.
 """
 
 from __future__ import annotations
@@ -19,26 +22,36 @@ import pyarrow.parquet as pq
 DATA_SOURCE = "hybridflow/arithmetic"
 FIRST, SECOND = range(1000), range(10)
 NUM_VALIDATION = 1024
+SLIP_PROBABILITY = 0.5
+SLIPS = (-3, -2, -1, 1, 2, 3)
 
 
-def make_row(first: int, second: int) -> dict[str, object]:
-    """One problem as a row of the data files, for example `437+8=` with the response `#### 445`."""
-    answer = str(first + second)
+def make_row(first: int, second: int, *, slip: int = 0) -> dict[str, object]:
+    """One problem as a row of the data files, for example `437+8=` with the response `#### 445`.
+
+    `slip` is how far the response is off; the ground truth is always right.
+    """
+    answer = first + second
     return {
         "data_source": DATA_SOURCE,
         "prompt": f"{first}+{second}=",
-        "response": f"#### {answer}",
-        "reward_model": {"style": "rule", "ground_truth": answer},
+        "response": f"#### {max(0, answer + slip)}",
+        "reward_model": {"style": "rule", "ground_truth": str(answer)},
         "extra_info": {"first": first, "second": second},
     }
 
 
 def make_problems(seed: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
     """Training and validation rows: all 10,000 sums in an order that depends on `seed`, cut in two."""
+    draw = random.Random(seed)
     pairs = [(first, second) for first in FIRST for second in SECOND]
-    random.Random(seed).shuffle(pairs)
-    rows = [make_row(first, second) for first, second in pairs]
-    return rows[NUM_VALIDATION:], rows[:NUM_VALIDATION]
+    draw.shuffle(pairs)
+    validation = [make_row(first, second) for first, second in pairs[:NUM_VALIDATION]]
+    train = [
+        make_row(first, second, slip=draw.choice(SLIPS) if draw.random() < SLIP_PROBABILITY else 0)
+        for first, second in pairs[NUM_VALIDATION:]
+    ]
+    return train, validation
 
 
 def write_data(folder: Path, *, seed: int) -> tuple[Path, Path]:

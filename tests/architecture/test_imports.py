@@ -36,8 +36,6 @@ HOMES = {
     "pebble": ("rewards/",),
     "math_verify": ("rewards/",),
     "peft": ("models/",),
-    "transformers": ("models/", "data/", "rollout/", "checkpoint/"),
-    "rich": ("trackers/", "controller/"),
     "wandb": ("trackers/wandb.py",),
     "torch.utils.tensorboard": ("trackers/tensorboard.py",),
     "tensorboard": ("trackers/tensorboard.py",),
