@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from hybridflow.columns import writer_of
 from hybridflow.errors import BatchError
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]  # columns.py says which dtype each column has
 Positions = range | npt.NDArray[np.int32]
 
 # Mean tokens per row from which copying row by row is faster than one indexed copy: equal at 16, 4 times faster at 64.

@@ -77,6 +77,7 @@ class Algorithm(ABC):
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take back what `state_dict` gave."""
+        assert not state, f"{type(self).__name__} does not know what to do with the saved {', '.join(state)}"
 
     def updates(self, batch: Batch, *, rows_per_update: int, epochs: int) -> list[Batch]:
         """The rows of each update of this step: every epoch visits all rows in an order drawn from (seed, step, epoch)."""

@@ -161,5 +161,7 @@ class PPO(Algorithm):
         assert isinstance(options, Config)
         mistakes = check_prompts_per_update(run, options.prompts_per_update or run.data.prompts_per_step)
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
-            mistakes.append(Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward, or fixed"))
+            mistakes.append(
+                Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward, or fixed")
+            )
         return mistakes

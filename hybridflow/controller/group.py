@@ -16,7 +16,7 @@ from hybridflow import registry
 from hybridflow.batch import Batch, Heavy, LocalShard, Source
 from hybridflow.controller.cost import CallLog, pickled_size
 from hybridflow.controller.protocols import Arguments, Protocol
-from hybridflow.controller.rank_process import Answer, StoredShard
+from hybridflow.controller.rank_process import Answer, RankProcess, StoredShard
 from hybridflow.errors import CallTimeoutError, WorkerDiedError, WorkerError
 from hybridflow.parallel.layout import Layout
 
@@ -28,7 +28,7 @@ class Pool:
     """The processes of one pool, one per rank."""
 
     name: str
-    processes: list[ActorHandle]
+    processes: list[ActorHandle[RankProcess]]
     nodes: list[str]
     """Machine of each rank."""
     queue: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
@@ -116,7 +116,7 @@ class GroupDispatcher:
         assert isinstance(protocol_class, type) and issubclass(protocol_class, Protocol), f"{protocol_name} is not a Protocol"
         protocol = protocol_class(self.layout)
         per_rank = protocol.distribute(arguments)
-        replies = {
+        replies: dict[int, Reply] = {
             rank: call.remote((self.role, method, given.args, given.kwargs))
             for rank, (call, given) in enumerate(zip(self.calls, per_rank, strict=True))
             if given is not None
@@ -145,7 +145,8 @@ class GroupDispatcher:
             answers: list[Answer] = ray.get(list(references.values()), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError:
             done = set(ray.wait(list(references.values()), num_returns=len(references), timeout=0)[0])
-            raise self._timed_out(call, [rank for rank, answer in references.items() if answer not in done], timeout_s) from None
+            late = [rank for rank, answer in references.items() if answer not in done]
+            raise self._timed_out(call, late, timeout_s) from None
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, WorkerError) else error) from None
         except ray.exceptions.RayActorError as error:
@@ -203,7 +204,7 @@ def to_store(batch: Batch) -> Batch:
     sources = []
     for source in batch.sources:
         shards = [
-            StoredShard(ray.put(shard.columns), shard.num_rows) if isinstance(shard, LocalShard) else shard
+            StoredShard(ray.put(dict(shard.columns)), shard.num_rows) if isinstance(shard, LocalShard) else shard
             for shard in source.shards
         ]
         sources.append(Source(source.names, tuple(shards), source.positions))

@@ -22,6 +22,7 @@ from hybridflow.errors import PlacementError, WorkerError
 from hybridflow.workers.base import Worker
 
 if TYPE_CHECKING:
+    from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.data import DataWorker
     from hybridflow.workers.reward import RewardWorker
     from hybridflow.workers.rollout import RolloutWorker
@@ -45,6 +46,15 @@ class Launched:
         data = self.groups["data"]
         assert isinstance(data, DataWorker)
         return data
+
+    @property
+    def actor(self) -> ActorWorker | None:
+        """The group that trains the policy, where the algorithm has one."""
+        from hybridflow.workers.actor import ActorWorker
+
+        actor = self.groups.get("actor")
+        assert actor is None or isinstance(actor, ActorWorker)
+        return actor
 
     @property
     def rollout(self) -> RolloutWorker | None:

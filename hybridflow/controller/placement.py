@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -96,7 +97,7 @@ def _start_rank(
     resources: Mapping[str, float],
     device: str,
     environment: dict[str, str],
-) -> ray.actor.ActorHandle:
+) -> ActorHandle[RankProcess]:
     place = RankPlace(
         pool=pool,
         rank=rank,

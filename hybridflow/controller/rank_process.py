@@ -19,7 +19,6 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import RemoteMethod
 
-
 # Role, method, positional and keyword arguments. One argument of the Ray call, since each costs 0.1 ms.
 Invocation = tuple[str, str, tuple[object, ...], dict[str, object]]
 

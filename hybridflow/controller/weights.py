@@ -1,6 +1,46 @@
-"""Keeping the rollout engine's weights equal to the actor's."""
+"""Keeping the weights of the rollout engines equal to the actor's."""
 
 from __future__ import annotations
 
 from hybridflow.controller.launch import Launched
 from hybridflow.metrics import Metrics
+
+
+class WeightSync:
+    """Brings the actor's weights to the engines whenever they have changed."""
+
+    def __init__(self, launched: Launched):
+        self.actor, self.rollout = launched.actor, launched.rollout
+        self.is_needed = self.actor is not None and self.rollout is not None
+        self.is_colocated = self.is_needed and launched.places["actor"].pool == launched.places["rollout"].pool
+        self.is_open = False
+        self.is_stale = True
+        """Whether the actor's weights may differ from the engines'. The loop sets it after each step."""
+
+    def sync(self) -> Metrics:
+        """Make the engines' weights those of the actor, if they are not. `sync/...` says what it took.
+
+        Raises:
+            WeightMismatchError: an engine holds something else afterwards.
+        """
+        if not self.is_needed or not self.is_stale:
+            return Metrics()
+        metrics = self._within_pool() if self.is_colocated else self._between_pools()
+        self.is_stale = False
+        return metrics
+
+    def _within_pool(self) -> Metrics:
+        assert self.rollout is not None
+        return self.rollout.sync_weights()
+
+    def _between_pools(self) -> Metrics:
+        assert self.actor is not None and self.rollout is not None
+        if not self.is_open:
+            address = self.actor.transfer_address()
+            opening = self.actor.open_transfer.start(address)
+            self.rollout.open_transfer(address)
+            opening.result()
+            self.is_open = True
+        sending = self.actor.send_weights.start()
+        received = self.rollout.receive_weights()
+        return received + sending.result()
