@@ -1,0 +1,60 @@
+"""Tensor mathematics of the algorithms, each formula once. Ragged rows lie end to end; nothing is padded.
+
+Importing this package does not import torch; touching one of its names does. Algorithm files can therefore name
+`ops.PolicyLoss` and still be checked by a configuration that never gets as far as training.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridflow.ops.advantages import expand_rows as expand_rows
+    from hybridflow.ops.advantages import gae as gae
+    from hybridflow.ops.advantages import group_normalized as group_normalized
+    from hybridflow.ops.advantages import kl_in_reward as kl_in_reward
+    from hybridflow.ops.advantages import leave_one_out as leave_one_out
+    from hybridflow.ops.advantages import token_rewards as token_rewards
+    from hybridflow.ops.advantages import whiten as whiten
+    from hybridflow.ops.correction import ImportanceCorrection as ImportanceCorrection
+    from hybridflow.ops.kl import AdaptiveKL as AdaptiveKL
+    from hybridflow.ops.kl import FixedKL as FixedKL
+    from hybridflow.ops.kl import KLController as KLController
+    from hybridflow.ops.kl import kl_estimate as kl_estimate
+    from hybridflow.ops.log_probs import LinearLogProbs as LinearLogProbs
+    from hybridflow.ops.log_probs import linear_log_probs as linear_log_probs
+    from hybridflow.ops.losses import Loss as Loss
+    from hybridflow.ops.losses import NextTokenLoss as NextTokenLoss
+    from hybridflow.ops.losses import PolicyLoss as PolicyLoss
+    from hybridflow.ops.losses import TokenBatch as TokenBatch
+    from hybridflow.ops.losses import ValueLoss as ValueLoss
+    from hybridflow.ops.losses import explained_variance as explained_variance
+    from hybridflow.ops.reduce import Aggregation as Aggregation
+    from hybridflow.ops.reduce import Counts as Counts
+    from hybridflow.ops.reduce import TokenMetric as TokenMetric
+    from hybridflow.ops.reduce import accumulate as accumulate
+    from hybridflow.ops.reduce import to_metrics as to_metrics
+    from hybridflow.ops.reduce import token_weights as token_weights
+
+_NAMES = {
+    "advantages": ("expand_rows", "gae", "group_normalized", "kl_in_reward", "leave_one_out", "token_rewards", "whiten"),
+    "correction": ("ImportanceCorrection",),
+    "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_estimate"),
+    "log_probs": ("LinearLogProbs", "linear_log_probs"),
+    "losses": ("Loss", "NextTokenLoss", "PolicyLoss", "TokenBatch", "ValueLoss", "explained_variance"),
+    "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "to_metrics", "token_weights"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,85 @@
+"""Kullback-Leibler divergence between policies: per-token estimates, and what sets the weight of the penalty.
+
+T tokens of all rows end to end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+MAX_LOG_RATIO = 20.0
+"""Beyond it the exponential of a difference of log-probabilities says no more than `far off` and would overflow float32."""
+
+
+def kl_estimate(log_probs_T: Tensor, reference_T: Tensor, kind: KLEstimator) -> Tensor:
+    """Estimates of KL(policy || reference) in nats at tokens that the policy sampled: shape [T].
+
+    J. Schulman, "Approximating KL divergence" (2020), with r = reference / policy. k1 = -log r is unbiased and may be
+    negative; k2 = (log r)^2 / 2 is biased; k3 = r - 1 - log r is unbiased and never negative.
+    """
+    log_ratio_T = reference_T - log_probs_T
+    match kind:
+        case "k1":
+            return -log_ratio_T
+        case "k2":
+            return 0.5 * log_ratio_T.square()
+        case "k3":
+            log_ratio_T = log_ratio_T.clamp(max=MAX_LOG_RATIO)
+            return log_ratio_T.expm1() - log_ratio_T  # expm1, since r - 1 loses all digits where the policies agree
+
+
+class KLController(ABC):
+    """Sets the weight of the KL penalty."""
+
+    def __init__(self, coefficient: float):
+        self.coefficient = coefficient
+
+    @abstractmethod
+    def update(self, observed_kl: float, num_rows: int) -> None:
+        """Take note of the mean KL of a step with `num_rows` rows; later reads of `coefficient` may differ."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take back what `state_dict` gave."""
+        assert not state, f"{type(self).__name__} keeps no state, but was given {dict(state)}"
+
+
+class FixedKL(KLController):
+    """A weight that stays as configured."""
+
+    def update(self, observed_kl: float, num_rows: int) -> None:
+        pass
+
+
+class AdaptiveKL(KLController):
+    """A weight steered towards a target KL by a proportional controller in log space.
+
+    Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2: coefficient *= 1 + K e with e = clip(KL / target - 1, -0.2, 0.2). The
+    gain K is `num_rows / horizon`, so that steps of any size react alike per row.
+    """
+
+    MAX_ERROR = 0.2
+
+    def __init__(self, coefficient: float, target: float, horizon: float):
+        super().__init__(coefficient)
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, observed_kl: float, num_rows: int) -> None:
+        error = min(max(observed_kl / self.target - 1.0, -self.MAX_ERROR), self.MAX_ERROR)
+        self.coefficient *= 1.0 + error * num_rows / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.coefficient = state["coefficient"]

@@ -1,0 +1,228 @@
+"""Losses, as values that the controller sends to the workers: a worker calls one on each microbatch.
+
+B rows, T response tokens of all rows of the microbatch end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hybridflow.ops.correction import ImportanceCorrection
+from hybridflow.ops.kl import MAX_LOG_RATIO, KLEstimator, kl_estimate
+from hybridflow.ops.reduce import Aggregation, TokenMetric
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """What a loss is computed from: one microbatch."""
+
+    log_probs_T: Tensor | None = None
+    """The policy's log-probabilities in nats, with gradient; None for a critic."""
+    values_T: Tensor | None = None
+    """The critic's values, with gradient; None for a policy."""
+    entropy_T: Tensor | None = None
+    """In nats, with gradient where the loss says `needs_entropy`."""
+    columns: Mapping[str, Tensor]
+    """The batch columns that the loss asked for, each of shape [T]; per-row columns repeated over the row's tokens."""
+    lengths_B: Tensor
+    """Response tokens of each row, on the device of the rest."""
+    weights_T: Tensor
+    """What `token_weights` gave for these rows."""
+
+
+class Loss(Protocol):
+    """What a worker's `update` takes. Must pickle."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Batch columns that it reads."""
+        ...
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `TokenBatch.entropy_T` must be there."""
+        ...
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """How token losses become one number."""
+        ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The constant length of aggregation `sequence_sum`."""
+        ...
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
+        """This microbatch's part of the loss of the update, shape [], and metrics."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """The clipped surrogate of PPO, less an entropy bonus, plus the KL to the reference.
+
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7, with the two bounds of the ratio apart (DAPO, arXiv:2503.14476, eq. 10) and
+    a bound of the loss where the advantage is negative (dual clip, arXiv:1912.09729, eq. 5).
+    """
+
+    clip: tuple[float, float] = (0.2, 0.2)
+    """The probability ratio is kept within [1 - low, 1 + high]."""
+    dual_clip: float | None = None
+    """Where the advantage is negative, the ratio counts at most this; above 1. None for no bound."""
+    entropy_coefficient: float = 0.0
+    kl_coefficient: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+    advantage: Literal["advantages", "advantage"] = "advantages"
+    """Column with one advantage per token, or with one per row."""
+    old_log_probs: Literal["log_probs", "rollout_log_probs", "current"] = "log_probs"
+    """Denominator of the ratio: a column, or the present log-probabilities themselves, for the only update of a step."""
+    aggregation: Aggregation = "token_mean"
+    max_tokens: int | None = None
+    correction: ImportanceCorrection | None = None
+    """Weights between the old log-probabilities and the engine's; None for none."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        names: list[str] = [self.advantage]
+        names += [self.old_log_probs] if self.old_log_probs != "current" else []
+        names += ["reference_log_probs"] if self.kl_coefficient else []
+        names += ["rollout_log_probs"] if self.correction else []
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.entropy_coefficient != 0.0
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
+        assert batch.log_probs_T is not None, "a policy loss needs log-probabilities"
+        log_probs_T, weights_T = batch.log_probs_T, batch.weights_T
+        old_T = log_probs_T.detach() if self.old_log_probs == "current" else batch.columns[self.old_log_probs]
+        loss_T, metrics = self.surrogate(log_probs_T, old_T, batch.columns[self.advantage])
+        if self.correction is not None:
+            correction_T, correction_metrics = self.correction.weights(
+                old_T, batch.columns["rollout_log_probs"], batch.lengths_B
+            )
+            loss_T = loss_T * correction_T
+            metrics |= correction_metrics
+        metrics["policy_loss"] = TokenMetric.mean(loss_T, weights_T)
+        metrics["negative_log_prob"] = TokenMetric.mean(-log_probs_T)
+        if batch.entropy_T is not None:
+            metrics["entropy"] = TokenMetric.mean(batch.entropy_T)
+        if self.entropy_coefficient:
+            assert batch.entropy_T is not None, "an entropy bonus needs entropies"
+            loss_T = loss_T - self.entropy_coefficient * batch.entropy_T
+        if self.kl_coefficient:
+            kl_T = kl_estimate(log_probs_T, batch.columns["reference_log_probs"], self.kl_estimator)
+            loss_T = loss_T + self.kl_coefficient * kl_T
+            metrics["kl_to_reference"] = TokenMetric.mean(kl_T)
+        metrics["loss"] = TokenMetric.mean(loss_T, weights_T)
+        return (loss_T * weights_T).sum(), metrics
+
+    def surrogate(self, log_probs_T: Tensor, old_T: Tensor, advantage_T: Tensor) -> tuple[Tensor, dict[str, TokenMetric]]:
+        """The clipped loss of each token, shape [T], and what was clipped.
+
+        With r = policy / old and advantage A: -min(r A, clip(r) A); where A < 0 at most -dual_clip A.
+        """
+        low, high = self.clip
+        # Without a bound an overflowing ratio that the minimum leaves out would still give gradient 0 * inf.
+        ratio_T = (log_probs_T - old_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        clipped_T = ratio_T.clamp(1.0 - low, 1.0 + high)
+        loss_T = -torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
+        with torch.no_grad():
+            is_upper_T = (advantage_T > 0) & (ratio_T > 1.0 + high)
+            is_lower_T = (advantage_T < 0) & (ratio_T < 1.0 - low)
+            metrics = {
+                "clip_fraction": TokenMetric.mean(is_upper_T | is_lower_T),
+                "clip_fraction_upper": TokenMetric.mean(is_upper_T),
+                "clip_fraction_lower": TokenMetric.mean(is_lower_T),
+                "approx_kl": TokenMetric.mean(kl_estimate(old_T, log_probs_T, "k3")),
+                "ratio_max": TokenMetric.max(ratio_T),
+            }
+        if self.dual_clip is not None:
+            bound_T = -self.dual_clip * advantage_T
+            metrics["dual_clip_fraction"] = TokenMetric.mean((advantage_T < 0) & (loss_T > bound_T))
+            loss_T = torch.where(advantage_T < 0, torch.minimum(loss_T, bound_T), loss_T)
+        return loss_T, metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueLoss:
+    """Half the squared error of the critic, the larger of the one as it is and the one with the value's change clipped.
+
+    Not in a paper's equation: the reference implementation of PPO (openai/baselines, ppo2); without the clip
+    arXiv:1707.06347, eq. 9.
+    """
+
+    clip: float | None = 0.5
+    """Values may move this far from those of collection; None for any distance."""
+    aggregation: Aggregation = "token_mean"
+    max_tokens: int | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("returns",) if self.clip is None else ("returns", "values")
+
+    @property
+    def needs_entropy(self) -> bool:
+        return False
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
+        assert batch.values_T is not None, "a value loss needs values"
+        values_T, returns_T = batch.values_T, batch.columns["returns"]
+        error_T = returns_T - values_T
+        loss_T = 0.5 * error_T.square()
+        metrics = {
+            "values": TokenMetric.mean(values_T),
+            "returns": TokenMetric.mean(returns_T),
+            "returns_sq": TokenMetric.mean(returns_T.double().square()),
+            "value_error": TokenMetric.mean(error_T),
+            "value_error_sq": TokenMetric.mean(error_T.double().square()),
+        }
+        if self.clip is not None:
+            old_T = batch.columns["values"]
+            clipped_T = old_T + (values_T - old_T).clamp(-self.clip, self.clip)
+            clipped_loss_T = 0.5 * (clipped_T - returns_T).square()
+            metrics["clip_fraction"] = TokenMetric.mean(clipped_loss_T > loss_T)
+            loss_T = torch.maximum(loss_T, clipped_loss_T)
+        metrics["loss"] = TokenMetric.mean(loss_T, batch.weights_T)
+        return (loss_T * batch.weights_T).sum(), metrics
+
+
+def explained_variance(metrics: Mapping[str, float], prefix: str = "") -> float:
+    """1 - Var(returns - values) / Var(returns) over everything that `metrics` of a `ValueLoss` have counted.
+
+    1 is a perfect critic, 0 one that knows the mean only. `prefix` stands before the metrics' names, such as `critic/`. NaN
+    where the returns do not vary.
+    """
+    of = {name: metrics[f"{prefix}{name}"] for name in ("returns", "returns_sq", "value_error", "value_error_sq")}
+    variance = of["returns_sq"] - of["returns"] ** 2
+    if variance <= 1e-12 * of["returns_sq"]:
+        return float("nan")
+    return 1.0 - (of["value_error_sq"] - of["value_error"] ** 2) / variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenLoss:
+    """The mean negative log-probability of the dataset's tokens: supervised fine-tuning."""
+
+    aggregation: Aggregation = "token_mean"
+    max_tokens: int | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def needs_entropy(self) -> bool:
+        return False
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
+        assert batch.log_probs_T is not None, "a next-token loss needs log-probabilities"
+        loss_T = -batch.log_probs_T
+        return (loss_T * batch.weights_T).sum(), {"loss": TokenMetric.mean(loss_T, batch.weights_T)}
