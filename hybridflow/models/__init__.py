@@ -1,0 +1,1 @@
+"""Language models as training sees them: loading, packed rows, attention over them, output heads, adapters."""

@@ -1,0 +1,176 @@
+"""Causal attention within the rows of a packed sequence, registered with transformers under the name `NAME`.
+
+The spans of the rows reach it through the keyword `row_spans` of the model's forward. B rows, T tokens, Hq query and
+Hk key-value heads, D channels of a head, P tokens with padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from hybridflow.errors import ModelError
+from hybridflow.models.packing import Padding, RowSpans
+from hybridflow.parallel.sequence import SequenceGroup
+
+NAME = "hybridflow_packed"
+FLASH_NAME = "hybridflow_packed_flash"
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RowSpans, float], torch.Tensor]
+"""(query [T, Hq, D], key [T, Hk, D], value [T, Hk, D], spans, scale) -> [T, Hq, D]."""
+
+
+def implementation(choice: Literal["auto", "flash_attn", "torch"], device: torch.device) -> str:
+    """The name under which transformers finds the attention for this device.
+
+    Raises:
+        ModelError: flash-attn was asked for, and is not installed or the device is not CUDA.
+    """
+    if choice == "torch" or (choice == "auto" and (device.type != "cuda" or not _has_flash_attn())):
+        return NAME
+    if device.type != "cuda":
+        raise ModelError(
+            f"model.attention=flash_attn needs a CUDA device, and this rank computes on {device}. Use torch or auto"
+        )
+    if not _has_flash_attn():
+        raise ModelError("model.attention=flash_attn, but flash-attn is not installed. Install it, or use torch")
+    return FLASH_NAME
+
+
+def _has_flash_attn() -> bool:
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _attention_of(kernel_for: Callable[[torch.device], Kernel]) -> Callable[..., tuple[torch.Tensor, None]]:
+    """transformers' calling convention around a kernel: takes [1, heads, T, D], gives [1, T, heads, D]."""
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        row_spans: RowSpans,
+        sequence_group: SequenceGroup | None = None,
+        **others: object,
+    ) -> tuple[torch.Tensor, None]:
+        _refuse_what_would_be_ignored(row_spans, sliding_window, others)
+        assert query.shape[0] == 1, "packed attention takes one sequence that holds all rows"
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        query_THD, key_THD, value_THD = (states[0].transpose(0, 1) for states in (query, key, value))
+        if sequence_group is not None:
+            key_THD, value_THD = (sequence_group.repeat_heads(s, query_THD.shape[1]) for s in (key_THD, value_THD))
+            query_THD, key_THD, value_THD = (sequence_group.to_heads(s) for s in (query_THD, key_THD, value_THD))
+        output_THD = kernel_for(query.device)(query_THD, key_THD, value_THD, row_spans, scale)
+        if sequence_group is not None:
+            output_THD = sequence_group.to_tokens(output_THD)
+        return output_THD[None], None
+
+    return attend
+
+
+def _refuse_what_would_be_ignored(spans: RowSpans, sliding_window: int | None, others: dict[str, object]) -> None:
+    if sliding_window is not None and spans.max_tokens > sliding_window:
+        raise ModelError(
+            f"a row has {spans.max_tokens} tokens and the model attends to the last {sliding_window} only (sliding window), "
+            "which packed attention does not do. Keep prompt and response within the window, or use another model"
+        )
+    for name in ("softcap", "s_aux"):
+        if others.get(name) is not None:
+            raise ModelError(f"the model's attention uses {name}, which packed attention does not do. Use another model")
+
+
+class _Pad(torch.autograd.Function):
+    """[T, H, D] to [P, H, D]. Padding takes no gradient, so going back is a plain selection instead of a scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, states_THD: torch.Tensor, padding: Padding) -> torch.Tensor:
+        ctx.padding = padding
+        return states_THD.index_select(0, padding.source_P)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PHD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_PHD.index_select(0, ctx.padding.place_T), None
+
+
+class _Unpad(torch.autograd.Function):
+    """[P, H, D] to [T, H, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, states_PHD: torch.Tensor, padding: Padding) -> torch.Tensor:
+        ctx.padding = padding
+        return states_PHD.index_select(0, padding.place_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad_PHD = grad_THD.index_select(0, ctx.padding.source_P)
+        return grad_PHD.masked_fill_(ctx.padding.is_padding_P[:, None, None], 0.0), None
+
+
+def _padded_buckets(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, spans: RowSpans, scale: float
+) -> torch.Tensor:
+    """Any device: rows of similar length padded on the right, where the causal mask hides the padding."""
+    padding = spans.padding
+    sizes = [bucket.num_rows * bucket.longest for bucket in padding.buckets]
+    padded = [_Pad.apply(states, padding) for states in (query_THD, key_THD, value_THD)]  # type: ignore[no-untyped-call]
+    parts = [states.split(sizes) for states in padded]
+    outputs = []
+    for bucket, *states in zip(padding.buckets, *parts, strict=True):
+        shape = (bucket.num_rows, bucket.longest, -1, query_THD.shape[-1])
+        query, key, value = (s.view(shape).transpose(1, 2) for s in states)
+        is_grouped = query.shape[1] != key.shape[1]
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    attended_THD: torch.Tensor = _Unpad.apply(torch.cat(outputs), padding)  # type: ignore[no-untyped-call]
+    return attended_THD
+
+
+def _torch_varlen(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, spans: RowSpans, scale: float
+) -> torch.Tensor:
+    """CUDA with torch's own kernel. Heads are repeated since `enable_gqa` came after torch 2.11."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeats = query_THD.shape[1] // key_THD.shape[1]
+    if repeats > 1:
+        key_THD, value_THD = key_THD.repeat_interleave(repeats, dim=1), value_THD.repeat_interleave(repeats, dim=1)
+    starts, longest = spans.starts_B1, spans.max_tokens
+    attended = varlen_attn(query_THD, key_THD, value_THD, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
+    assert isinstance(attended, torch.Tensor), "varlen_attn gives more than the output only where asked to"
+    return attended
+
+
+def _flash_varlen(
+    query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, spans: RowSpans, scale: float
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    starts, longest = spans.starts_B1, spans.max_tokens
+    attended: torch.Tensor = flash_attn_varlen_func(
+        query_THD, key_THD, value_THD, starts, starts, longest, longest, softmax_scale=scale, causal=True
+    )
+    return attended
+
+
+def _torch_kernel(device: torch.device) -> Kernel:
+    return _torch_varlen if device.type == "cuda" else _padded_buckets
+
+
+def _flash_kernel(device: torch.device) -> Kernel:
+    return _flash_varlen
+
+
+# No mask function is registered beside them: transformers then builds no mask and asks the device nothing.
+AttentionInterface.register(NAME, _attention_of(_torch_kernel))
+AttentionInterface.register(FLASH_NAME, _attention_of(_flash_kernel))

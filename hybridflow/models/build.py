@@ -1,0 +1,105 @@
+"""From a folder to a model that is cut over the ranks of its role and ready to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hybridflow.models.heads import ValueModel
+from hybridflow.models.load import ModelSource, load_causal_lm
+from hybridflow.models.lora import Adapters, add_adapters, merged_weights
+from hybridflow.models.policy import PolicyModel
+from hybridflow.ops.log_probs import EAGER, compiled_kernels
+from hybridflow.parallel import fsdp
+from hybridflow.parallel.layout import Layout
+from hybridflow.parallel.mesh import ensure_process_group, sequence_group, shard_mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a model is built from."""
+
+    source: ModelSource
+    layout: Layout
+    device: torch.device
+    compute_dtype: torch.dtype
+    chunk_tokens: int
+    """Tokens whose logits exist at once."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    adapters: Adapters | None = None
+
+
+def build_policy(spec: ModelSpec) -> PolicyModel:
+    """A policy, sharded over all ranks, each of which calls this.
+
+    Raises:
+        ModelError: the model does not load, or cannot be trained on packed rows.
+    """
+    causal_lm = _load(spec)
+    ranks = sequence_group(spec.layout, spec.device.type)
+    kernels = compiled_kernels() if spec.compile else EAGER
+    model = PolicyModel(causal_lm, chunk_tokens=spec.chunk_tokens, kernels=kernels, sequence_group=ranks)
+    fsdp.shard(model, _layers(model), sharding=_sharding(spec))
+    return model
+
+
+def build_value_model(spec: ModelSpec) -> ValueModel:
+    """A value model on the backbone of a causal language model, likewise."""
+    causal_lm = _load(spec)
+    model = ValueModel(causal_lm, sequence_group=sequence_group(spec.layout, spec.device.type))
+    fsdp.shard(model, _layers(model), in_float32=[model.value_head], sharding=_sharding(spec))
+    return model
+
+
+def _load(spec: ModelSpec) -> PreTrainedModel:
+    """Rank 0 reads the weights; the others only need the shapes."""
+    ensure_process_group(spec.device)
+    causal_lm = load_causal_lm(spec.source, is_skeleton=dist.get_rank() != 0)
+    if spec.adapters is not None:
+        add_adapters(causal_lm, spec.adapters)
+    if spec.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.compile:
+        for layer in _layers(causal_lm):
+            layer.compile(dynamic=True)
+    return causal_lm
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: what is gathered, checkpointed and compiled as one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _sharding(spec: ModelSpec) -> fsdp.Sharding:
+    mesh = shard_mesh(spec.layout, spec.device.type)
+    return fsdp.Sharding(mesh=mesh, compute_dtype=spec.compute_dtype, device=spec.device)
+
+
+def parameters_by_name(model: PolicyModel | ValueModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, under the name it has in a Hugging Face checkpoint; adapters under peft's names."""
+    for name, parameter in model.named_parameters():
+        yield _hugging_face_name(model, name), parameter
+
+
+def named_tensors(model: PolicyModel | ValueModel) -> list[tuple[str, torch.Tensor]]:
+    """The trained weights under their Hugging Face names, tied ones once, adapters merged; every rank calls this."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if any(".base_layer." in name for name in weights):
+        merged = merged_weights(model)
+        kept = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
+        weights = kept | merged
+    return [(_hugging_face_name(model, name), weight) for name, weight in weights.items()]
+
+
+def _hugging_face_name(model: PolicyModel | ValueModel, name: str) -> str:
+    if isinstance(model, PolicyModel):
+        return name.removeprefix("causal_lm.")
+    prefix = model.backbone.base_model_prefix
+    return f"{prefix}.{name.removeprefix('backbone.')}" if name.startswith("backbone.") else name

@@ -1,0 +1,43 @@
+"""The value model: the backbone of a language model with one number per token on top.
+
+R response tokens, H hidden channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hybridflow.models.packing import Packed
+from hybridflow.models.policy import predicting_states
+from hybridflow.parallel.sequence import SequenceGroup
+
+
+class ValueHead(nn.Module):
+    """A linear map to one number, computed in float32. Begins at zero: without a guess nothing is expected."""
+
+    def __init__(self, hidden_size: int, device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+
+    def forward(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """Values: shape [R], float32."""
+        return torch.mv(hidden_RH.float(), self.weight[0]) + self.bias
+
+
+class ValueModel(nn.Module):
+    """Expected return before each response token, read off at the position before it."""
+
+    def __init__(self, causal_lm: PreTrainedModel, *, sequence_group: SequenceGroup | None = None):
+        super().__init__()
+        self.backbone = causal_lm.base_model
+        device = next(causal_lm.parameters()).device
+        self.value_head = ValueHead(causal_lm.config.get_text_config().hidden_size, device)
+        self.sequence_group = sequence_group
+
+    def forward(self, packed: Packed) -> torch.Tensor:
+        """Values at each response token of all rows: shape [R], float32, in units of the reward."""
+        values_R: torch.Tensor = self.value_head(predicting_states(self.backbone, packed, self.sequence_group))
+        return values_R if self.sequence_group is None else self.sequence_group.gather(values_R, packed.share_sizes)

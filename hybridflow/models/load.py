@@ -1,0 +1,152 @@
+"""Reading language models and tokenizers from a local Hugging Face folder or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from hybridflow.errors import ModelError
+
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ALTERED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping", "attention_chunk_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Which model, and how it is to be built."""
+
+    path: str
+    """Local folder or hub name of a causal language model."""
+    attention: str
+    """Name under which transformers finds the attention; see `attention.implementation`."""
+    dtype: torch.dtype
+    """Of the parameters."""
+    trust_remote_code: bool = False
+
+
+def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False) -> PreTrainedModel:
+    """The model on the CPU, ready for training without dropout; a skeleton has its shapes but no values (meta device).
+
+    Raises:
+        ModelError: the folder or name holds no causal language model that can be trained on packed rows.
+    """
+    config = load_config(source.path, trust_remote_code=source.trust_remote_code)
+    with _explained(source.path, "a causal language model"):
+        model = _skeleton(source, config) if is_skeleton else _with_weights(source, config)
+    _check_trainable(model, source.path)
+    _switch_off_dropout(model)
+    return model
+
+
+def _skeleton(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=source.dtype, attn_implementation=source.attention, trust_remote_code=source.trust_remote_code
+        )
+    return model
+
+
+def _with_weights(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+    # Bars of several roles and ranks would overwrite each other.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        config=config,
+        dtype=source.dtype,
+        attn_implementation=source.attention,
+        trust_remote_code=source.trust_remote_code,
+    )
+    return model
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's own configuration.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if _looks_local(path) and not (Path(path) / "config.json").is_file():
+        found = "no such folder" if not Path(path).is_dir() else "no config.json in it"
+        raise ModelError(f"model folder {path!r}: {found}. Give a Hugging Face model folder, or a name on the hub")
+    with _explained(path, "a model configuration"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return config
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        ModelError: there is none, or it has no end of sequence.
+    """
+    if _looks_local(path) and not Path(path).is_dir():
+        raise ModelError(f"tokenizer folder {path!r}: no such folder. Give a Hugging Face folder, or a name on the hub")
+    with _explained(path, "a tokenizer (set model.tokenizer where it is kept elsewhere)"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {path!r} has no end-of-sequence token, so no response would ever end. Give it one")
+    return tokenizer
+
+
+def _looks_local(path: str) -> bool:
+    """Whether `path` can only be meant as a folder here: hub names have at most one slash and begin with neither / nor ."""
+    return Path(path).is_dir() or path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
+@contextmanager
+def _explained(path: str, wanted: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        text = str(error).strip().splitlines()
+        reason = " ".join(text[:2]) if text else "no further words"
+        raise ModelError(f"{path!r} does not load as {wanted}: {type(error).__name__}: {reason}") from error
+
+
+def _check_trainable(model: PreTrainedModel, path: str) -> None:
+    """Refuse what would be computed wrongly instead of computing it."""
+    if not model._supports_attention_backend:
+        raise ModelError(
+            f"{path!r} ({type(model).__name__}) does not take its attention from transformers' AttentionInterface, so packed "
+            "rows would see each other. Use a model whose class in transformers supports it"
+        )
+    settings = model.config.get_text_config().to_dict()
+    if odd := set(settings.get("layer_types") or ()) - _KNOWN_LAYER_TYPES:
+        raise ModelError(
+            f"{path!r} has layers of type {', '.join(sorted(odd))}, which do not train on packed rows. Use another model"
+        )
+    if altered := [name for name in _ALTERED_LOGITS if settings.get(name) not in (None, 1, 1.0)]:
+        raise ModelError(
+            f"{path!r} sets {', '.join(altered)}, which the chunked output layer does not apply. Use another model"
+        )
+    if not isinstance(output_layer(model), nn.Linear):
+        raise ModelError(f"{path!r} ({type(model).__name__}) has no linear output layer over a vocabulary, so it is no policy")
+    if model.base_model is model:
+        raise ModelError(f"{path!r} ({type(model).__name__}) does not separate its backbone from its output layer")
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer from hidden channels to the vocabulary."""
+    layer: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return layer
+
+
+def _switch_off_dropout(model: PreTrainedModel) -> None:
+    """Old and new log-probabilities must come from the same network, so nothing is dropped at random."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,97 @@
+"""The actor: the policy that is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hybridflow.batch import Batch, Ragged
+from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.remote import remote
+
+if TYPE_CHECKING:
+    import torch
+
+    from hybridflow.config.schema import Config
+    from hybridflow.metrics import Metrics
+    from hybridflow.ops import Loss
+    from hybridflow.parallel.layout import Layout
+    from hybridflow.workers.microbatches import Microbatch
+
+
+class ActorWorker(Worker):
+    """A share of the policy, with its optimizer."""
+
+    def __init__(self, config: Config, context: RankContext):
+        from hybridflow.models.build import build_policy
+        from hybridflow.workers.model_spec import trained_model
+        from hybridflow.workers.training import TrainingCore
+
+        super().__init__(config, context)
+        self.model = build_policy(trained_model(config, context, config.actor.path))
+        self.core = TrainingCore(self.model, config.actor, context)
+        self.temperature = config.rollout.temperature or 1.0  # greedy rollouts train the distribution as it is
+
+    @classmethod
+    def layout_of(cls, config: Config, num_ranks: int) -> Layout:
+        from hybridflow.workers.model_spec import training_layout
+
+        return training_layout(config, num_ranks)
+
+    @remote("one_to_all")
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """The learning rate of this step's updates."""
+        self.core.begin_step(step, total_steps)
+
+    @remote("split_by_data_rank")
+    def log_probs(self, batch: Batch) -> Batch:
+        """Columns `log_probs` and, light, `entropy`: the mean over each row's tokens, in nats. Under the current weights."""
+
+        def forward(microbatch: Microbatch) -> dict[str, torch.Tensor]:
+            log_probs_R, entropy_R = self.model(microbatch.packed, temperature=self.temperature, with_entropy=True)
+            return {"log_probs": log_probs_R, "entropy": entropy_R}
+
+        columns = self.core.evaluate(batch, forward)
+        return Batch.from_columns({"log_probs": columns["log_probs"], "entropy": row_means(columns["entropy"])})
+
+    @remote("split_by_data_rank")
+    def update(self, batch: Batch, *, loss: Loss) -> Metrics:
+        """One optimizer step on exactly these rows. Metrics are named `actor/...`.
+
+        Raises:
+            BatchError: the loss reads a column that the batch lacks.
+        """
+
+        def forward(microbatch: Microbatch) -> dict[str, torch.Tensor]:
+            log_probs_R, entropy_R = self.model(
+                microbatch.packed, temperature=self.temperature, with_entropy=loss.needs_entropy
+            )
+            return {"log_probs": log_probs_R} | ({} if entropy_R is None else {"entropy": entropy_R})
+
+        return self.core.update(batch, loss, forward)
+
+    @remote("one_to_all")
+    def save(self, folder: str) -> None:
+        """Weights, optimizer and random state, every rank its shares."""
+        self.core.save(folder)
+
+    @remote("one_to_all")
+    def restore(self, folder: str) -> None:
+        """Read the state that `save` wrote, by any number of ranks."""
+        self.core.restore(folder)
+
+    def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """The current weights under their Hugging Face names, as this rank's shards, each once, adapters merged.
+
+        Every rank calls it, since merging adapters is collective. Tensors share memory with the model where nothing is merged.
+        """
+        return self.core.named_tensors()
+
+
+def row_means(values: Ragged) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """The mean of each row, 0 where a row has no tokens: shape [B], float32."""
+    rows = np.repeat(np.arange(len(values)), values.lengths)
+    sums = np.bincount(rows, weights=values.values.astype(np.float64), minlength=len(values))
+    means: np.ndarray[tuple[int], np.dtype[np.float32]] = (sums / np.maximum(values.lengths, 1)).astype(np.float32)
+    return means

@@ -1,0 +1,64 @@
+"""From the run's configuration to what a role's model is built from."""
+
+from __future__ import annotations
+
+import torch
+
+from hybridflow.config.schema import Config
+from hybridflow.models.attention import implementation
+from hybridflow.models.build import ModelSpec
+from hybridflow.models.load import ModelSource
+from hybridflow.models.lora import Adapters
+from hybridflow.parallel.layout import Layout
+from hybridflow.workers.base import RankContext
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What layers of training models compute in."""
+    if config.model.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.compute_dtype]
+
+
+def training_layout(config: Config, num_ranks: int) -> Layout:
+    """Rows are cut over the data axis, tokens of a row over `model.sequence_parallel` ranks."""
+    sequence = config.model.sequence_parallel
+    assert num_ranks % sequence == 0, f"model.sequence_parallel={sequence} does not divide the {num_ranks} ranks of the pool"
+    return Layout(data=num_ranks // sequence, sequence=sequence)
+
+
+def trained_model(config: Config, context: RankContext, path: str | None) -> ModelSpec:
+    """A model that is trained: float32 master weights."""
+    adapters = None
+    if config.model.lora_rank > 0:
+        adapters = Adapters(
+            rank=config.model.lora_rank,
+            alpha=config.model.lora_alpha,
+            targets=config.model.lora_targets,
+            seed=config.run.seed,
+        )
+    return _spec(config, context, path, torch.float32, adapters)
+
+
+def frozen_model(config: Config, context: RankContext, path: str | None) -> ModelSpec:
+    """A model that only computes: its weights are kept as they are computed with."""
+    return _spec(config, context, path, compute_dtype(config, context.device), None)
+
+
+def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.dtype, adapters: Adapters | None) -> ModelSpec:
+    source = ModelSource(
+        path=path or config.model.path,
+        attention=implementation(config.model.attention, context.device),
+        dtype=dtype,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    return ModelSpec(
+        source=source,
+        layout=context.layout,
+        device=context.device,
+        compute_dtype=compute_dtype(config, context.device),
+        chunk_tokens=config.model.logits_chunk_tokens,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        compile=config.model.compile,
+        adapters=adapters,
+    )

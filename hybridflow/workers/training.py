@@ -1,0 +1,226 @@
+"""What actor and critic have in common: a model with its optimizer, and one update on a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from hybridflow.batch import Batch, Ragged
+from hybridflow.checkpoint.sharded import load_sharded, save_sharded
+from hybridflow.config.schema import TrainingConfig
+from hybridflow.metrics import Metric, Metrics
+from hybridflow.models.build import named_tensors, parameters_by_name
+from hybridflow.models.heads import ValueModel
+from hybridflow.models.packing import to_device
+from hybridflow.models.policy import PolicyModel
+from hybridflow.ops.losses import Loss, TokenBatch
+from hybridflow.ops.reduce import TokenMetric, accumulate, to_metrics, token_weights
+from hybridflow.parallel import fsdp
+from hybridflow.workers.base import RankContext
+from hybridflow.workers.microbatches import Microbatch, Microbatches
+
+CPU = torch.device("cpu")
+Outputs = dict[str, torch.Tensor]
+"""What the model gives at each response token: name -> [R]."""
+
+
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """The rate of step `step` of `total_steps`, from 1.
+
+    It reaches the peak at step `warmup_steps`. The step after has the peak still, and from there linear and cosine
+    schedules fall so that a step after the last one would have the minimum.
+    """
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - 1 - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    match config.schedule:
+        case "constant":
+            share = 1.0
+        case "linear":
+            share = 1.0 - progress
+        case "cosine":
+            share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    floor = 1.0 if config.schedule == "constant" else config.min_learning_rate_ratio
+    return config.learning_rate * (floor + (1.0 - floor) * share)
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that are trained, its state allocated at once, so that memory is known from the start."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.adam_betas, fused=True
+    )
+    for parameter in trained:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimizer
+
+
+class TrainingCore:
+    """A sharded model, its optimizer and its learning rate. A worker has one and lends it its forward pass."""
+
+    def __init__(self, model: PolicyModel | ValueModel, config: TrainingConfig, context: RankContext):
+        self.model, self.config, self.context = model, config, context
+        self.optimizer = make_optimizer(model, config)
+        self.learning_rate = config.learning_rate
+        self.offload()
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Set the learning rate of the updates that follow."""
+        self.learning_rate = learning_rate(self.config, step, total_steps)
+
+    def evaluate(self, batch: Batch, forward: Callable[[Microbatch], Outputs]) -> dict[str, Ragged]:
+        """What `forward` gives for each response token of the batch, in the order of its rows."""
+        microbatches = Microbatches(batch, self.context, tokens_per_microbatch=self.config.tokens_per_microbatch)
+        with self._on_device():
+            return evaluate(self.model, microbatches, forward)
+
+    def update(self, batch: Batch, loss: Loss, forward: Callable[[Microbatch], Outputs]) -> Metrics:
+        """One optimizer step on exactly this batch, whose rows are spread over the data ranks.
+
+        The loss is a sum over tokens, weighted by counts over all ranks, so how rows are divided over ranks and
+        microbatches changes nothing. A gradient that is not finite changes no weight and is counted in the metrics.
+        """
+        microbatches = Microbatches(batch, self.context, tokens_per_microbatch=self.config.tokens_per_microbatch)
+        with self._on_device(with_optimizer=True):
+            metrics = self._accumulate_gradients(microbatches, loss, forward)
+            norm = self._apply_gradients()
+        is_skipped = not math.isfinite(norm)
+        counted = {
+            "grad_norm": Metric(norm),
+            "learning_rate": Metric(self.learning_rate),
+            "tokens": Metric(float(len(microbatches.response.values)), kind="sum"),
+            # One rank counts for all, since what ranks count is added up.
+            "skipped_updates": Metric(float(is_skipped and self.context.rank == 0), kind="sum"),
+        }
+        return (to_metrics(metrics) + Metrics(counted)).prefixed(self.context.role)
+
+    def _accumulate_gradients(
+        self, microbatches: Microbatches, loss: Loss, forward: Callable[[Microbatch], Outputs]
+    ) -> dict[str, TokenMetric]:
+        self.model.train()
+        metrics: dict[str, TokenMetric] = {}
+        for index, microbatch in enumerate(microbatches):
+            fsdp.reduce_gradients(self.model, is_last=index == len(microbatches) - 1)
+            outputs = forward(microbatch)
+            if not microbatch.lengths_B.any():  # a dummy, or only empty responses: take part in the collectives, add nothing
+                torch.stack([output.sum() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
+                continue
+            total, counted = loss(token_batch(microbatches, microbatch, loss, outputs))
+            total.backward()  # type: ignore[no-untyped-call]
+            metrics = accumulate(metrics, counted)
+        return metrics
+
+    def _apply_gradients(self) -> float:
+        """Clip, step, and forget the gradients; the one place of an update where the host waits for the device."""
+        gradients = fsdp.local_gradients(self.model.parameters())
+        norm = fsdp.gradient_norm(gradients, self.context.group)
+        fsdp.scale_gradients(gradients, norm, self.config.max_grad_norm)
+        found = norm.item()
+        if math.isfinite(found):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """The current weights under their Hugging Face names, sharded, each once. Collective where there are adapters."""
+        return named_tensors(self.model)
+
+    def save(self, folder: str) -> None:
+        """Write weights and optimizer, every rank its shares."""
+        save_sharded(folder, self._state(), self.context.group)
+
+    def restore(self, folder: str) -> None:
+        """Read what `save` wrote, by any number of ranks.
+
+        Raises:
+            CheckpointError: the state is damaged, or of another model.
+        """
+        fsdp.drop_gathered(self.model)
+        state = self._state()
+        load_sharded(folder, state, self.context.group)
+        random_state = state["random"]
+        assert isinstance(random_state, torch.Tensor)
+        torch.set_rng_state(random_state)
+
+    def _state(self) -> dict[str, object]:
+        """Tensors that share memory with the model and the optimizer, so that loading into them is loading them.
+
+        Training draws no random numbers of its own, so one generator's state stands for those of all ranks.
+        """
+        named = dict(parameters_by_name(self.model))
+        return {
+            "model": {name: parameter.detach() for name, parameter in named.items()},
+            "optimizer": {
+                name: dict(self.optimizer.state[parameter]) for name, parameter in named.items() if parameter.requires_grad
+            },
+            "random": torch.get_rng_state(),
+        }
+
+    def onload(self, *, with_optimizer: bool) -> None:
+        """Bring to the device what is offloaded."""
+        if self.config.offload_parameters:
+            fsdp.move_model(self.model, self.context.device)
+        if with_optimizer and self.config.offload_optimizer:
+            fsdp.move_optimizer(self.optimizer, self.context.device)
+
+    def offload(self) -> None:
+        """Give back gathered weights, and what the configuration keeps in CPU memory while the role is idle."""
+        fsdp.drop_gathered(self.model)
+        if self.config.offload_parameters:
+            fsdp.move_model(self.model, CPU)
+        if self.config.offload_optimizer:
+            fsdp.move_optimizer(self.optimizer, CPU)
+
+    @contextmanager
+    def _on_device(self, *, with_optimizer: bool = False) -> Iterator[None]:
+        self.onload(with_optimizer=with_optimizer)
+        try:
+            yield
+        finally:
+            self.offload()
+
+
+def token_batch(microbatches: Microbatches, microbatch: Microbatch, loss: Loss, outputs: Outputs) -> TokenBatch:
+    """What `loss` is computed from."""
+    device = microbatches.context.device
+    weights_R = token_weights(
+        torch.from_numpy(microbatch.lengths_B),
+        aggregation=loss.aggregation,
+        counts=microbatches.counts,
+        max_tokens=loss.max_tokens,
+    )
+    return TokenBatch(
+        log_probs_T=outputs.get("log_probs"),
+        values_T=outputs.get("values"),
+        entropy_T=outputs.get("entropy"),
+        columns={name: microbatches.column(name, microbatch) for name in loss.columns},
+        lengths_B=to_device(microbatch.lengths_B, device),
+        weights_T=to_device(weights_R.numpy(), device),
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: PolicyModel | ValueModel, microbatches: Microbatches, forward: Callable[[Microbatch], Outputs]
+) -> dict[str, Ragged]:
+    """What `forward` gives for each response token, in the order of the batch's rows, without gradients."""
+    model.eval()
+    collected: dict[str, list[torch.Tensor]] = {}
+    for microbatch in microbatches:
+        for name, output in forward(microbatch).items():
+            collected.setdefault(name, []).append(output)
+    return {name: microbatches.gather_rows(parts) for name, parts in collected.items()}

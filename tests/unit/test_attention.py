@@ -1,0 +1,71 @@
+"""Packed attention against attention row by row with an explicit mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from hybridflow.errors import ModelError
+from hybridflow.models.attention import FLASH_NAME, NAME, implementation
+from hybridflow.models.packing import RowSpans
+
+CPU = torch.device("cpu")
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: RowSpans, **others: object) -> torch.Tensor:
+    function = AttentionInterface()[NAME]
+    output, _ = function(torch.nn.Module(), query, key, value, None, scaling=0.3, row_spans=spans, **others)
+    return output
+
+
+def attend_row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Slow reference: softmax over the earlier tokens of the same row, key-value heads repeated by hand."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    outputs, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        scores = 0.3 * query[0, :, rows] @ key[0, :, rows].transpose(1, 2)
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        outputs.append(torch.softmax(scores.masked_fill(hidden, float("-inf")), -1) @ value[0, :, rows])
+        start += length
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 5], [1, 90, 2, 40, 3, 17]])
+def test_outputs_and_gradients_are_those_of_attention_row_by_row(lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    states = [torch.randn(1, heads, tokens, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    weights = torch.randn(1, tokens, 4, 8, generator=generator)
+
+    packed = attend(*states, RowSpans.of_lengths(np.array(lengths), CPU))
+    expected = attend_row_by_row(*states, lengths)
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+
+    gradients = torch.autograd.grad((packed * weights).sum(), states)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), states)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sliding_window_shorter_than_a_row_is_refused() -> None:
+    state = torch.zeros(1, 2, 6, 4)
+    spans = RowSpans.of_lengths(np.array([6]), CPU)
+    attend(state, state, state, spans, sliding_window=6)
+    with pytest.raises(ModelError, match="attends to the last 5 only"):
+        attend(state, state, state, spans, sliding_window=5)
+
+
+def test_a_soft_cap_is_refused() -> None:
+    state = torch.zeros(1, 2, 6, 4)
+    with pytest.raises(ModelError, match="softcap"):
+        attend(state, state, state, RowSpans.of_lengths(np.array([6]), CPU), softcap=30.0)
+
+
+def test_the_cpu_takes_torch_and_refuses_flash_attn() -> None:
+    assert implementation("auto", CPU) == NAME != FLASH_NAME
+    with pytest.raises(ModelError, match=r"needs a CUDA device.*Use torch or auto"):
+        implementation("flash_attn", CPU)
