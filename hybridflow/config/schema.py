@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+FilePath = Annotated[str, "path"]
+"""A path, or a name that may be one: a leading `~` becomes the home folder when it is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run as a whole."""
 
-    folder: str = "outputs/run"
+    folder: FilePath = "outputs/run"
     """Where checkpoints, metrics, samples and the resolved configuration go."""
     seed: int = 0
     """Every random number of the run is a function of this."""
@@ -45,9 +48,9 @@ class AlgorithmConfig:
 class ModelConfig:
     """The policy, and what holds for every model of the run."""
 
-    path: str = ""
+    path: FilePath = ""
     """Local folder or hub name of a causal language model; actor, reference and rollout start from it."""
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """Folder or hub name of the tokenizer; null means the model's."""
     trust_remote_code: bool = False
     """Run code that comes with a model."""
@@ -75,11 +78,11 @@ class ModelConfig:
 class DataConfig:
     """Prompts and their lengths."""
 
-    train_files: tuple[str, ...] = ()
+    train_files: tuple[FilePath, ...] = ()
     """Parquet files of training prompts."""
     train_weights: tuple[float, ...] = ()
     """Share of each file in a step's prompts; empty means by number of rows."""
-    validation_files: tuple[str, ...] = ()
+    validation_files: tuple[FilePath, ...] = ()
     """Parquet files of validation prompts; empty means no validation."""
     prompts_per_step: int = 64
     """Prompts drawn for each step."""
@@ -99,7 +102,7 @@ class DataConfig:
 class TrainingConfig:
     """One trained model: actor or critic."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """Folder or hub name to start from; null means `model.path`."""
     learning_rate: float = 1e-6
     """Peak rate of AdamW."""
@@ -127,7 +130,7 @@ class TrainingConfig:
 class ReferenceConfig:
     """The frozen reference policy."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """Folder or hub name; null means `model.path`."""
     tokens_per_microbatch: int = 32768
     """Tokens that go through a rank's model at once."""
@@ -205,7 +208,7 @@ class RewardConfig:
 
     name: str = "by_data_source"
     """Rule from the table in registry.py, or `my_package.module:function`. Ignored where `path` is set."""
-    path: str | None = None
+    path: FilePath | None = None
     """Python file with a reward function of your own."""
     function: str = "compute_score"
     """Its name in that file."""
@@ -242,7 +245,7 @@ class CheckpointConfig:
     """Save after each so many steps, and after the last; 0 saves only after the last."""
     keep: int = 2
     """Checkpoints kept, newest first; 0 keeps all."""
-    resume: Literal["auto", "never"] | str = "auto"
+    resume: Literal["auto", "never"] | FilePath = "auto"
     """auto continues from the newest checkpoint in the run's folder; a path continues from there."""
     save_last: bool = True
     """Save after the last step."""

@@ -1,0 +1,138 @@
+"""The resolved configuration as YAML, and `docs/configuration.md`, made from the strings under the fields.
+
+`python -m hybridflow.config.describe [FILE]` writes the latter.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import get_type_hints
+
+from hybridflow import registry
+from hybridflow.config import verl_keys
+from hybridflow.config.build import wanted
+from hybridflow.config.load import load_algorithm, to_yaml
+from hybridflow.config.rules import RANGES
+from hybridflow.config.schema import AlgorithmConfig, Config
+
+INTRODUCTION = """\
+# Configuration
+
+Made by `python -m hybridflow.config.describe` from the strings under the fields; do not edit.
+
+    python -m hybridflow.train config.yaml rollout.temperature=0.8 data.train_files=[a.parquet,b.parquet]
+
+A YAML file gives sections with keys, and `key=value` arguments, whose values are read as YAML, win over it. Three things
+beside plain YAML:
+
+- `base: other.yaml` at the top of a file builds on another, found relative to the first; the file's own keys win.
+- `${section.key}` stands for the value of another key, `${oc.env:NAME}` and `${oc.env:NAME,default}` for the environment.
+- `algorithm: grpo`, or `algorithm=grpo`, is short for a section with that name and otherwise defaults. It drops the options
+  that a file below gives to its algorithm; options on the same level refine it.
+
+A list or a mapping is replaced as a whole: `placement.pools: {all: 1x8}` leaves no other pool. A dotted key,
+`placement.pools.main=1x8`, changes one entry. `~` at the start of a path is the home folder. `--dry-run` prints what comes of
+it all. Every mistake is reported at once, before anything starts.
+"""
+
+
+VERL_INTRODUCTION = """\
+Accepted in YAML and on the command line, so that a script written for verl runs as it stands; what is not listed is a mistake.
+`actor_rollout_ref.`, `data.` and `trainer.` may be left out.
+"""
+
+
+def resolved_yaml(config: Config) -> str:
+    """Every key of `config` with its value, as YAML that `load_config` reads back to an equal `Config`."""
+    return to_yaml(_fields(config))
+
+
+def documentation() -> str:
+    """The text of `docs/configuration.md`."""
+    parts = [INTRODUCTION]
+    for name, section in vars(Config()).items():
+        if name == "algorithm":
+            parts += ["## algorithm\n", *_class_text(type(section), "algorithm", skipped="options")]
+            parts += _algorithms_text()
+        else:
+            parts += [f"## {name}\n", *_class_text(type(section), name, default=section)]
+    parts += ["## verl's keys\n", VERL_INTRODUCTION]
+    rows = [f"| `{key}` | {translation.becomes} |" for key, translation in verl_keys.KEYS.items()]
+    rows += [f"| `{key}*` | `{ours}*` |" for key, ours in verl_keys.PREFIXES.items()]
+    parts.append("\n".join(["| verl | here |", "|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The string under each field of a dataclass, on one line."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    assert isinstance(tree.body[0], ast.ClassDef)
+    body = tree.body[0].body
+    docs = {}
+    for statement, following in pairwise(body):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def _algorithms_text() -> Iterator[str]:
+    for name in registry.ALGORITHMS:
+        options = load_algorithm(name).config_class
+        yield f"### algorithm: {name}\n"
+        yield from _class_text(options, "algorithm")
+
+
+def _class_text(kind: type, section: str, *, default: object = None, skipped: str = "") -> Iterator[str]:
+    yield f"{inspect.cleandoc(kind.__doc__ or '')}\n"
+    docs, hints = field_docs(kind), get_type_hints(kind, include_extras=True)
+    yield "| key | default | type | |\n|---|---|---|---|"
+    for field in fields(kind):
+        if field.name == skipped:
+            continue
+        value = _default(field) if default is None else vars(default)[field.name]
+        key = f"{section}.{field.name}"
+        allowed = f", {RANGES[key]}" if key in RANGES else ""
+        yield f"| `{key}` | {_shown(value)} | {wanted(hints[field.name])}{allowed} | {docs.get(field.name, '')} |"
+    yield ""
+
+
+def _default(field: Field[object]) -> object:
+    if field.default is not MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not MISSING else MISSING
+
+
+def _shown(value: object) -> str:
+    if value is MISSING:
+        return "required"
+    text = to_yaml({"x": _plain(value)}, flow=True).partition("x: ")[2].rstrip().removesuffix("}")
+    return f"`{text}`" if text else ""
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, AlgorithmConfig):
+        return {"name": value.name, **_fields(value.options)}
+    if is_dataclass(value):
+        return _fields(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(element) for element in value]
+    return value
+
+
+def _fields(value: object) -> dict[str, object]:
+    assert is_dataclass(value), f"the options of an algorithm are a dataclass, not {value!r}"
+    return {field.name: _plain(vars(value)[field.name]) for field in fields(value)}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1] if len(sys.argv) > 1 else "docs/configuration.md").write_text(documentation(), encoding="utf-8")

@@ -1,0 +1,194 @@
+"""What values are allowed, alone and together. Every rule is a small function in one list, and all of them answer.
+
+The rules about files are in rules_files.py, those about ranks and pools in rules_placement.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import ClassVar, Protocol
+
+from hybridflow import registry
+from hybridflow.config import rules_files, rules_placement
+from hybridflow.config.schema import Config
+from hybridflow.errors import Mistake
+
+
+class AlgorithmClass(Protocol):
+    """What a configuration needs of an algorithm; hybridflow.algorithms.base.Algorithm has it."""
+
+    config_class: ClassVar[type]
+
+    @classmethod
+    def check(cls, run: Config) -> list[Mistake]: ...
+
+    @classmethod
+    def roles(cls, run: Config) -> tuple[str, ...]: ...
+
+
+Rule = Callable[[Config, tuple[str, ...]], Iterable[Mistake]]
+"""Takes the configuration and the roles that the algorithm creates; all built-in ones where it is not known."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The allowed values of a number."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    is_low_allowed: bool = True
+    is_high_allowed: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        is_above = value > self.low or (self.is_low_allowed and value == self.low)
+        return is_above and (value < self.high or (self.is_high_allowed and value == self.high))
+
+    def __str__(self) -> str:
+        low = f"{'at least' if self.is_low_allowed else 'more than'} {self.low:g}" if self.low > -math.inf else ""
+        high = f"{'at most' if self.is_high_allowed else 'less than'} {self.high:g}" if self.high < math.inf else ""
+        return " and ".join(part for part in (low, high) if part)
+
+
+COUNT = Range(low=1)
+NOT_NEGATIVE = Range(low=0)
+POSITIVE = Range(low=0, is_low_allowed=False)
+SHARE = Range(low=0, high=1)
+TOP_P = Range(low=0, high=1, is_low_allowed=False)
+OPEN_SHARE = Range(low=0, high=1, is_low_allowed=False, is_high_allowed=False)
+BELOW_ONE = Range(low=0, high=1, is_high_allowed=False)
+
+TRAINING_RANGES = {
+    "learning_rate": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "min_learning_rate_ratio": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_betas": BELOW_ONE,
+    "max_grad_norm": POSITIVE,
+    "tokens_per_microbatch": COUNT,
+}
+RANGES = {
+    "run.seed": NOT_NEGATIVE,
+    "run.total_steps": COUNT,
+    "run.total_epochs": COUNT,
+    "run.timeout_s": POSITIVE,
+    "model.logits_chunk_tokens": COUNT,
+    "model.sequence_parallel": COUNT,
+    "model.lora_rank": NOT_NEGATIVE,
+    "model.lora_alpha": POSITIVE,
+    "data.train_weights": POSITIVE,
+    "data.prompts_per_step": COUNT,
+    "data.max_prompt_tokens": COUNT,
+    "data.max_response_tokens": COUNT,
+    **{f"{role}.{name}": allowed for role in ("actor", "critic") for name, allowed in TRAINING_RANGES.items()},
+    "reference.tokens_per_microbatch": COUNT,
+    "rollout.temperature": NOT_NEGATIVE,
+    "rollout.top_p": TOP_P,
+    "rollout.top_k": NOT_NEGATIVE,
+    "rollout.min_p": BELOW_ONE,
+    "rollout.tensor_parallel": COUNT,
+    "rollout.max_requests": COUNT,
+    "rollout.memory_fraction": OPEN_SHARE,
+    "rollout.cpu_cache_gib": POSITIVE,
+    "rollout.sync_bucket_mib": COUNT,
+    "validation.every_steps": NOT_NEGATIVE,
+    "validation.temperature": NOT_NEGATIVE,
+    "validation.top_p": TOP_P,
+    "validation.top_k": NOT_NEGATIVE,
+    "validation.responses_per_prompt": COUNT,
+    "validation.max_prompts": COUNT,
+    "validation.num_samples_logged": NOT_NEGATIVE,
+    "reward.num_processes": COUNT,
+    "reward.timeout_s": POSITIVE,
+    "placement.cpu_slots": COUNT,
+    "checkpoint.every_steps": NOT_NEGATIVE,
+    "checkpoint.keep": NOT_NEGATIVE,
+}
+
+PACKAGES = {
+    ("rollout.engine", "vllm"): ("vllm", "pip install 'hybridflow[vllm]', or set rollout.engine=torch"),
+    ("rollout.engine", "sglang"): ("sglang", "pip install 'hybridflow[sglang]', or set rollout.engine=torch"),
+    ("model.attention", "flash_attn"): ("flash_attn", "pip install 'hybridflow[flash-attn]', or set model.attention=auto"),
+    ("trackers.names", "wandb"): ("wandb", "pip install wandb, or leave it out of trackers.names"),
+    ("trackers.names", "tensorboard"): ("tensorboard", "pip install tensorboard, or leave it out of trackers.names"),
+}
+"""The optional package that a value of a key needs, and what to do where it is not installed."""
+
+
+def check(config: Config, algorithm: AlgorithmClass | None) -> list[Mistake]:
+    """Every mistake that the rules find in `config`, in the order of the rules; `algorithm` None skips what depends on it."""
+    if algorithm is None or config.algorithm.options is None:
+        return [mistake for rule in RULES for mistake in rule(config, tuple(registry.ROLES))]
+    return [mistake for rule in RULES for mistake in rule(config, algorithm.roles(config))] + algorithm.check(config)
+
+
+def values_are_in_range(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """Each number of `RANGES`, or each element of a list of them; null is allowed where the type has it."""
+    for key, allowed in RANGES.items():
+        value = attrgetter(key)(config)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(number is not None and number not in allowed for number in numbers):
+            shown = list(value) if isinstance(value, tuple) else value
+            yield Mistake(key, f"found {shown}; allowed: {allowed}")
+
+
+def weights_match_files(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """One weight for each training file, or none at all."""
+    weights, files = config.data.train_weights, config.data.train_files
+    if weights and len(weights) != len(files):
+        yield Mistake("data.train_weights", f"found {len(weights)} weights for {len(files)} files in data.train_files")
+
+
+def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """Engine, reward, trackers and workers: in their table, or a module of the user's that can be found."""
+    named = [("rollout.engine", config.rollout.engine, registry.ENGINES)]
+    if config.reward.path is None:
+        named.append(("reward.name", config.reward.name, registry.REWARDS))
+    named += [("trackers.names", name, registry.TRACKERS) for name in config.trackers.names]
+    named += [(f"placement.workers.{role}", name, registry.ROLES) for role, name in config.placement.workers.items()]
+    for key, name, table in named:
+        if problem := registry.unknown_name(name, table) or module_is_missing(name):
+            yield Mistake(key, problem)
+
+
+def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """The optional packages that the configuration needs. An engine counts where the algorithm generates."""
+    for (key, name), (package, advice) in PACKAGES.items():
+        value = attrgetter(key)(config)
+        is_asked = name in value if isinstance(value, tuple) else name == value
+        is_unused = key == "rollout.engine" and "rollout" not in roles
+        if is_asked and not is_unused and importlib.util.find_spec(package) is None:
+            yield Mistake(key, f"{name!r} needs the package {package!r}, which is not installed: {advice}")
+
+
+def module_is_missing(name: str) -> str | None:
+    """Why the top module of `my_package.module:Name` cannot be imported; None where it can, or `name` has no colon."""
+    module, colon, attribute = name.partition(":")
+    package = module.partition(".")[0]
+    if not colon:
+        return None
+    if not package or not attribute:
+        return f"found {name!r}; needed: my_package.module:Name"
+    if importlib.util.find_spec(package) is None:
+        return f"found {name!r}, but no module {package!r} is on the Python path. Install it, or add its folder to PYTHONPATH"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    values_are_in_range,
+    weights_match_files,
+    names_are_known,
+    packages_are_installed,
+    rules_files.data_files_exist,
+    rules_files.models_are_complete,
+    rules_files.rows_fit_the_context,
+    rules_files.reward_file_has_the_function,
+    rules_files.checkpoint_exists,
+    rules_placement.pools_are_well_formed,
+    rules_placement.roles_have_pools,
+    rules_placement.ranks_divide,
+    rules_placement.slots_suffice,
+)

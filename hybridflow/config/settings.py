@@ -1,0 +1,146 @@
+"""The keys and values that files and the command line give, layer over layer, with the place of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from hybridflow.config import verl_keys
+from hybridflow.config.build import keys_of
+from hybridflow.config.schema import Config
+from hybridflow.config.verl_values import UntranslatableError
+from hybridflow.errors import Mistake
+
+KNOWN_KEYS = tuple(key for key in keys_of(Config) if key != "algorithm.options")
+SECTIONS = frozenset(key.partition(".")[0] for key in KNOWN_KEYS)
+
+CHOICES_OF_ALGORITHM = frozenset({"algorithm", "algorithm.name", "algorithm.adv_estimator"})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key with its value, as given."""
+
+    key: str
+    value: object
+    place: str
+    """`file:line` or `command line`."""
+
+
+def default_mappings() -> dict[str, Mapping[str, object]]:
+    """The keys whose value is a mapping, such as `placement.pools`, with their defaults."""
+    default = Config()
+    sections = {key: vars(vars(default)[key]) for key in vars(default)}
+    return {f"{s}.{name}": v for s, section in sections.items() for name, v in section.items() if isinstance(v, Mapping)}
+
+
+class Settings:
+    """What was given so far; a later layer wins over an earlier one.
+
+    A list or a mapping such as `placement.pools` is replaced as a whole; a dotted key (`placement.pools.main`) changes one
+    entry of a mapping. `resolve(value, context)` replaces the interpolations in a value.
+    """
+
+    def __init__(self, resolve: Callable[[object, Mapping[str, object]], object]):
+        self.values: dict[str, object] = {}
+        self.mistakes: list[Mistake] = []
+        self._resolve = resolve
+        self._verl_values: dict[str, object] = {}  # kept for interpolations that name verl's keys
+        self._places: dict[str, str] = {}
+        self._mappings = default_mappings()
+
+    def apply(self, layer: Iterable[Setting]) -> None:
+        """Put a layer over what is there. The algorithm is chosen first, so that options before and after refine it."""
+        for setting in sorted(layer, key=lambda setting: setting.key not in CHOICES_OF_ALGORITHM):
+            self._apply(setting)
+
+    def place_of(self, key: str) -> str:
+        """Where `key`, or the closest section around it, was given; empty where it was not."""
+        while key and key not in self._places:
+            key = key.rpartition(".")[0]
+        return self._places.get(key, "")
+
+    def context(self) -> dict[str, object]:
+        """Everything given, verl's keys too: what interpolations can refer to."""
+        return _merged(self._verl_values, self.values)
+
+    def get(self, key: str) -> object:
+        """The value of `key`, verl's or ours, as given so far; None where it was not given."""
+        return self._resolve(self._unresolved(key), self.context())
+
+    def _unresolved(self, key: str) -> object:
+        value: object = self.context()
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return None
+            value = value[part]
+        return value
+
+    def _apply(self, setting: Setting) -> None:
+        if isinstance(setting.value, Mapping) and setting.key not in self._mappings:
+            for name, value in setting.value.items():
+                self._apply(Setting(f"{setting.key}.{name}", value, setting.place))
+            if setting.value or setting.key.partition(".")[0] in SECTIONS:
+                return
+        translation = None if self._is_ours(setting.key) else verl_keys.find(setting.key)
+        if translation is None:
+            self._put(setting.key, setting.value, setting.place)
+        else:
+            self._translate(setting, translation)
+
+    def _is_ours(self, key: str) -> bool:
+        if key in KNOWN_KEYS or any(key.startswith(f"{mapping}.") for mapping in self._mappings):
+            return True
+        # An algorithm of the user's own may have an option that is called like a key of verl's.
+        return key.startswith("algorithm.") and ":" in str(self._unresolved("algorithm.name"))
+
+    def _translate(self, setting: Setting, translation: verl_keys.Translation) -> None:
+        try:
+            value = self._resolve(setting.value, self.context())
+            _insert(self._verl_values, setting.key, value)
+            for key, translated in translation.apply(value, self.get).items():
+                self._put(key, translated, f"{setting.place} ({setting.key})")
+        except UntranslatableError as error:
+            self.mistakes.append(Mistake(setting.key, str(error), setting.place))
+        except ValueError as error:  # an interpolation that cannot be resolved
+            self.mistakes.append(Mistake(setting.key, str(error).partition("\n")[0], setting.place))
+
+    def _put(self, key: str, value: object, place: str) -> None:
+        if key == "algorithm" and isinstance(value, str):
+            self._forget_algorithm()
+            key = "algorithm.name"
+        if key == "algorithm.name" and value != self._unresolved("algorithm.name"):
+            self._forget_algorithm()
+        mapping = key.rpartition(".")[0]
+        if mapping in self._mappings and self._unresolved(mapping) is None:
+            _insert(self.values, mapping, dict(self._mappings[mapping]))
+        if value is None and key in SECTIONS:
+            return  # a section whose keys are all commented out changes nothing
+        if not _insert(self.values, key, value):
+            self.mistakes.append(Mistake(key, "the section around it was given as one value, not as keys", place))
+        self._places[key] = place
+
+    def _forget_algorithm(self) -> None:
+        self.values.pop("algorithm", None)
+        self._places = {key: place for key, place in self._places.items() if not key.startswith("algorithm")}
+
+
+def _insert(tree: dict[str, object], key: str, value: object) -> bool:
+    """Set the dotted `key`; False where something on the way is not a section."""
+    *sections, name = key.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            return False
+        tree = child
+    tree[name] = value
+    return True
+
+
+def _merged(under: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
+    merged = {**under, **over}
+    for key in under.keys() & over.keys():
+        below, above = under[key], over[key]
+        if isinstance(below, Mapping) and isinstance(above, Mapping):
+            merged[key] = _merged(below, above)
+    return merged

@@ -1,0 +1,286 @@
+"""verl's key names, so that a script written for verl runs as it stands: one table from each to ours.
+
+A key that is not in the table and begins like one of verl's is a mistake that says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hybridflow.config import verl_values as values
+from hybridflow.config.verl_values import (
+    Apply,
+    Convert,
+    Given,
+    UntranslatableError,
+    choice,
+    count_or_zero,
+    rows_to_tokens,
+    shared,
+)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What a key of verl's becomes."""
+
+    becomes: str
+    """In words, for the documentation."""
+    apply: Apply
+
+
+def to(*targets: str, by: Convert | None = None) -> Translation:
+    """The same value, or `by` of it, under other names."""
+    return Translation(
+        ", ".join(f"`{target}`" for target in targets),
+        lambda value, given: dict.fromkeys(targets, by(value) if by else value),
+    )
+
+
+def by(becomes: str, apply: Apply) -> Translation:
+    """What `apply` says; `becomes` names the keys it sets."""
+    return Translation(becomes, apply)
+
+
+def always(allowed: object, reason: str) -> Translation:
+    """A choice that verl offers and that is made here: one value is accepted, others are a mistake with the reason."""
+    accepted = allowed if isinstance(allowed, tuple) else (allowed,)
+
+    def apply(value: object, given: Given) -> Mapping[str, object]:
+        if value not in accepted:
+            raise UntranslatableError(f"found {value!r}; only {' or '.join(map(repr, accepted))} is possible: {reason}")
+        return {}
+
+    return Translation(f"always {accepted[0]}: {reason}", apply)
+
+
+def nothing(advice: str) -> Translation:
+    """A key without equivalent; `advice` says what to do. null is accepted."""
+
+    def apply(value: object, given: Given) -> Mapping[str, object]:
+        if value is not None:
+            raise UntranslatableError(f"verl's key has no equivalent here: {advice}")
+        return {}
+
+    return Translation(f"no equivalent: {advice}", apply)
+
+
+PACKED = always(True, "rows are packed without padding")
+BY_TOKENS = always(True, "microbatches are cut by tokens (tokens_per_microbatch)")
+ACTOR, ROLLOUT, REF, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref", "model"))
+
+KEYS: Mapping[str, Translation] = {
+    # algorithm
+    "algorithm.adv_estimator": to("algorithm.name", by=choice(gae="ppo", grpo="grpo")),
+    "algorithm.lam": to("algorithm.gae_lambda"),
+    "algorithm.use_kl_in_reward": by("`algorithm.kl_in`", values.kl_in_reward),
+    "algorithm.kl_penalty": to("algorithm.kl_estimator", by=values.KL_ESTIMATOR),
+    "algorithm.kl_ctrl.type": to("algorithm.kl_controller"),
+    "algorithm.kl_ctrl.kl_coef": to("algorithm.kl_coefficient"),
+    "algorithm.kl_ctrl.target_kl": to("algorithm.kl_target"),
+    "algorithm.kl_ctrl.horizon": to("algorithm.kl_horizon"),
+    "algorithm.norm_adv_by_std_in_grpo": to("algorithm.scale_by_std"),
+    # data
+    "data.val_files": to("data.validation_files", by=lambda value: [] if value is None else value),
+    "data.train_batch_size": to("data.prompts_per_step"),
+    "data.val_batch_size": nothing("all validation prompts go to the engine at once; leave it out"),
+    "data.max_prompt_length": to("data.max_prompt_tokens"),
+    "data.max_response_length": to("data.max_response_tokens"),
+    "data.filter_overlong_prompts": by("`data.overlong_prompts`", values.overlong_prompts),
+    "data.filter_overlong_prompts_workers": nothing("filtering needs no processes of its own; leave it out"),
+    "data.truncation": by("`data.overlong_prompts`", values.truncation),
+    "data.seed": to("run.seed"),
+    "data.tokenizer": to("model.tokenizer"),
+    "data.trust_remote_code": by("`model.trust_remote_code`", shared("model.trust_remote_code")),
+    "data.val_max_samples": to("validation.max_prompts", by=lambda value: None if value == -1 else value),
+    "data.prompt_key": always("prompt", "the column of prompts is called so; rename yours when preparing the data"),
+    "data.reward_fn_key": always("data_source", "the column that names the source is called so"),
+    "data.return_raw_chat": nothing("prompts are lists of messages or strings; leave it out"),
+    "data.image_key": nothing("prompts are text; leave it out"),
+    # model
+    f"{MODEL}.path": to("model.path"),
+    f"{MODEL}.tokenizer_path": to("model.tokenizer"),
+    f"{MODEL}.trust_remote_code": by("`model.trust_remote_code`", shared("model.trust_remote_code")),
+    f"{MODEL}.use_remove_padding": PACKED,
+    f"{MODEL}.use_shm": always(False, "models load from where they are"),
+    f"{MODEL}.enable_gradient_checkpointing": to("model.gradient_checkpointing"),
+    f"{MODEL}.lora_rank": to("model.lora_rank"),
+    f"{MODEL}.lora_alpha": to("model.lora_alpha"),
+    f"{MODEL}.target_modules": to("model.lora_targets"),
+    f"{MODEL}.external_lib": nothing("name your classes as my_package.module:Class where a key takes one"),
+    # actor
+    f"{ACTOR}.strategy": always(("fsdp", "fsdp2"), "training runs on FSDP2"),
+    f"{ACTOR}.optim.lr": to("actor.learning_rate"),
+    f"{ACTOR}.optim.lr_warmup_steps": to("actor.warmup_steps", by=count_or_zero),
+    f"{ACTOR}.optim.lr_warmup_steps_ratio": always((0, 0.0), "set actor.warmup_steps"),
+    f"{ACTOR}.optim.warmup_style": to("actor.schedule"),
+    f"{ACTOR}.optim.lr_scheduler_type": to("actor.schedule"),
+    f"{ACTOR}.optim.min_lr_ratio": to("actor.min_learning_rate_ratio"),
+    f"{ACTOR}.optim.weight_decay": to("actor.weight_decay"),
+    f"{ACTOR}.optim.betas": to("actor.adam_betas"),
+    f"{ACTOR}.grad_clip": to("actor.max_grad_norm"),
+    f"{ACTOR}.ppo_mini_batch_size": to("algorithm.prompts_per_update"),
+    f"{ACTOR}.ppo_micro_batch_size": nothing("set actor.tokens_per_microbatch"),
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu": by("`actor.tokens_per_microbatch`", rows_to_tokens("actor.tokens_per_microbatch")),
+    f"{ACTOR}.ppo_max_token_len_per_gpu": to("actor.tokens_per_microbatch"),
+    f"{ACTOR}.use_dynamic_bsz": BY_TOKENS,
+    f"{ACTOR}.ppo_epochs": to("algorithm.epochs"),
+    f"{ACTOR}.shuffle": nothing("rows are drawn in random order in every epoch"),
+    f"{ACTOR}.clip_ratio": to("algorithm.clip", by=values.symmetric),
+    f"{ACTOR}.clip_ratio_low": by("`algorithm.clip`", values.clip_low),
+    f"{ACTOR}.clip_ratio_high": by("`algorithm.clip`", values.clip_high),
+    f"{ACTOR}.clip_ratio_c": to("algorithm.dual_clip"),
+    f"{ACTOR}.entropy_coeff": to("algorithm.entropy_coefficient"),
+    f"{ACTOR}.use_kl_loss": by("`algorithm.kl_in`", values.kl_in_loss),
+    f"{ACTOR}.kl_loss_coef": by("`algorithm.kl_coefficient`", values.kl_loss_coefficient),
+    f"{ACTOR}.kl_loss_type": by("`algorithm.kl_estimator`", values.kl_loss_type),
+    f"{ACTOR}.loss_agg_mode": to(
+        "algorithm.loss_aggregation",
+        by=choice(
+            **{
+                "token-mean": "token_mean",
+                "seq-mean-token-mean": "sequence_mean",
+                "seq-mean-token-sum-norm": "sequence_sum",
+                "seq-mean-token-sum": None,
+            }
+        ),
+    ),
+    f"{ACTOR}.ulysses_sequence_parallel_size": by("`model.sequence_parallel`", shared("model.sequence_parallel")),
+    f"{ACTOR}.use_torch_compile": to("model.compile"),
+    f"{ACTOR}.lora.rank": to("model.lora_rank"),
+    f"{ACTOR}.lora.alpha": to("model.lora_alpha"),
+    f"{ACTOR}.lora.target_modules": to("model.lora_targets"),
+    f"{ACTOR}.fsdp_config.param_offload": to("actor.offload_parameters"),
+    f"{ACTOR}.fsdp_config.optimizer_offload": to("actor.offload_optimizer"),
+    f"{ACTOR}.fsdp_config.fsdp_size": always(-1, "weights are sharded over all ranks of the role"),
+    # rollout
+    f"{ROLLOUT}.name": to("rollout.engine", by=choice(vllm="vllm", sglang="sglang", hf="torch")),
+    f"{ROLLOUT}.mode": always(("sync", "async"), "the engine takes requests while it runs"),
+    f"{ROLLOUT}.n": to("algorithm.responses_per_prompt"),
+    f"{ROLLOUT}.temperature": to("rollout.temperature"),
+    f"{ROLLOUT}.top_p": to("rollout.top_p"),
+    f"{ROLLOUT}.top_k": to("rollout.top_k", by=count_or_zero),
+    f"{ROLLOUT}.ignore_eos": to("rollout.ignore_eos"),
+    f"{ROLLOUT}.dtype": to("rollout.dtype"),
+    f"{ROLLOUT}.tensor_model_parallel_size": to("rollout.tensor_parallel"),
+    f"{ROLLOUT}.gpu_memory_utilization": to("rollout.memory_fraction"),
+    f"{ROLLOUT}.max_num_seqs": to("rollout.max_requests"),
+    f"{ROLLOUT}.max_num_batched_tokens": to("rollout.engine_options.max_num_batched_tokens"),
+    f"{ROLLOUT}.max_model_len": nothing("it is data.max_prompt_tokens + data.max_response_tokens"),
+    f"{ROLLOUT}.prompt_length": to("data.max_prompt_tokens"),
+    f"{ROLLOUT}.response_length": to("data.max_response_tokens"),
+    f"{ROLLOUT}.enforce_eager": to("rollout.enforce_eager"),
+    f"{ROLLOUT}.enable_chunked_prefill": to("rollout.engine_options.enable_chunked_prefill"),
+    f"{ROLLOUT}.free_cache_engine": by("`rollout.sleep`: auto or never", values.cache_is_freed),
+    f"{ROLLOUT}.load_format": nothing("the engine gets its weights from the trainer"),
+    f"{ROLLOUT}.calculate_log_probs": nothing("set algorithm.old_log_probs: rollout to use the engine's"),
+    f"{ROLLOUT}.log_prob_use_dynamic_bsz": BY_TOKENS,
+    f"{ROLLOUT}.log_prob_max_token_len_per_gpu": by(
+        "`actor.tokens_per_microbatch`, where nothing else sets it", values.unless_given("actor.tokens_per_microbatch")
+    ),
+    f"{ROLLOUT}.log_prob_micro_batch_size": nothing("set actor.tokens_per_microbatch"),
+    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": nothing("set actor.tokens_per_microbatch"),
+    f"{ROLLOUT}.val_kwargs.temperature": to("validation.temperature"),
+    f"{ROLLOUT}.val_kwargs.top_p": to("validation.top_p"),
+    f"{ROLLOUT}.val_kwargs.top_k": to("validation.top_k", by=count_or_zero),
+    f"{ROLLOUT}.val_kwargs.n": to("validation.responses_per_prompt"),
+    f"{ROLLOUT}.val_kwargs.do_sample": by("`validation.temperature`: 0 where False", values.sampling),
+    # reference
+    f"{REF}.strategy": always(("fsdp", "fsdp2"), "models run on FSDP2"),
+    f"{REF}.log_prob_use_dynamic_bsz": BY_TOKENS,
+    f"{REF}.log_prob_max_token_len_per_gpu": to("reference.tokens_per_microbatch"),
+    f"{REF}.log_prob_micro_batch_size": nothing("set reference.tokens_per_microbatch"),
+    f"{REF}.log_prob_micro_batch_size_per_gpu": by(
+        "`reference.tokens_per_microbatch`", rows_to_tokens("reference.tokens_per_microbatch")
+    ),
+    f"{REF}.fsdp_config.param_offload": to("reference.offload_parameters"),
+    f"{REF}.ulysses_sequence_parallel_size": by("`model.sequence_parallel`", shared("model.sequence_parallel")),
+    # critic
+    "critic.strategy": always(("fsdp", "fsdp2"), "training runs on FSDP2"),
+    "critic.model.path": to("critic.path"),
+    "critic.model.tokenizer_path": nothing("all models share model.tokenizer"),
+    "critic.model.trust_remote_code": by("`model.trust_remote_code`", shared("model.trust_remote_code")),
+    "critic.model.use_remove_padding": PACKED,
+    "critic.model.enable_gradient_checkpointing": by("`model.gradient_checkpointing`", shared("model.gradient_checkpointing")),
+    "critic.model.fsdp_config.param_offload": to("critic.offload_parameters"),
+    "critic.model.fsdp_config.optimizer_offload": to("critic.offload_optimizer"),
+    "critic.fsdp.param_offload": to("critic.offload_parameters"),
+    "critic.fsdp.optimizer_offload": to("critic.offload_optimizer"),
+    "critic.optim.lr": to("critic.learning_rate"),
+    "critic.optim.lr_warmup_steps": to("critic.warmup_steps", by=count_or_zero),
+    "critic.optim.lr_warmup_steps_ratio": always((0, 0.0), "set critic.warmup_steps"),
+    "critic.optim.warmup_style": to("critic.schedule"),
+    "critic.optim.lr_scheduler_type": to("critic.schedule"),
+    "critic.optim.weight_decay": to("critic.weight_decay"),
+    "critic.grad_clip": to("critic.max_grad_norm"),
+    "critic.cliprange_value": to("algorithm.value_clip"),
+    "critic.ppo_epochs": by("`algorithm.epochs`", shared("algorithm.epochs")),
+    "critic.ppo_mini_batch_size": by("`algorithm.prompts_per_update`", shared("algorithm.prompts_per_update")),
+    "critic.ppo_micro_batch_size": nothing("set critic.tokens_per_microbatch"),
+    "critic.ppo_micro_batch_size_per_gpu": by("`critic.tokens_per_microbatch`", rows_to_tokens("critic.tokens_per_microbatch")),
+    "critic.ppo_max_token_len_per_gpu": to("critic.tokens_per_microbatch"),
+    "critic.use_dynamic_bsz": BY_TOKENS,
+    "critic.ulysses_sequence_parallel_size": by("`model.sequence_parallel`", shared("model.sequence_parallel")),
+    # reward
+    "reward_model.enable": always(False, "rewards come from rules and functions; a reward model is a role of your own"),
+    "reward_model.reward_manager": always("naive", "each response is scored on its own; name a function with reward.name"),
+    "reward_model.num_workers": to("reward.num_processes"),
+    "custom_reward_function.path": to("reward.path"),
+    "custom_reward_function.name": to("reward.function"),
+    # trainer
+    "trainer.balance_batch": always(True, "rows go to ranks balanced by tokens"),
+    "trainer.critic_warmup": by("`algorithm.critic_warmup_steps`", values.critic_warmup),
+    "trainer.logger": to("trackers.names"),
+    "trainer.project_name": to("trackers.project"),
+    "trainer.experiment_name": by("`trackers.run_name`, and `run.folder` as outputs/NAME where it is not set", values.run_name),
+    "trainer.default_local_dir": to("run.folder"),
+    "trainer.default_hdfs_dir": nothing("checkpoints are written to run.folder; mount or copy it"),
+    "trainer.n_gpus_per_node": by("`placement.pools.main`: NODESxRANKS", values.ranks_per_node),
+    "trainer.nnodes": by("`placement.pools.main`: NODESxRANKS", values.nodes),
+    "trainer.total_epochs": to("run.total_epochs"),
+    "trainer.total_training_steps": to("run.total_steps"),
+    "trainer.save_freq": to("checkpoint.every_steps", by=count_or_zero),
+    "trainer.test_freq": to("validation.every_steps", by=count_or_zero),
+    "trainer.val_before_train": to("validation.before_training"),
+    "trainer.val_only": always(False, "validation happens before training (validation.before_training) and during it"),
+    "trainer.log_val_generations": to("validation.num_samples_logged"),
+    "trainer.max_actor_ckpt_to_keep": to("checkpoint.keep", by=lambda value: 0 if value is None else value),
+    "trainer.max_critic_ckpt_to_keep": nothing("actor and critic are in one checkpoint: checkpoint.keep"),
+    "trainer.resume_mode": by("`checkpoint.resume`", values.resume_mode),
+    "trainer.resume_from_path": by("`checkpoint.resume`", values.resume_path),
+    "trainer.device": to("run.device"),
+    "trainer.use_legacy_worker_impl": nothing("leave it out"),
+    "ray_init.num_cpus": to("placement.cpu_slots"),
+    "ray_kwargs.ray_init.num_cpus": to("placement.cpu_slots"),
+}
+
+PREFIXES: Mapping[str, str] = {
+    "custom_reward_function.reward_kwargs.": "reward.options.",
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.": "rollout.engine_options.",
+    "actor_rollout_ref.rollout.engine_kwargs.sglang.": "rollout.engine_options.",
+}
+"""Sections of free keys."""
+
+SHORT_FORMS = ("actor_rollout_ref.", "data.", "trainer.")
+"""Documents about verl often leave these out: `actor.optim.lr`, `train_batch_size`."""
+
+SECTIONS = frozenset({"actor_rollout_ref", "trainer", "custom_reward_function", "reward_model", "reward_manager", "ray_init"})
+SECTIONS |= {"ray_kwargs", "global_profiler", "transfer_queue", "hydra", "npu_profile"}
+"""Top-level sections that only verl has."""
+
+
+def find(key: str) -> Translation | None:
+    """The translation of `key`; one that fails with advice for an unknown key of verl's; None where it is none of verl's."""
+    for prefix in ("", *SHORT_FORMS):
+        if prefix + key in KEYS:
+            return KEYS[prefix + key]
+    for prefix, ours in PREFIXES.items():
+        if key.startswith(prefix):
+            return to(ours + key.removeprefix(prefix))
+    if key.partition(".")[0] in SECTIONS or key.startswith(("critic.model.", "critic.optim.", "critic.fsdp")):
+        near = difflib.get_close_matches(key, KEYS, 1, 0.9)
+        guess = f"Did you mean {near[0]!r}? " if near else ""
+        return nothing(f"leave it out. {guess}docs/configuration.md lists all that have one")
+    return None

@@ -1,0 +1,202 @@
+"""How values of verl's change on the way to ours. A function takes verl's value, and may ask what was given so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from hybridflow.config.pools import PoolSize, parse_pool
+from hybridflow.errors import HybridflowError, PlacementError
+
+Given = Callable[[str], object]
+"""Answers what a key, verl's or ours, was set to so far; None where it was not."""
+Apply = Callable[[object, Given], Mapping[str, object]]
+"""From the value of verl's key to values of ours."""
+Convert = Callable[[object], object]
+
+
+class UntranslatableError(HybridflowError):
+    """A key or value of verl's that means nothing here; the message says what to do."""
+
+
+def count_or_zero(value: object) -> object:
+    """verl writes -1 for never, or for all; here that is 0."""
+    return 0 if value == -1 else value
+
+
+def sampling(value: object, given: Given) -> Mapping[str, object]:
+    """`do_sample: False` is temperature 0."""
+    return {} if _is_true(value) else {"validation.temperature": 0.0}
+
+
+def symmetric(value: object) -> object:
+    """One clip ratio for both sides."""
+    return [value, value]
+
+
+def choice(**names: object) -> Convert:
+    """Names of verl's with the names here; None for those without one."""
+
+    def convert(value: object) -> object:
+        if names.get(str(value)) is None:
+            allowed = ", ".join(name for name, ours in names.items() if ours is not None)
+            raise UntranslatableError(f"verl's {value!r} has no equivalent here; allowed: {allowed}")
+        return names[str(value)]
+
+    return convert
+
+
+def overlong_prompts(value: object, given: Given) -> Mapping[str, object]:
+    """Filtering wins over truncation, in whatever order the two are given; without filtering verl stops with an error."""
+    if _is_true(value):
+        return {"data.overlong_prompts": "drop"}
+    is_dropped = given("data.overlong_prompts") in (None, "drop")
+    return {"data.overlong_prompts": "error"} if is_dropped else {}
+
+
+def truncation(value: object, given: Given) -> Mapping[str, object]:
+    """What happens to overlong prompts that are not filtered out."""
+    ours = choice(error="error", left="truncate_left", right=None, middle=None)(value)
+    return {} if given("data.overlong_prompts") == "drop" else {"data.overlong_prompts": ours}
+
+
+def ranks_per_node(value: object, given: Given) -> Mapping[str, object]:
+    """The second number of pool `main`."""
+    return {"placement.pools.main": str(PoolSize(_main_pool(given).nodes, _count(value)))}
+
+
+def nodes(value: object, given: Given) -> Mapping[str, object]:
+    """The first number of pool `main`."""
+    return {"placement.pools.main": str(PoolSize(_count(value), _main_pool(given).ranks_per_node))}
+
+
+def clip_low(value: object, given: Given) -> Mapping[str, object]:
+    """The lower side of the clip, the upper one as it was."""
+    return {"algorithm.clip": [value, _clip(given)[1]]}
+
+
+def clip_high(value: object, given: Given) -> Mapping[str, object]:
+    """The upper side of the clip, the lower one as it was."""
+    return {"algorithm.clip": [_clip(given)[0], value]}
+
+
+def kl_in_reward(value: object, given: Given) -> Mapping[str, object]:
+    """`algorithm.kl_in: reward`; where switched off, the KL in the loss stays if it was asked for."""
+    if given("algorithm.name") == "grpo":
+        if _is_true(value):
+            raise UntranslatableError("GRPO has its KL in the loss: use algorithm.kl_coefficient, or algorithm=ppo")
+        return {}
+    if _is_true(value):
+        return {"algorithm.kl_in": "reward"}
+    return {} if given("algorithm.kl_in") == "loss" else {"algorithm.kl_in": "none"}
+
+
+def kl_in_loss(value: object, given: Given) -> Mapping[str, object]:
+    """`algorithm.kl_in: loss` for PPO; GRPO's KL is there always, so False sets its coefficient to 0."""
+    if given("algorithm.name") == "grpo":
+        return {} if _is_true(value) else {"algorithm.kl_coefficient": 0.0}
+    if _is_true(value):
+        return {"algorithm.kl_in": "loss"}
+    return {"algorithm.kl_in": "none"} if given("algorithm.kl_in") == "loss" else {}
+
+
+def kl_loss_coefficient(value: object, given: Given) -> Mapping[str, object]:
+    """Counts in verl only where `use_kl_loss` is not switched off."""
+    return {} if given("actor_rollout_ref.actor.use_kl_loss") is False else {"algorithm.kl_coefficient": value}
+
+
+def kl_loss_type(value: object, given: Given) -> Mapping[str, object]:
+    """GRPO's estimator is k3, verl's low_var_kl."""
+    estimator = KL_ESTIMATOR(value)
+    if given("algorithm.name") != "grpo":
+        return {"algorithm.kl_estimator": estimator}
+    if estimator != "k3":
+        raise UntranslatableError(f"found {value!r}; GRPO estimates its KL with k3 (low_var_kl)")
+    return {}
+
+
+def critic_warmup(value: object, given: Given) -> Mapping[str, object]:
+    """0 is the default, and an algorithm without critic accepts it."""
+    is_default = value == 0 and given("algorithm.critic_warmup_steps") is None
+    return {} if is_default else {"algorithm.critic_warmup_steps": value}
+
+
+def rows_to_tokens(target: str) -> Apply:
+    """A microbatch counted in rows, as tokens: each row as long as prompt and response can be."""
+
+    def apply(value: object, given: Given) -> Mapping[str, object]:
+        if value is None:
+            return {}
+        lengths = [_count(given(key) or 512) for key in ("data.max_prompt_tokens", "data.max_response_tokens")]
+        return {target: _count(value) * sum(lengths)}
+
+    return apply
+
+
+def unless_given(target: str) -> Apply:
+    """For a second key of verl's where there is one here: the first one given counts."""
+    return lambda value, given: {} if given(target) is not None else {target: value}
+
+
+def shared(target: str) -> Apply:
+    """For keys of several roles of verl's that are one key here: they must agree."""
+
+    def apply(value: object, given: Given) -> Mapping[str, object]:
+        if given(target) not in (None, value):
+            raise UntranslatableError(
+                f"found {value!r}, but {target} is {given(target)!r}, and holds for all models. Set it once"
+            )
+        return {target: value}
+
+    return apply
+
+
+def cache_is_freed(value: object, given: Given) -> Mapping[str, object]:
+    """Freed where sizes require it, or never."""
+    return {"rollout.sleep": "auto" if _is_true(value) else "never"}
+
+
+def run_name(value: object, given: Given) -> Mapping[str, object]:
+    """Names the run, and its folder too, so that runs of different names do not resume from one another."""
+    own_folder = given("run.folder") not in (None, f"outputs/{given('trackers.run_name')}")
+    return {"trackers.run_name": value} | ({} if own_folder else {"run.folder": f"outputs/{value}"})
+
+
+def resume_mode(value: object, given: Given) -> Mapping[str, object]:
+    """`resume_path` takes the path from its own key."""
+    if value == "resume_path":
+        path = given("trainer.resume_from_path")
+        return {"checkpoint.resume": path} if path else {}
+    return {"checkpoint.resume": choice(auto="auto", disable="never", resume_path="")(value)}
+
+
+def resume_path(value: object, given: Given) -> Mapping[str, object]:
+    """Counts in verl only where `resume_mode` says so."""
+    return {"checkpoint.resume": value} if value and given("trainer.resume_mode") == "resume_path" else {}
+
+
+KL_ESTIMATOR = choice(kl="k1", k1="k1", mse="k2", k2="k2", low_var_kl="k3", k3="k3", abs=None)
+
+
+def _is_true(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UntranslatableError(f"found {value!r}; allowed: True, False")
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UntranslatableError(f"found {value!r}; needed: an integer of at least 1")
+    return value
+
+
+def _main_pool(given: Given) -> PoolSize:
+    text = given("placement.pools.main")
+    try:
+        return parse_pool(str(text or "1x1"))
+    except PlacementError as error:
+        raise UntranslatableError(f"placement.pools.main is {text!r}: {error}") from error
+
+
+def _clip(given: Given) -> tuple[object, object]:
+    clip = given("algorithm.clip")
+    return (clip[0], clip[1]) if isinstance(clip, list) and len(clip) == 2 else (0.2, 0.2)
