@@ -28,7 +28,7 @@ class Fingerprints:
         rows = np.array([_matrix_shape(shape)[0] for _, shape in shapes], np.int64)
         ends = np.cumsum(rows)
         self._starts: Mapping[str, int] = dict(zip(self.names, (ends - rows).tolist(), strict=True))
-        self._ends = torch.from_numpy(ends).to(device)
+        self._ends, self._starts_on_device = torch.from_numpy(ends).to(device), torch.from_numpy(ends - rows).to(device)
         row_of = np.arange(rows.sum()) - np.repeat(ends - rows, rows)
         self._row_weights = torch.from_numpy(odd_numbers(int(rows.max(initial=0)), stream=1)[row_of]).to(device)
         widest = max((_matrix_shape(shape)[1] for _, shape in shapes), default=0)
@@ -69,8 +69,9 @@ class Fingerprints:
     @torch.no_grad()
     def finish(self) -> torch.Tensor:
         """Shape [tensors], int64, in the order of the names. Integer sums wrap around, so any order of adding is exact."""
-        sums = torch.cumsum(self._row_sums * self._row_weights, dim=0)[self._ends - 1]
-        return torch.diff(sums, prepend=sums.new_zeros(1))
+        running = torch.cumsum(self._row_sums * self._row_weights, dim=0)
+        running = torch.cat([running.new_zeros(1), running])
+        return running[self._ends] - running[self._starts_on_device]
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,17 @@ class Region:
 
 def region_held(shape: Sequence[int], held_shape: Sequence[int], *, tensor_rank: int, num_tensor_ranks: int) -> Region | None:
     """Which region of a tensor of `shape` rank `tensor_rank` of an engine holds, told by the shape of its part; None for
-    the whole. Where parts are larger than an even cut (fewer key-value heads than ranks), neighbours hold the same part.
+    the whole. Where parts are larger than an even cut (fewer key-value heads than ranks), neighbours hold the same part;
+    a part that is smaller is the last one, cut short (a vocabulary that is padded to an even cut).
     """
     if tuple(shape) == tuple(held_shape):
         return None
     dims = [dim for dim, (size, held) in enumerate(zip(shape, held_shape, strict=True)) if size != held]
     assert len(dims) == 1, f"an engine that holds {tuple(held_shape)} of {tuple(shape)} cuts more than one dim"
     size, length = shape[dims[0]], held_shape[dims[0]]
-    sharing = max(1, num_tensor_ranks * length // size)
+    if length * num_tensor_ranks < size:
+        return Region(dims[0], size - length, length)
+    sharing = num_tensor_ranks * length // size
     return Region(dims[0], tensor_rank // sharing * length, length)
 
 

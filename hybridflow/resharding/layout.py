@@ -195,8 +195,10 @@ class _Key(Protocol):
 def _cut(tensor: TensorSpec, pipeline: tuple[int, int, int], along_tensor: tuple[int, int]) -> Box | None:
     """The box at (stage, stages, layers) and (index, parts), or None."""
     stage, num_stages, num_layers = pipeline
-    if tensor.layer * num_stages // num_layers != stage:
-        return None
+    if num_stages > 1:
+        assert tensor.layer < num_layers, f"{tensor.name} is of layer {tensor.layer}, the layout of {num_layers} layers"
+        if tensor.layer * num_stages // num_layers != stage:
+            return None
     whole = Box.whole(tensor.shape)
     if tensor.tensor_dim is None:
         return whole

@@ -31,7 +31,7 @@ class WeightTarget(Protocol):
         """Copy full tensors under their Hugging Face names; each is valid until the next one is asked for."""
         ...
 
-    def hugging_face_slices(self) -> HeldWeights:
+    def held_weights(self) -> HeldWeights:
         """This rank's part of each weight that can be read back bit by bit, under its Hugging Face name."""
         ...
 
@@ -149,7 +149,7 @@ class ColocatedSync:
         timeline.mark("load")
         if shards.fingerprints is not None:
             trained = _summed(shards.fingerprints, self.group if shards.plan.num_shards > 1 else None)
-            compare(trained, arrivals, target.hugging_face_slices(), self.settings.place)
+            compare(trained, arrivals, target.held_weights(), self.settings.place)
             timeline.mark("checksum")
         return SyncReport(deliver.bytes_received, len(named), arrivals.unreadable, timeline.seconds())
 
@@ -162,7 +162,7 @@ class ColocatedSync:
             self.arrivals = Arrivals(plan, self.settings.device, self.settings.place)
         if self.shards.fingerprints is not None:
             self.shards.fingerprints.begin()
-            self.arrivals.begin(target.hugging_face_slices())
+            self.arrivals.begin(target.held_weights())
         return self.shards, self.arrivals
 
     def _is_ready(self, tensor: torch.Tensor) -> bool:
@@ -270,7 +270,7 @@ class WeightReceiver:
             self.connect()
         assert self.plan is not None and self.arrivals is not None
         if self.settings.verify:
-            self.arrivals.begin(target.hugging_face_slices())
+            self.arrivals.begin(target.held_weights())
         timeline = Timeline(self.settings.device)
         buffers = Buffers(self.plan, self.settings.device, rows=self.plan.num_shards)
         deliver = Delivery(self.plan, self.arrivals, timeline, part="transfer")
@@ -278,7 +278,7 @@ class WeightReceiver:
         timeline.mark("load")
         if self.settings.verify:
             trained = self._trained_fingerprints()
-            compare(trained, self.arrivals, target.hugging_face_slices(), self.settings.place)
+            compare(trained, self.arrivals, target.held_weights(), self.settings.place)
             timeline.mark("checksum")
         return SyncReport(deliver.bytes_received, len(self.plan.slots), self.arrivals.unreadable, timeline.seconds())
 

@@ -47,10 +47,11 @@ class Arrivals:
         self.engine: Fingerprints | None = None
 
     def begin(self, held: HeldWeights) -> None:
-        """Before a sync: find out what the engine will be able to show."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in held if name in self.shapes and tensor.dtype == self.dtype}
-        if self.engine is None or shapes != self.held_shapes:
-            self._arrange(shapes)
+        """Before a sync. `held` is read before the first one only: what an engine can show does not change."""
+        if self.engine is None:
+            self._arrange(
+                {name: tuple(tensor.shape) for name, tensor in held if name in self.shapes and tensor.dtype == self.dtype}
+            )
         for fingerprints in (self.whole, self.cut, self.engine):
             if fingerprints is not None:
                 fingerprints.begin()

@@ -26,11 +26,13 @@ class ActorWorker(Worker):
     def __init__(self, config: Config, context: RankContext):
         from hybridflow.models.build import build_policy
         from hybridflow.workers.model_spec import trained_model
+        from hybridflow.workers.sync import ActorSync
         from hybridflow.workers.training import TrainingCore
 
         super().__init__(config, context)
         self.model = build_policy(trained_model(config, context, config.actor.path))
         self.core = TrainingCore(self.model, config.actor, context)
+        self.weight_sync = ActorSync(config, context)
         self.temperature = config.rollout.temperature or 1.0  # greedy rollouts train the distribution as it is
 
     @classmethod
@@ -80,6 +82,21 @@ class ActorWorker(Worker):
     def restore(self, folder: str) -> None:
         """Read the state that `save` wrote, by any number of ranks."""
         self.core.restore(folder)
+
+    @remote("rank_zero")
+    def transfer_address(self) -> str:
+        """`host:port` at which engines of another pool find the weights, for both sides' `open_transfer`."""
+        return self.weight_sync.address()
+
+    @remote("one_to_all")
+    def open_transfer(self, address: str) -> None:
+        """Prepare to send weights to the engines of another pool."""
+        self.weight_sync.open(address)
+
+    @remote("one_to_all")
+    def send_weights(self) -> Metrics:
+        """Send the current weights to every rank that is in `rollout.receive_weights`. Metrics are named `sync/send_...`."""
+        return self.weight_sync.send(self.named_tensors())
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The current weights under their Hugging Face names, as this rank's shards, each once, adapters merged.

@@ -1,0 +1,122 @@
+"""Fingerprints: what they notice, and that parts add up to the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hybridflow.resharding.checksum import Fingerprints, Region, odd_numbers, region_held
+
+CPU = torch.device("cpu")
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    fingerprints = Fingerprints([("t", tuple(tensor.shape))], dtype=tensor.dtype, device=CPU)
+    fingerprints.add("t", tensor)
+    return int(fingerprints.finish())
+
+
+def slow_fingerprint(tensor: torch.Tensor) -> int:
+    """Python integers and no wrap-around until the end; bfloat16 with rows of a multiple of 8 bytes only."""
+    bits = tensor.view(torch.int16).tolist()
+    total = 0
+    row_weights = odd_numbers(len(bits), stream=1).tolist()
+    column_weights = odd_numbers(len(bits[0]) // 4, stream=2).tolist()
+    for row, row_weight in zip(bits, row_weights, strict=True):
+        for column, column_weight in enumerate(column_weights):
+            word = sum((row[4 * column + i] & 0xFFFF) << (16 * i) for i in range(4))
+            total += row_weight * column_weight * word
+    total %= 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+def test_it_is_the_sum_that_the_module_describes():
+    tensor = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert fingerprint(tensor) == slow_fingerprint(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(8, 8), (6, 5), (7, 3), (9,), (4, 3, 2), (2, 1)])
+def test_every_single_bit_counts(shape: tuple[int, ...], dtype: torch.dtype):
+    tensor = torch.randn(shape).to(dtype)
+    before = fingerprint(tensor)
+    bits = tensor.view(torch.int16).view(-1)
+    for element in range(len(bits)):
+        for bit in (0, 7, 15):
+            bits[element] ^= torch.tensor(1 << bit, dtype=torch.int32).to(torch.int16)
+            assert fingerprint(tensor) != before
+            bits[element] ^= torch.tensor(1 << bit, dtype=torch.int32).to(torch.int16)
+    assert fingerprint(tensor) == before
+
+
+def test_a_transposed_square_is_noticed():
+    tensor = torch.randn(16, 16).bfloat16()
+    assert fingerprint(tensor) != fingerprint(tensor.T.contiguous())
+
+
+def test_exchanged_rows_and_exchanged_columns_are_noticed():
+    tensor = torch.randn(16, 16).bfloat16()
+    assert fingerprint(tensor) != fingerprint(tensor.flip(0))
+    assert fingerprint(tensor) != fingerprint(tensor.roll(4, dims=1))  # whole words move: four bfloat16 are one
+
+
+def test_shards_add_up_to_the_whole_for_any_cut():
+    for num_shards in (1, 2, 3, 7):
+        tensor = torch.randn(17, 5).bfloat16()
+        total = torch.zeros(1, dtype=torch.int64)
+        first_row = 0
+        for part in tensor.chunk(num_shards):
+            fingerprints = Fingerprints([("t", (17, 5))], dtype=torch.bfloat16, device=CPU)
+            fingerprints.add("t", part, first_row=first_row)
+            total += fingerprints.finish()
+            first_row += len(part)
+        assert int(total) == fingerprint(tensor)
+
+
+def test_the_memory_layout_does_not_matter():
+    tensor = torch.randn(8, 6).bfloat16()
+    strided = torch.empty(6, 8, dtype=torch.bfloat16).T.copy_(tensor)
+    odd_start = torch.empty(49, dtype=torch.bfloat16)[1:].view(8, 6).copy_(tensor)
+    assert fingerprint(strided) == fingerprint(odd_start) == fingerprint(tensor)
+
+
+def test_large_tensors_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    tensor = torch.randn(100, 8).bfloat16()
+    whole = fingerprint(tensor)
+    monkeypatch.setattr("hybridflow.resharding.checksum.WORDS_AT_ONCE", 7)
+    assert fingerprint(tensor) == whole
+
+
+def test_many_tensors_keep_their_own_numbers():
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in [("a", (3, 4)), ("b", (7,)), ("c", (5, 2)), ("d", ())]}
+    together = Fingerprints([(n, tuple(t.shape)) for n, t in tensors.items()], dtype=torch.bfloat16, device=CPU)
+    for name in ("c", "a", "d", "b"):
+        together.add(name, tensors[name])
+    assert together.finish().tolist() == [fingerprint(tensor) for tensor in tensors.values()]
+    assert together.unseen == ()
+
+
+def test_the_region_of_a_tensor_rank_is_told_by_shapes():
+    assert region_held((8, 6), (8, 6), tensor_rank=1, num_tensor_ranks=2) is None
+    assert region_held((8, 6), (4, 6), tensor_rank=1, num_tensor_ranks=2) == Region(0, 4, 4)
+    assert region_held((8, 6), (8, 2), tensor_rank=2, num_tensor_ranks=3) == Region(1, 4, 2)
+
+
+def test_tensor_ranks_that_share_a_key_value_head_hold_the_same_region():
+    # 2 heads of 4 rows over 4 ranks: ranks 0 and 1 hold the first, ranks 2 and 3 the second.
+    regions = [region_held((8, 6), (4, 6), tensor_rank=rank, num_tensor_ranks=4) for rank in range(4)]
+    assert regions == [Region(0, 0, 4), Region(0, 0, 4), Region(0, 4, 4), Region(0, 4, 4)]
+
+
+def test_the_last_part_of_a_padded_vocabulary_is_shorter():
+    # 150 rows padded to 192 for 3 ranks: 64, 64 and 22 rows.
+    regions = [region_held((150, 6), (rows, 6), tensor_rank=rank, num_tensor_ranks=3) for rank, rows in enumerate([64, 64, 22])]
+    assert regions == [Region(0, 0, 64), Region(0, 64, 64), Region(0, 128, 22)]
+
+
+def test_a_part_without_rows_has_the_fingerprint_zero():
+    fingerprints = Fingerprints([("empty", (0, 4)), ("t", (2, 4))], dtype=torch.bfloat16, device=CPU)
+    fingerprints.add("empty", torch.empty(0, 4, dtype=torch.bfloat16))
+    tensor = torch.randn(2, 4).bfloat16()
+    fingerprints.add("t", tensor)
+    assert fingerprints.finish().tolist() == [0, fingerprint(tensor)]
