@@ -129,8 +129,8 @@ class Engine(ABC):
             )
         if num_prompt + num_response > limit:
             raise EngineError(
-                f"request {request.id} has {num_prompt} prompt tokens and asks for up to {num_response} more, over the {limit} "
-                "that the engine was started for. Shorten the prompt, or raise data.max_prompt_tokens or data.max_response_tokens"
+                f"request {request.id} has {num_prompt} prompt tokens and asks for up to {num_response} more, over the "
+                f"engine's limit of {limit}. Shorten the prompt, or raise data.max_prompt_tokens or data.max_response_tokens"
             )
 
     def check_idle(self) -> None:
@@ -185,16 +185,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights that the engine computes with, under its own names; for checksums."""
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's part of each weight that can be read back bit by bit, under its Hugging Face name; for checksums.
 
-    def hugging_face_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Views of what this rank holds of each weight, under its Hugging Face name: whole, or its tensor rank's part.
-
-        Weights that the engine keeps in a form that cannot be compared bit by bit (repacked for its kernels) are left out;
-        where any is, the sync compares log-probabilities instead. By default the engine's own names are taken.
+        With tensor parallelism a part is a slice along one dim. A weight that cannot be read back is left out.
         """
-        return self.named_weights()
 
     def sleep(self) -> None:  # noqa: B027, an engine may have nothing to give back
         """Give back the memory of the cache (and of the weights, where the engine can)."""

@@ -40,7 +40,7 @@ def uniform(seeds: npt.NDArray[np.uint64], numbers: npt.NDArray[np.integer]) -> 
     return (mixed >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
-def mixed_seed(*parts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+def mixed_seed(*parts: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
     """One seed of 63 bits for each row from several numbers; different numbers give different seeds, practically."""
     mixed = np.zeros(len(parts[0]), np.uint64)
     for part in parts:

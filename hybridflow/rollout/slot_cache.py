@@ -36,9 +36,9 @@ class Asked:
     """What a layer asks of attention."""
 
     layer: int
-    query_1HTD: torch.Tensor  # noqa: N815
-    key_1KTD: torch.Tensor  # noqa: N815
-    value_1KTD: torch.Tensor  # noqa: N815
+    query_1HTD: torch.Tensor
+    key_1KTD: torch.Tensor
+    value_1KTD: torch.Tensor
     scale: float | None
     """Multiplies the scores; None means 1 / sqrt(D)."""
     window: int | None

@@ -184,7 +184,7 @@ class TorchEngine(Engine):
         if missing := [name for name, tensor in own.items() if tensor.data_ptr() not in loaded]:
             raise EngineError(f"{len(missing)} of {len(own)} weights were not given: {', '.join(islice(missing, 5))}")
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.model.named_parameters()
 
     def sleep(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from transformers import AutoTokenizer
 
 from hybridflow import registry
@@ -20,9 +21,12 @@ from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
+from hybridflow.workers.sync import RolloutSync
 
 if TYPE_CHECKING:
     import torch
+
+    from hybridflow.metrics import Metrics
 
 logger = logging.getLogger("hybridflow")
 
@@ -63,12 +67,15 @@ class RolloutWorker(Worker):
         self.tokenizer = AutoTokenizer.from_pretrained(
             config.model.tokenizer or config.model.path, trust_remote_code=config.model.trust_remote_code
         )
-        engine_class = registry.load(config.rollout.engine, registry.ENGINES, key="rollout.engine")
+        start, name = time.perf_counter(), config.rollout.engine
+        logger.info("rollout rank %d: starting engine %s", context.rank, name)
+        engine_class = registry.load(name, registry.ENGINES, key="rollout.engine")
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
-            problem = f"{config.rollout.engine!r} is no subclass of hybridflow.rollout.base.Engine"
+            problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([Mistake("rollout.engine", problem)])
         start = time.perf_counter()
         self.engine = EngineThread(engine_class(engine_spec(config, context)))
+        self.weight_sync = RolloutSync(config, context, self.engine)
         if (seconds := time.perf_counter() - start) > 5:
             logger.info("rollout: engine %s started in %.0f s on rank %d", config.rollout.engine, seconds, context.rank)
 
@@ -117,10 +124,29 @@ class RolloutWorker(Worker):
         with self.engine.paused() as engine:
             engine.load_weights(weights)
 
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights that the engine computes with, for checksums: see `Engine.named_weights`."""
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that the engine computes with, for checksums: see `Engine.held_weights`."""
         with self.engine.paused() as engine:
-            yield from engine.named_weights()
+            yield from engine.held_weights()
+
+    @remote("one_to_all")
+    def sync_weights(self) -> Metrics:
+        """Take the weights of the actor on the same pool. Metrics are named `sync/...`.
+
+        Raises:
+            WeightMismatchError: the engine holds something else afterwards.
+        """
+        return self.weight_sync.from_peer()
+
+    @remote("one_to_all")
+    def open_transfer(self, address: str) -> None:
+        """Prepare to take weights from the actor of another pool, which gave this address."""
+        self.weight_sync.open(address)
+
+    @remote("one_to_all")
+    def receive_weights(self) -> Metrics:
+        """Take the weights that `actor.send_weights` sends at the same time. Metrics and errors as of `sync_weights`."""
+        return self.weight_sync.receive()
 
     @remote("one_to_all")
     def sleep(self) -> None:
@@ -165,7 +191,6 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
     )
 
 
-def _seeds(batch: Batch) -> np.ndarray:
-    seed = cast(np.ndarray, batch["seed"])
-    sample = cast(np.ndarray, batch["sample"]) if "sample" in batch else np.zeros(len(batch), np.int64)
-    return mixed_seed(seed, sample)
+def _seeds(batch: Batch) -> npt.NDArray[np.int64]:
+    sample = batch["sample"] if "sample" in batch else np.zeros(len(batch), np.int64)
+    return mixed_seed(batch["seed"], sample)

@@ -1,0 +1,303 @@
+"""Generation with vLLM in this process, through its public `LLMEngine`: the only file that imports vllm.
+
+Written for 0.24 on CUDA and 0.32 on CPU. What differs between releases is probed, not compared by version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.sampling_params import RequestOutputKind
+
+from hybridflow.errors import EngineError
+from hybridflow.registry import nearest
+from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
+from hybridflow.rollout.stopping import end_of_sequence_ids
+
+logger = logging.getLogger("hybridflow")
+
+MOST_ELEMENTS_READ_BACK = 1 << 18
+"""Of a weight that the CPU kernels have packed: reading it back is a matrix product, which larger ones are not worth."""
+FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+class VllmEngine(Engine):
+    """One vLLM engine; with `tensor_parallel` over 1 the ranks each hold a part of it and must step it together."""
+
+    def __init__(self, spec: EngineSpec):
+        super().__init__(spec)
+        arguments = _arguments(spec)
+        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
+        self.end_ids = end_of_sequence_ids(spec.model, tokenizer, trust_remote_code=spec.trust_remote_code)
+        self.logprobs_mode = str(arguments["logprobs_mode"])
+        self.unlisted = "flat_logprobs" in SamplingParams.__struct_fields__
+        """Log-probabilities come as flat lists: no object per token."""
+        logger.info(
+            "vLLM: loading %s%s",
+            spec.model,
+            "" if arguments["enforce_eager"] else ", compiling, capturing CUDA graphs: minutes",
+        )
+        _prepare_process(spec)
+        with _kept_random_state():  # vLLM seeds the generators of the whole process
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self.model: torch.nn.Module = self.engine.apply_model(_itself)[0]
+
+    def add(self, request: Request) -> None:
+        self.check_length(request)
+        self._check_log_probs(request)
+        prompt = {"prompt_token_ids": np.asarray(request.prompt).tolist()}
+        self.engine.add_request(str(request.id), prompt, self._parameters(request))
+
+    def _check_log_probs(self, request: Request) -> None:
+        sampling = request.sampling
+        if not sampling.log_probs or sampling.temperature == 0:
+            return
+        has_cut = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+        if has_cut and self.logprobs_mode == "processed_logprobs":
+            raise EngineError(
+                "vLLM gives log-probabilities of what top_p, top_k and min_p leave, but training computes them before. Set "
+                "rollout.top_p=1, top_k=0 and min_p=0; or, at rollout.temperature=1, "
+                "rollout.engine_options.logprobs_mode=raw_logprobs"
+            )
+        if sampling.temperature != 1 and self.logprobs_mode != "processed_logprobs":
+            raise EngineError(
+                f"rollout.engine_options.logprobs_mode={self.logprobs_mode} gives log-probabilities at temperature 1, but "
+                f"{sampling.temperature} was asked for. Leave the option out, or set rollout.temperature=1"
+            )
+
+    def _parameters(self, request: Request) -> SamplingParams:
+        sampling = request.sampling
+        flat = {"flat_logprobs": True} if self.unlisted else {}
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            seed=request.seed % 2**63 if sampling.temperature else None,
+            stop=list(sampling.stop) or None,
+            stop_token_ids=[*(() if sampling.ignore_eos else self.end_ids), *sampling.stop_token_ids],
+            ignore_eos=sampling.ignore_eos,
+            include_stop_str_in_output=True,
+            logprobs=0 if sampling.log_probs else None,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **flat,
+        )
+
+    def step(self) -> list[Response]:
+        return [self._response(output) for output in self.engine.step() if output.finished]
+
+    def _response(self, output: RequestOutput) -> Response:
+        completion = output.outputs[0]
+        if completion.finish_reason not in FINISH_REASONS:
+            raise EngineError(
+                f"vLLM ended request {output.request_id} with {completion.finish_reason!r} and without a response"
+            )
+        tokens = np.asarray(completion.token_ids, np.int32)
+        return Response(
+            id=int(output.request_id),
+            tokens=tokens,
+            log_probs=None if completion.logprobs is None else self._log_probs(completion.logprobs, tokens),
+            finish_reason=FINISH_REASONS[completion.finish_reason],
+        )
+
+    def _log_probs(self, found: Iterable[object], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        if self.unlisted:
+            flat = np.asarray(found.logprobs, np.float32)  # type: ignore[attr-defined]
+            assert len(flat) == len(tokens), f"vLLM gave {len(flat)} log-probabilities for {len(tokens)} tokens"
+            return flat
+        pairs = zip(found, tokens, strict=True)
+        return np.array([at_token[int(token)].logprob for at_token, token in pairs], np.float32)  # type: ignore[index]
+
+    @property
+    def num_unfinished(self) -> int:
+        return int(self.engine.get_num_unfinished_requests())
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.check_idle()
+        given: set[str] = set()
+        try:
+            if self.spec.device.type == "cuda":
+                self.model.load_weights(_noted(weights, given))  # type: ignore[operator]
+            else:
+                # The CPU kernels have packed the weights, so vLLM builds each layer anew. It keeps what it is given until
+                # the layer is complete, longer than the caller's buffers last: hence copies.
+                copies = ((name, tensor.clone()) for name, tensor in weights)
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": _noted(copies, given)})
+        except (AssertionError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise EngineError(
+                f"vLLM refused the weights after {len(given)} tensors: {type(error).__name__}: {error}"
+            ) from error
+        self._check_complete(given)
+        if not self.engine.reset_prefix_cache():
+            raise EngineError("vLLM did not forget its cached prefixes, which belong to the old weights")
+
+    def _check_complete(self, given: set[str]) -> None:
+        names = {name for name, _, _ in _parts(self.model)}
+        if missing := sorted(names - given):
+            raise EngineError(f"{len(missing)} of {len(names)} weights were not given: {', '.join(missing[:5])}")
+
+    @torch.no_grad()
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, module, (first, last) in _parts(self.model):
+            tensor: torch.Tensor = module.get_parameter(name.rpartition(".")[2])
+            if self.spec.device.type == "cpu" and name.endswith(".weight") and isinstance(module, LinearBase | ParallelLMHead):
+                unpacked = _read_back(module, self.spec.torch_dtype)
+                if unpacked is None:
+                    continue
+                tensor = unpacked
+            yield name, tensor[first:last]
+
+    def sleep(self) -> None:
+        self.check_idle()
+        if self.spec.can_sleep and self.spec.device.type == "cuda":
+            self.engine.reset_prefix_cache()
+            self.engine.sleep(level=1)
+
+    def wake(self) -> None:
+        if self.spec.can_sleep and self.spec.device.type == "cuda":
+            self.engine.wake_up()
+
+    def close(self) -> None:
+        # Not the engine's own shutdown: it destroys the process groups of the whole process, training's with them.
+        self.engine.model_executor.shutdown()
+
+
+def _arguments(spec: EngineSpec) -> dict[str, object]:
+    """What the engine is built with: ours, then the user's options over them."""
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    if unknown := [name for name in spec.options if name not in known]:
+        raise EngineError(f"rollout.engine_options.{unknown[0]} is no argument of vLLM's engine{nearest(unknown[0], known)}")
+    on_cpu = spec.device.type == "cpu"
+    arguments: dict[str, object] = {
+        "model": spec.model,
+        "tokenizer": spec.tokenizer or spec.model,
+        "trust_remote_code": spec.trust_remote_code,
+        "dtype": spec.dtype,
+        "seed": spec.seed,
+        "max_model_len": spec.max_model_tokens,
+        "max_num_seqs": spec.max_requests,
+        "tensor_parallel_size": spec.layout.tensor,
+        "enforce_eager": spec.enforce_eager or on_cpu,  # there are no CUDA graphs to gain, and compiling takes a minute
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = int(spec.cpu_cache_gib * 2**30)
+        # A prompt in several chunks breaks requests with a seed on CPU: vLLM winds their generators back by
+        # Generator.set_offset, which torch has for CUDA only.
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, spec.max_model_tokens)}
+    else:
+        arguments |= {"gpu_memory_utilization": spec.memory_fraction, "enable_sleep_mode": spec.can_sleep}
+        if "async_scheduling" in known:  # the next step is scheduled while this one runs
+            arguments["async_scheduling"] = True
+    if _is_one_of_many(spec):
+        arguments["distributed_executor_backend"] = "external_launcher"
+    return arguments | spec.options
+
+
+def _is_one_of_many(spec: EngineSpec) -> bool:
+    """Whether torch.distributed spans several ranks, which vLLM must then build its own groups from."""
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if spec.layout.tensor > num_ranks:
+        raise EngineError(
+            f"rollout.tensor_parallel={spec.layout.tensor} needs as many ranks in torch.distributed; found {num_ranks}"
+        )
+    return num_ranks > 1
+
+
+def _prepare_process(spec: EngineSpec) -> None:
+    """What vLLM has no arguments for."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights arrive as tensors, requests without a socket
+    if dist.is_initialized():
+        os.environ["RANK"] = str(dist.get_rank())
+        os.environ["LOCAL_RANK"] = str(spec.device.index or 0)
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("vllm").setLevel(logging.WARNING)
+    # At every reload it reports the layers that have no weights as failed; load_weights looks for missing ones itself.
+    logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _itself(model: torch.nn.Module) -> torch.nn.Module:
+    return model
+
+
+def _noted(weights: Iterable[tuple[str, torch.Tensor]], given: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        given.add(name)
+        yield name, tensor
+
+
+Rows = tuple[int, int]
+Part = tuple[str, torch.nn.Module, Rows]
+
+
+def _parts(model: torch.nn.Module) -> Iterator[Part]:
+    """Every weight of this rank under its Hugging Face name, with the module that holds it and its rows in the parameter.
+
+    vLLM stacks what shares an input: rows of qkv_proj are q_proj, k_proj, v_proj. Its vocabulary is padded. A tied weight
+    comes once, under its first name.
+    """
+    stacked: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        prefix, _, own_name = module_name.rpartition(".")
+        prefix = f"{prefix}." if prefix else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(module, VocabParallelEmbedding):
+                yield f"{module_name}.{name}", module, (0, module.shard_indices.num_org_elements)
+            elif own_name in stacked and isinstance(module, LinearBase):
+                ends = np.cumsum([0, *module.output_partition_sizes]).tolist()
+                for part, first, last in zip(stacked[own_name], ends[:-1], ends[1:], strict=True):
+                    yield f"{prefix}{part}.{name}", module, (first, last)
+            else:
+                yield f"{module_name}.{name}", module, (0, _num_rows(module, parameter))
+
+
+def _num_rows(module: torch.nn.Module, parameter: torch.nn.Parameter) -> int:
+    return sum(module.output_partition_sizes) if isinstance(module, LinearBase) else parameter.shape[0]
+
+
+def _read_back(module: LinearBase | ParallelLMHead, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight [out, in] that a layer computes with, by giving it the identity; None where that would take long.
+
+    Every product has one term that is not zero, so the numbers come back exactly.
+    """
+    if isinstance(module, LinearBase):
+        num_in, num_out = module.input_size_per_partition, sum(module.output_partition_sizes)
+    else:
+        num_in, num_out = module.embedding_dim, module.num_embeddings_per_partition
+    if num_in * num_out > MOST_ELEMENTS_READ_BACK:
+        return None
+    found: torch.Tensor = module.quant_method.apply(module, torch.eye(num_in, dtype=dtype), bias=None)
+    return found.t()
