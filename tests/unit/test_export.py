@@ -1,0 +1,176 @@
+"""A checkpoint becomes a Hugging Face folder that holds the weights it was trained to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hybridflow.checkpoint import export
+from hybridflow.checkpoint.export import export_checkpoint
+from hybridflow.checkpoint.sharded import save_sharded
+from hybridflow.checkpoint.store import CheckpointStore, RunState
+from hybridflow.errors import CheckpointError
+from hybridflow.export import main
+from tests.toy import make_tiny_model
+
+
+def trained(source: str) -> PreTrainedModel:
+    """The model of `source` with every weight moved, as training would."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def checkpoint_of(run: Path, source: str, weights: dict[str, torch.Tensor], *, role: str = "actor", **model: object) -> Path:
+    """A checkpoint as a training worker writes it."""
+    store = CheckpointStore(run)
+    with store.writing(5) as folder:
+        save_sharded(str(folder / role), {"model": weights, "optimizer": {"step": 5}}, None)
+        store.write_state(
+            folder, RunState(step=5, config={"model": {"path": source, "tokenizer": None, **model}, role: {"path": None}})
+        )
+    return run / "checkpoints" / "step_000005"
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> None:
+    found = weights_of(model)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_the_exported_model_has_exactly_the_trained_weights(tmp_path: Path, tiny_model: str):
+    weights = weights_of(trained(tiny_model))
+    folder = export_checkpoint(checkpoint_of(tmp_path / "run", tiny_model, weights), tmp_path / "out", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.float32
+    assert_same_weights(model, weights)
+
+
+def test_the_exported_folder_generates_from_text(tmp_path: Path, tiny_model: str):
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, weights_of(trained(tiny_model)))
+    folder = export_checkpoint(checkpoint, tmp_path / "out", dtype="float32")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
+    prompt = tokenizer("1+1=", return_tensors="pt")
+    assert (
+        model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape[1] == prompt.input_ids.shape[1] + 3
+    )
+
+
+def test_weights_are_rounded_once_to_the_dtype_asked_for(tmp_path: Path, tiny_model: str):
+    weights = weights_of(trained(tiny_model))
+    folder = export_checkpoint(checkpoint_of(tmp_path / "run", tiny_model, weights), tmp_path / "out", dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert_same_weights(model, {name: weight.to(torch.bfloat16) for name, weight in weights.items()})
+
+
+def test_the_dtype_is_that_of_the_source_unless_told_otherwise(tmp_path: Path, tiny_model: str):
+    source = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(source)
+    folder = export_checkpoint(checkpoint_of(tmp_path / "run", str(source), weights_of(trained(tiny_model))), tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("saved_twice", [False, True])
+def test_tied_weights_stay_tied_and_are_written_once(tmp_path: Path, saved_twice: bool):
+    source = make_tiny_model(tmp_path / "source", tie_word_embeddings=True)
+    weights = weights_of(trained(source))
+    saved = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]} if saved_twice else weights
+    folder = export_checkpoint(checkpoint_of(tmp_path / "run", source, saved), tmp_path / "out", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_weights(model, weights)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+
+def test_large_models_are_written_in_several_indexed_files(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(export, "FILE_BYTES", 50_000)
+    weights = weights_of(trained(tiny_model))
+    folder = export_checkpoint(checkpoint_of(tmp_path / "run", tiny_model, weights), tmp_path / "out", dtype="float32")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(folder), weights)
+
+
+def test_adapters_are_merged(tmp_path: Path, tiny_model: str):
+    weights = weights_of(trained(tiny_model))
+    layer = "model.layers.1.self_attn.q_proj"
+    low, high = torch.randn(2, 64), torch.randn(64, 2)
+    saved = {name.replace(f"{layer}.", f"{layer}.base_layer."): weight for name, weight in weights.items()}
+    saved |= {f"{layer}.lora_A.default.weight": low, f"{layer}.lora_B.default.weight": high}
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, saved, lora_rank=2, lora_alpha=6.0)
+    folder = export_checkpoint(checkpoint, tmp_path / "out", dtype="float32")
+    # W + alpha / rank * B A, and alpha / rank = 3.
+    expected = {**weights, f"{layer}.weight": weights[f"{layer}.weight"] + 3.0 * (high @ low)}
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(folder), expected)
+
+
+def test_a_critic_gives_its_backbone_and_its_value_head(tmp_path: Path, tiny_model: str):
+    weights = {name: weight for name, weight in weights_of(trained(tiny_model)).items() if name.startswith("model.")}
+    head = {"value_head.weight": torch.randn(1, 64), "value_head.bias": torch.randn(1)}
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, {**weights, **head}, role="critic")
+    folder = export_checkpoint(checkpoint, tmp_path / "out", role="critic", dtype="float32")
+    backbone, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert_same_weights(backbone, {name.removeprefix("model."): weight for name, weight in weights.items()})
+    values = load_file(folder / "value_head.safetensors")
+    assert torch.equal(values["weight"], head["value_head.weight"]) and torch.equal(values["bias"], head["value_head.bias"])
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_first_weight(tmp_path: Path, tiny_model: str):
+    weights = weights_of(trained(tiny_model))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, weights)
+    with pytest.raises(
+        CheckpointError, match=r"first is model\.layers\.1\.mlp\.up_proj\.weight: the checkpoint has none, the model shape"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, tiny_model: str):
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, weights_of(trained(tiny_model)))
+    shard = next((checkpoint / "actor").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="has the checksum"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+
+
+def test_a_role_without_weights_is_answered_with_those_that_have_some(tmp_path: Path, tiny_model: str):
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, weights_of(trained(tiny_model)))
+    with pytest.raises(CheckpointError, match=r"no weights of role 'critic'\. It has those of: actor"):
+        export_checkpoint(checkpoint, tmp_path / "out", role="critic")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, tiny_model: str):
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, weights_of(trained(tiny_model)))
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        export_checkpoint(checkpoint, tmp_path / "run")
+
+
+def test_the_command_takes_a_run_and_a_source_that_was_moved(
+    tmp_path: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+):
+    weights = weights_of(trained(tiny_model))
+    checkpoint_of(tmp_path / "run", "/moved/away", weights)
+    command = [str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float32"]
+    assert main(command) == 1
+    assert "/moved/away" in capsys.readouterr().err
+    assert main([*command, "--source", tiny_model]) == 0
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), weights)

@@ -1,0 +1,89 @@
+"""Plots of a run from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hybridflow.errors import DataError
+from hybridflow.report import main
+from hybridflow.trackers.plots import figures, plot_run, read_run, running_mean
+
+pytest.importorskip("matplotlib")
+
+
+def write_run(folder: Path, *, num_steps: int, **metrics: float) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"step": step, "time": 0.0, **{name.replace("__", "/"): value for name, value in metrics.items()}}
+        for step in range(1, num_steps + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_a_run_gives_a_png_for_learning_health_and_speed(tmp_path: Path):
+    write_run(
+        tmp_path,
+        num_steps=3,
+        reward__mean=0.5,
+        validation__accuracy=0.5,
+        actor__loss=-0.1,
+        seconds__step=2.0,
+        seconds__sync=0.1,
+    )
+    paths = plot_run(tmp_path)
+    assert [path.name for path in paths] == ["learning.png", "health.png", "speed.png"]
+    assert all(is_png(path) for path in paths)
+
+
+def test_a_run_of_many_steps_is_drawn_too(tmp_path: Path):
+    assert all(is_png(path) for path in plot_run(write_run(tmp_path, num_steps=60, reward__mean=0.5, seconds__step=1.0)))
+
+
+def test_a_figure_of_which_nothing_was_measured_is_left_out(tmp_path: Path):
+    assert [path.name for path in plot_run(write_run(tmp_path, num_steps=2, actor__loss=1.0))] == ["health.png"]
+
+
+def test_numbers_that_are_missing_or_null_leave_gaps(tmp_path: Path):
+    lines = [{"step": 1, "reward/mean": 0.1}, {"step": 2, "reward/mean": None}, {"step": 3}, {"step": 4, "reward/mean": 0.4}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(tmp_path).series("reward/mean") == ([1, 4], [0.1, 0.4])
+
+
+def test_metrics_of_the_users_own_reward_get_a_line(tmp_path: Path):
+    run = read_run(write_run(tmp_path, num_steps=2, reward__mean=0.5, reward__std=0.1, reward__format=0.9))
+    (training, _) = figures(run)["learning"]
+    assert [(line.metric, line.label) for line in training.lines] == [("reward/mean", "reward"), ("reward/format", "format")]
+
+
+def test_a_running_mean_looks_back_only():
+    # Windows of two: 1; (1+3)/2; (3+5)/2.
+    assert running_mean([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+
+
+def test_a_folder_without_metrics_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"metrics\.jsonl does not exist"):
+        plot_run(tmp_path)
+
+
+def test_a_run_without_a_finished_step_says_so(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "rew')
+    with pytest.raises(DataError, match="no finished step"):
+        plot_run(tmp_path)
+
+
+def test_the_command_prints_where_the_plots_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(write_run(tmp_path, num_steps=2, reward__mean=0.5))]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/plots/learning.png\n"
+
+
+def test_the_command_fails_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(tmp_path / "nothing")]) == 1
+    assert "does not exist" in capsys.readouterr().err

@@ -1,0 +1,227 @@
+"""Where metrics go."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hybridflow.config.schema import Config, RunConfig, TrackerConfig
+from hybridflow.errors import ConfigError
+from hybridflow.metrics import Metrics
+from hybridflow.trackers.base import Sample, Tracker, Trackers
+from hybridflow.trackers.console import ConsoleTracker, shortened, step_line, validation_line
+from hybridflow.trackers.jsonl import JsonlTracker, read_lines
+from hybridflow.trackers.timers import Stopwatch
+
+
+def config(folder: Path, *names: str) -> Config:
+    return Config(run=RunConfig(folder=str(folder)), trackers=TrackerConfig(names=names))
+
+
+def log_steps(folder: Path, steps: Sequence[int], *, resume_step: int) -> None:
+    tracker = JsonlTracker(config(folder), 10, resume_step)
+    for step in steps:
+        tracker.log(step, Metrics({"reward/mean": step / 10}))
+        tracker.log_samples(step, [Sample(prompt="1+1=", response="2", ground_truth="2", reward=float(step))])
+    tracker.close()
+
+
+def lines_without_time(path: Path) -> list[dict[str, object]]:
+    return [{name: value for name, value in line.items() if name != "time"} for line in read_lines(path)]
+
+
+class FailingTracker(Tracker):
+    """A dashboard that is down."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        raise ConnectionError("no route to the dashboard")
+
+
+def test_a_line_holds_step_time_and_every_metric(tmp_path: Path):
+    tracker = JsonlTracker(config(tmp_path), 10, 0)
+    tracker.log(3, Metrics({"reward/mean": 0.5, "critic/loss": math.nan}))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    content = json.loads(line)
+    assert content.pop("time") > 1e9
+    assert content == {"step": 3, "reward/mean": 0.5, "critic/loss": None}
+    tracker.close()
+
+
+def test_after_a_resume_the_file_is_that_of_an_uninterrupted_run(tmp_path: Path):
+    log_steps(tmp_path / "whole", range(11), resume_step=0)
+    log_steps(tmp_path / "cut", range(8), resume_step=0)
+    log_steps(tmp_path / "cut", range(6, 11), resume_step=5)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert lines_without_time(tmp_path / "cut" / name) == lines_without_time(tmp_path / "whole" / name)
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_on_resume(tmp_path: Path):
+    log_steps(tmp_path, range(1, 6), resume_step=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rewa')
+    log_steps(tmp_path, [6], resume_step=5)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path):
+    log_steps(tmp_path, range(4), resume_step=0)
+    log_steps(tmp_path, [0], resume_step=0)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_samples_are_kept_as_they_are(tmp_path: Path):
+    tracker = JsonlTracker(config(tmp_path), 10, 0)
+    tracker.log_samples(0, [Sample(prompt="é\n", response="[/]", ground_truth="", reward=math.inf)])
+    tracker.close()
+    assert read_lines(tmp_path / "samples.jsonl") == [
+        {"step": 0, "prompt": "é\n", "response": "[/]", "ground_truth": "", "reward": None}
+    ]
+
+
+def test_jsonl_is_always_on(tmp_path: Path):
+    trackers = Trackers(config(tmp_path), 10, 0)
+    assert list(trackers.trackers) == ["jsonl"]
+    trackers.close()
+
+
+def test_a_failing_tracker_is_reported_once_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    trackers = Trackers(config(tmp_path, f"{__name__}:FailingTracker"), 10, 0)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):
+            trackers.log(step, Metrics({"reward/mean": 0.5}))
+    trackers.close()
+    assert len(caplog.records) == 1
+    assert "no route to the dashboard" in caplog.records[0].getMessage()
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_failing_metrics_file_ends_the_run(tmp_path: Path):
+    trackers = Trackers(config(tmp_path), 10, 0)
+    trackers.close()
+    with pytest.raises(ValueError, match="closed file"):
+        trackers.log(1, Metrics({"reward/mean": 0.5}))
+
+
+def test_an_unknown_tracker_is_a_mistake_in_the_configuration(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"trackers\.names: 'tensorbord' is not known; did you mean 'tensorboard'"):
+        Trackers(config(tmp_path, "tensorbord"), 10, 0)
+
+
+def test_a_class_that_is_no_tracker_is_a_mistake_in_the_configuration(tmp_path: Path):
+    with pytest.raises(ConfigError, match="not a subclass of"):
+        Trackers(config(tmp_path, "pathlib:Path"), 10, 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
+def test_a_tracker_without_its_package_says_what_to_install(tmp_path: Path):
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        Trackers(config(tmp_path, "wandb"), 10, 0)
+
+
+def test_tensorboard_has_every_scalar_at_its_step(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = Trackers(config(tmp_path, "tensorboard"), 10, 0)
+    for step in (1, 2):
+        trackers.log(step, Metrics({"reward/mean": step / 4}))
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+
+
+METRICS = Metrics(
+    {
+        "reward/mean": 0.4127,
+        "reward/std": 0.2,
+        "reward/accuracy": 0.4,
+        "reward/failed": 0.0,
+        "kl/mean": 0.0021,
+        "actor/entropy": 1.234,
+        "seconds/rollout.generate": 1.2,
+        "seconds/actor.update": 0.8,
+        "seconds/sync": 0.01,
+        "seconds/step": 2.1,
+        "tokens_per_second": 12345.0,
+    }
+)
+
+
+def test_the_line_of_a_step_has_numbers_phases_and_speed():
+    training, phases, speed = step_line(METRICS).split(" | ")
+    assert training == "reward 0.413  accuracy 0.400  kl 0.0021  entropy 1.23"
+    assert phases == "rollout.generate 1.2s  actor.update 0.8s  step 2.1s"
+    assert speed == "12,345 tok/s"
+
+
+def test_failed_rewards_show_in_the_line_of_a_step():
+    assert "rewards failed 3" in step_line(Metrics({"reward/mean": 0.1, "reward/failed": 3.0}))
+
+
+def test_the_line_of_a_validation_names_the_users_metrics():
+    metrics = Metrics({"validation/reward/mean": 0.5, "validation/accuracy": 0.25, "reward/mean": 0.1})
+    assert validation_line(metrics) == "reward 0.5  accuracy 0.25"
+
+
+def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tracker = ConsoleTracker(config(tmp_path), 100, 0)
+    tracker.log(0, Metrics({"validation/reward/mean": 0.1}))
+    tracker.log(1, METRICS)
+    tracker.log(2, METRICS)
+    tracker.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["validation at step 0", "step 1/100", "step 2/100"]
+    assert all(line.endswith(" left") for line in lines[1:])
+    assert "\x1b" not in "".join(lines)
+
+
+def test_on_a_terminal_the_bar_stands_at_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("hybridflow.trackers.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=200))
+    tracker = ConsoleTracker(config(tmp_path), 100, 40)
+    tracker.log(41, METRICS)
+    tracker.close()
+    assert "41/100" in screen.getvalue()
+    assert "reward 0.413" in screen.getvalue()
+
+
+def test_the_text_of_a_sample_is_not_read_as_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tracker = ConsoleTracker(config(tmp_path), 100, 0)
+    tracker.log_samples(10, [Sample(prompt="[bold]2+2[/x]", response="4\n#### 4", ground_truth="4", reward=1.0)])
+    tracker.close()
+    printed = capsys.readouterr().out
+    assert "[bold]2+2[/x]" in printed
+    assert "4\\n#### 4" in printed
+    assert "reward 1, expected '4'" in printed
+
+
+def test_long_texts_keep_the_end_of_a_prompt_and_the_beginning_of_a_response():
+    assert shortened("abcdef", keep_end=True, max_characters=3) == "...def"
+    assert shortened("abcdef", keep_end=False, max_characters=3) == "abc..."
+
+
+def test_a_stopwatch_adds_up_phases_and_starts_anew_when_drained():
+    ticks = iter([0.0, 1.5, 10.0, 12.0])
+    stopwatch = Stopwatch(clock=lambda: next(ticks))
+    for _ in range(2):
+        with stopwatch.phase("validation"):
+            pass
+    assert dict(stopwatch.drain()) == {"seconds/validation": 3.5}
+    assert dict(stopwatch.drain()) == {}
+
+
+def test_a_stopwatch_counts_a_phase_that_fails():
+    ticks = iter([0.0, 2.0])
+    stopwatch = Stopwatch(clock=lambda: next(ticks))
+    with pytest.raises(ValueError, match="boom"), stopwatch.phase("save"):
+        raise ValueError("boom")
+    assert dict(stopwatch.drain()) == {"seconds/save": 2.0}
