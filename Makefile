@@ -29,6 +29,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # One thread for each process: ranks share the cores, and results do not depend on the machine's number of cores.
 export OMP_NUM_THREADS ?= 1
+# A waiting thread sleeps instead of spinning, so that processes which share few cores do not slow each other down tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help

@@ -16,6 +16,7 @@ import torch
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 ANSWER_MARK = "#### "
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", choices=sorted(TOKENIZERS), default="arithmetic", help="what the tokenizer reads")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     options = parser.parse_args(arguments)
+    disable_progress_bar()
     num_weights = write_model(options.folder, kind=options.kind, seed=options.seed)
     print(f"{options.folder}: Qwen2 with {num_weights:,} random weights, tokenizer of {options.kind}")
 

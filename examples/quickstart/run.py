@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -23,8 +24,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
-CONFIGS = HERE.parents[1] / "configs"
+HERE = Path(os.path.relpath(Path(__file__).parent))
+CONFIGS = Path(os.path.relpath(Path(__file__).parents[2] / "configs"))
 RL_CONFIGS = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
 ACCURACY = "validation/reward/mean"
 
@@ -62,22 +63,17 @@ class Folders:
         return self.root / "rl"
 
 
-def command(*arguments: object) -> str:
-    """Show a command of this interpreter, run it with its output on the terminal, and return what it wrote to stdout.
+def command(*arguments: object, keep_output: bool = False) -> str:
+    """Show a command of this interpreter and run it on this terminal; with `keep_output`, return what it wrote instead.
 
     Ends this program where the command fails.
     """
     words = [str(argument) for argument in arguments]
-    console.print(f"\n[bold]$ python {shlex.join(words)}[/bold]", highlight=False, soft_wrap=True)
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = ""
-    for line in process.stdout:
-        sys.stdout.write(line)
-        output += line
-    if code := process.wait():
-        sys.exit(f"The command above failed with exit code {code}.")
-    return output
+    console.print(f"\n$ python {shlex.join(words)}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    finished = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE if keep_output else None, text=True, check=False)
+    if finished.returncode:
+        sys.exit(f"The command above failed with exit code {finished.returncode}.")
+    return finished.stdout or ""
 
 
 def prepare(folders: Folders, *, seed: int) -> None:
@@ -148,7 +144,7 @@ def show_results(folders: Folders) -> None:
     measured = accuracies(folders.rl)
     num_problems = pq.ParquetFile(folders.data / "validation.parquet").metadata.num_rows
     samples = [sample for sample in read_jsonl(folders.rl / "samples.jsonl") if sample["step"] == max(measured)]
-    plots = command("-m", "hybridflow.report", folders.rl).split()
+    plots = command("-m", "hybridflow.report", folders.rl, keep_output=True).splitlines()
     console.print("\n", accuracy_table(measured, num_problems=num_problems), "\n", sample_table(samples[:3]))
     for plot in plots:
         console.print(f"plot         {plot}", highlight=False, soft_wrap=True)
