@@ -86,7 +86,7 @@ def _problem(spec: ColumnSpec, schema: pa.Schema) -> str | None:
     if index < 0:
         if not spec.is_required:
             return None
-        return f"column {spec.name!r} is missing{nearest(spec.name, schema.names)} Expected {spec.expected}"
+        return f"column {spec.name!r} is missing{nearest(spec.name, schema.names) or '.'} Expected {spec.expected}"
     kind = schema.field(index).type
     if spec.fits(kind) or (not spec.is_required and pa.types.is_null(kind)):
         return None

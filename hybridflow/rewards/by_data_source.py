@@ -29,7 +29,7 @@ def compute_score(reward_input: RewardInput) -> Mapping[str, float]:
     source = reward_input["data_source"]
     if source not in RULES:
         raise RewardError(
-            f"no reward rule belongs to data_source {source!r}{nearest(str(source), RULES)} Known: {', '.join(RULES)}. "
+            f"no reward rule belongs to data_source {source!r}{nearest(str(source), RULES) or '.'} Known: {', '.join(RULES)}. "
             "Set reward.name to one rule for all data, or reward.path to a file with a function compute_score of your own"
         )
     return RULES[source](reward_input)

@@ -28,6 +28,7 @@ from hybridflow.registry import REWARDS, load, nearest
 
 Kind = Literal["sequential", "batch"]
 MAIN_KEYS = ("overall", "score")
+FOUR_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 SIGNATURES = "(reward_input, **kwargs) or (data_source, solution_str, ground_truth, extra_info=None, **kwargs)"
 
 
@@ -133,49 +134,47 @@ def _uniform(
 ) -> Callable[[object], object]:
     """A function of one argument that calls `function` in the way that its signature asks for."""
     parameters = inspect.signature(function).parameters
-    _check_options(parameters, options, asked)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    places = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p.name for p in places if p.default is p.empty and p.name not in options]
-    if {"solution_str", "ground_truth"} <= set(parameters) or len(required) >= 3:
-        if kind == "batch":
-            raise RewardError(f"{asked}: a batch function takes one list of dicts, (reward_inputs, **kwargs)")
-        by_name = {"data_source", "solution_str", "ground_truth", "extra_info"} & set(parameters)
-        if takes_any and by_name:
-            by_name = {*by_name, "data_source", "extra_info"}
-        return lambda given: _call_with_four(function, cast(RewardInput, given), by_name, len(places), options)
-    if len(required) > 1 or not places:
+    places = [
+        p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in options
+    ]
+    num_required = sum(p.default is p.empty for p in places)
+    by_name = {"solution_str", "ground_truth"} <= set(parameters)
+    if not by_name and (num_required == 2 or not places):
         raise RewardError(f"{asked}: takes ({', '.join(parameters)}); expected {SIGNATURES}")
-    return lambda given: function(given, **options)
-
-
-def _call_with_four(
-    function: Callable[..., object], given: RewardInput, by_name: set[str], num_places: int, options: Mapping[str, object]
-) -> object:
-    values = {
-        "data_source": given["data_source"],
-        "solution_str": given["response"],
-        "ground_truth": given["ground_truth"],
-        "extra_info": given["extra_info"],
-    }
+    if not by_name and num_required < 3:
+        _check_rest(parameters, {places[0].name}, options, asked)
+        return lambda given: function(given, **options)
+    if kind == "batch":
+        raise RewardError(f"{asked}: a batch function takes one list of dicts, (reward_inputs, **kwargs)")
     if by_name:
-        return function(**{name: value for name, value in values.items() if name in by_name}, **options)
-    return function(*list(values.values())[:num_places], **options)
+        names = [name for name in FOUR_ARGUMENTS if takes_any or name in parameters]
+        _check_rest(parameters, set(names), options, asked)
+        return lambda given: function(**{name: _argument(given, name) for name in names}, **options)
+    taken = FOUR_ARGUMENTS[: len(places)]
+    _check_rest(parameters, {p.name for p in places[: len(taken)]}, options, asked)
+    return lambda given: function(*[_argument(given, name) for name in taken], **options)
 
 
-def _check_options(parameters: Mapping[str, inspect.Parameter], options: Mapping[str, object], asked: str) -> None:
-    """Every option is taken, and every parameter that must be given by name is given."""
-    by_name = [p for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    names = [p.name for p in by_name]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for option in options:
-            if option not in names:
-                takes = f"it takes ({', '.join(names)})"
-                raise RewardError(
-                    f"{asked}: the function does not take reward.options.{option}; {takes}{nearest(option, names)}"
-                )
-    for parameter in by_name:
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and parameter.name not in options:
+def _argument(given: object, name: str) -> object:
+    """One of the four arguments."""
+    reward_input = cast(Mapping[str, object], given)
+    return reward_input["response" if name == "solution_str" else name]
+
+
+def _check_rest(
+    parameters: Mapping[str, inspect.Parameter], supplied: set[str], options: Mapping[str, object], asked: str
+) -> None:
+    """Options supply all parameters that are left and have no default, and nothing that the function does not take."""
+    named = [p for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in supplied]
+    names = [p.name for p in named]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for option in options:
+        if option not in names and not takes_any:
+            takes = f"it takes {', '.join(names) or 'no options'}"
+            raise RewardError(f"{asked}: the function does not take reward.options.{option}; {takes}{nearest(option, names)}")
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in options:
             raise RewardError(f"{asked}: the function needs {parameter.name!r}; set reward.options.{parameter.name}")
 
 

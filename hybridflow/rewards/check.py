@@ -27,7 +27,7 @@ def reward_mistakes(config: RewardConfig) -> list[Mistake]:
     if config.function in names or "*" in names:
         return []
     defined = ", ".join(names) or "nothing"
-    problem = f"{config.path!r} has no {config.function!r}{nearest(config.function, names)} It defines {defined}"
+    problem = f"{config.path!r} has no {config.function!r}{nearest(config.function, names) or '.'} It defines {defined}"
     return [Mistake("reward.function", problem)]
 
 
