@@ -20,7 +20,7 @@ SHOWN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("kl", ("kl/mean", "actor/kl_to_reference"), ".2g"),
     ("entropy", ("actor/entropy",), ".3g"),
     ("loss", ("actor/loss",), ".3g"),
-    ("clipped", ("actor/clip_fraction_high",), ".1%"),
+    ("clipped", ("actor/clip_fraction",), ".1%"),
     ("grad", ("actor/grad_norm",), ".2g"),
     ("critic loss", ("critic/loss",), ".3g"),
     ("explained", ("critic/explained_variance",), ".2f"),
@@ -101,11 +101,9 @@ def step_line(metrics: Metrics) -> str:
 
 def validation_line(metrics: Metrics) -> str:
     """What validation measured, or an empty string where there was none."""
-    return "  ".join(
-        f"{name.removeprefix('validation/').removesuffix('/mean').replace('_', ' ')} {value:.4g}"
-        for name, value in metrics.items()
-        if name.startswith("validation/") and not name.endswith("/std")
-    )
+    measured = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("validation/")}
+    scores = Metrics({name: value for name, value in measured.items() if not math.isnan(value)})
+    return "  ".join(_shown(scores))
 
 
 def shortened(text: str, *, keep_end: bool, max_characters: int = 300) -> str:

@@ -117,15 +117,12 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _learning(run: Run) -> tuple[Panel, ...]:
     colors = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-    not_scores = ("/std", "tokens_mean", "truncated", "failed")
+    not_scores = ("/std", "/failed")
     training = [name for name in run.names("reward/") if not name.endswith(not_scores)]
-    validation = [name for name in run.names("validation/") if not name.endswith(not_scores)]
-    training_lines = [
-        Line(name, "reward" if name == "reward/mean" else _words(name), color)
-        for name, color in zip(training, colors, strict=False)
-    ]
+    validation = [name for name in run.names("validation/reward/") if not name.endswith(not_scores)]
+    training_lines = [Line(name, _score(name), color) for name, color in zip(training, colors, strict=False)]
     validation_lines = [
-        Line(name, _words(name), color, with_ends=True) for name, color in zip(validation, colors, strict=False)
+        Line(name, _score(name), color, with_ends=True) for name, color in zip(validation, colors, strict=False)
     ]
     return (
         Panel(title="Training: the step's responses", unit="mean over responses", lines=tuple(training_lines)),
@@ -133,8 +130,10 @@ def _learning(run: Run) -> tuple[Panel, ...]:
     )
 
 
-def _words(metric: str) -> str:
-    return metric.partition("/")[2].removesuffix("/mean").replace("_", " ").replace("/", " ")
+def _score(metric: str) -> str:
+    """What people call `reward/mean`, `reward/accuracy`, and the same in a validation."""
+    name = metric.rpartition("reward/")[2]
+    return "reward" if name == "mean" else name.replace("_", " ")
 
 
 def _is_measured(panel: Panel, run: Run) -> bool:
@@ -245,9 +244,9 @@ HEALTH = (
         unit="share of tokens",
         axis="from zero",
         lines=(
-            Line("actor/clip_fraction_high", "ratio above", "tab:blue"),
-            Line("actor/clip_fraction_low", "ratio below", "tab:cyan"),
-            Line("critic/value_clip_fraction", "value", "tab:orange"),
+            Line("actor/clip_fraction_upper", "ratio above", "tab:blue"),
+            Line("actor/clip_fraction_lower", "ratio below", "tab:cyan"),
+            Line("critic/clip_fraction", "value", "tab:orange"),
         ),
     ),
     Panel(

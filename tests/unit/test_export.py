@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ from hybridflow.checkpoint.sharded import save_sharded
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.errors import CheckpointError
 from hybridflow.export import main
+from hybridflow.ops.losses import PolicyLoss, ValueLoss
+from hybridflow.workers.actor import ActorWorker
+from hybridflow.workers.critic import CriticWorker
 from tests.toy import make_tiny_model
+from tests.training_rows import context_of, random_batch, training_config, whole_weights
 
 
 def trained(source: str) -> PreTrainedModel:
@@ -56,6 +61,37 @@ def test_the_exported_model_has_exactly_the_trained_weights(tmp_path: Path, tiny
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.float32
     assert_same_weights(model, weights)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_what_an_actor_saved_is_exported_as_the_weights_it_computes_with(tmp_path: Path, tiny_model: str, lora_rank: int):
+    config = training_config(tiny_model, model={"lora_rank": lora_rank, "lora_alpha": 8.0})
+    actor = ActorWorker(config, context_of("actor"))
+    actor.begin_step(1, 1)
+    actor.update(random_batch([(3, 5), (4, 9)]), loss=PolicyLoss())
+    store = CheckpointStore(tmp_path)
+    with store.writing(1) as folder:
+        actor.save(str(folder / "actor"))
+        store.write_state(folder, RunState(step=1, config=asdict(config)))
+    exported = export_checkpoint(tmp_path, tmp_path / "out", dtype="float32")
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(exported), whole_weights(actor.named_tensors()))
+
+
+def test_what_a_critic_saved_is_exported_with_its_head(tmp_path: Path, tiny_model: str):
+    config = training_config(tiny_model)
+    critic = CriticWorker(config, context_of("critic"))
+    critic.begin_step(1, 1)
+    critic.update(random_batch([(3, 5), (4, 9)]), loss=ValueLoss())
+    store = CheckpointStore(tmp_path)
+    with store.writing(1) as folder:
+        critic.save(str(folder / "critic"))
+        store.write_state(folder, RunState(step=1, config=asdict(config)))
+    exported = export_checkpoint(tmp_path, tmp_path / "out", role="critic", dtype="float32")
+    weights = whole_weights(critic.core.named_tensors())
+    assert torch.equal(load_file(exported / "value_head.safetensors")["weight"], weights.pop("value_head.weight"))
+    del weights["value_head.bias"]
+    backbone = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    assert_same_weights(AutoModel.from_pretrained(exported), backbone)
 
 
 def test_the_exported_folder_generates_from_text(tmp_path: Path, tiny_model: str):

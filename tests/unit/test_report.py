@@ -33,7 +33,7 @@ def test_a_run_gives_a_png_for_learning_health_and_speed(tmp_path: Path):
         tmp_path,
         num_steps=3,
         reward__mean=0.5,
-        validation__accuracy=0.5,
+        validation__reward__accuracy=0.5,
         actor__loss=-0.1,
         seconds__step=2.0,
         seconds__sync=0.1,

@@ -167,9 +167,18 @@ def test_failed_rewards_show_in_the_line_of_a_step():
     assert "rewards failed 3" in step_line(Metrics({"reward/mean": 0.1, "reward/failed": 3.0}))
 
 
-def test_the_line_of_a_validation_names_the_users_metrics():
-    metrics = Metrics({"validation/reward/mean": 0.5, "validation/accuracy": 0.25, "reward/mean": 0.1})
-    assert validation_line(metrics) == "reward 0.5  accuracy 0.25"
+def test_the_line_of_a_validation_has_its_own_numbers_only():
+    names = {
+        "validation/reward/mean": 0.5,
+        "validation/reward/accuracy": 0.25,
+        "validation/response/tokens_mean": 7.2,
+        "reward/mean": 0.1,
+    }
+    assert validation_line(Metrics(names)) == "reward 0.500  accuracy 0.250  tokens 7"
+
+
+def test_a_step_without_validation_has_no_line_for_it():
+    assert validation_line(METRICS) == ""
 
 
 def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
