@@ -112,7 +112,7 @@ def group_normalized(reward_B: PerRow, group_B: PerRow, *, scale_by_std: bool = 
 def leave_one_out(reward_B: PerRow, group_B: PerRow) -> Tensor:
     """One advantage per row, float32, shape [B]: the reward less the mean of the other rewards of its group.
 
-    RLOO, Ahmadian et al. 2024, arXiv:2402.14740, sec. 3.3. A row alone in its group has no baseline and gets 0.
+    RLOO, Ahmadian et al. 2024, arXiv:2402.14740. A row alone in its group has no baseline and gets 0.
     """
     deviation_B, size_B, _ = _group_deviations(reward_B, group_B)
     return (deviation_B * size_B / (size_B - 1).clamp(min=1)).float()  # r - (n m - r) / (n - 1) = (r - m) n / (n - 1)

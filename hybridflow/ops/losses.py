@@ -87,6 +87,11 @@ class PolicyLoss:
     correction: ImportanceCorrection | None = None
     """Weights between the old log-probabilities and the engine's; None for none."""
 
+    def __post_init__(self) -> None:
+        assert self.correction is None or self.old_log_probs != "rollout_log_probs", (
+            "a correction between the old log-probabilities and the engine's needs old ones of the trainer"
+        )
+
     @property
     def columns(self) -> tuple[str, ...]:
         names: list[str] = [self.advantage]
