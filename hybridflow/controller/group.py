@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -87,7 +88,7 @@ class GroupDispatcher:
 
     def __init__(self, role: str, pool: Pool, layout: Layout, *, timeout_s: float, log: CallLog):
         self.role, self.pool, self.layout, self.timeout_s, self.log = role, pool, layout, timeout_s, log
-        self.calls = [process.call.options(num_returns=2) for process in pool.processes]
+        self.calls: list[Any] = [process.call.options(num_returns=2) for process in pool.processes]
 
     def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> GroupFuture:
         """Send the call to every rank and return at once.
@@ -117,8 +118,8 @@ class GroupDispatcher:
         protocol = protocol_class(self.layout)
         per_rank = protocol.distribute(arguments)
         replies: dict[int, Reply] = {
-            rank: call.remote((self.role, method, given.args, given.kwargs))
-            for rank, (call, given) in enumerate(zip(self.calls, per_rank, strict=True))
+            rank: send.remote((self.role, method, given.args, given.kwargs))
+            for rank, (send, given) in enumerate(zip(self.calls, per_rank, strict=True))
             if given is not None
         }
         num_bytes = sum(_sizes(per_rank))

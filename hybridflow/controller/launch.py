@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -98,10 +98,10 @@ def cluster(config: Config) -> Iterator[None]:
     logger.info(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:
         if address:
-            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
         else:
             num_cpus = local_cpu_slots(config)
-            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         doing = f"join the Ray cluster at {address!r}" if address else "start Ray on this machine"
         raise PlacementError(
@@ -142,7 +142,7 @@ def launched(config: Config) -> Iterator[Launched]:
 def _connect(pool: Pool, members: list[RolePlace]) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
-        host, port = ray.get(pool.processes[0].address.remote())
+        host, port = cast("tuple[str, int]", ray.get(pool.processes[0].address.remote()))
         _get_all([process.connect.remote(host, port) for process in pool.processes])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -85,35 +86,28 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
     if not group.wait(PLACEMENT_TIMEOUT_S):
         remove_placement_group(group)
         raise PlacementError(_shortage(name, size, resources))
-    processes = [_start_rank(name, size, rank, group, resources, device, dict(environment)) for rank in range(size.num_ranks)]
+    processes = []
+    for rank in range(size.num_ranks):
+        place = RankPlace(
+            pool=name,
+            rank=rank,
+            num_ranks=size.num_ranks,
+            ranks_per_node=size.ranks_per_node,
+            device_type="cpu" if size.is_cpu else device,
+            environment=dict(environment),
+        )
+        processes.append(_start_rank(place, group, resources))
     return Pool(name, processes, ray.get([process.node.remote() for process in processes])), group
 
 
-def _start_rank(
-    pool: str,
-    size: PoolSize,
-    rank: int,
-    group: PlacementGroup,
-    resources: Mapping[str, float],
-    device: str,
-    environment: dict[str, str],
-) -> ActorHandle[RankProcess]:
-    place = RankPlace(
-        pool=pool,
-        rank=rank,
-        num_ranks=size.num_ranks,
-        ranks_per_node=size.ranks_per_node,
-        device_type="cpu" if size.is_cpu else device,
-        environment=environment,
-    )
-    node = rank // size.ranks_per_node
-    options = ray.remote(RankProcess).options(
-        name=f"hybridflow-{pool}-{rank}-{os.getpid()}",
+def _start_rank(place: RankPlace, group: PlacementGroup, resources: Mapping[str, float]) -> ActorHandle[RankProcess]:
+    node = place.rank // place.ranks_per_node
+    actor_class = ray.remote(RankProcess).options(
         num_cpus=resources["CPU"],
         num_gpus=resources.get("GPU", 0),
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node),
     )
-    return options.remote(place)
+    return cast("ActorHandle[RankProcess]", actor_class.remote(place))
 
 
 def _shortage(name: str, size: PoolSize, resources: Mapping[str, float]) -> str:

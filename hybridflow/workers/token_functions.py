@@ -36,8 +36,8 @@ class TokenAdvantages:
         import torch
 
         values = batch.tokens("values")
-        offsets_B1 = torch.as_tensor(values.offsets)
-        rewards_T = ops.token_rewards(torch.as_tensor(batch["reward"]), offsets_B1)
+        offsets_B1 = torch.tensor(values.offsets)
+        rewards_T = ops.token_rewards(torch.tensor(batch["reward"]), offsets_B1)
         light = {}
         if "reference_log_probs" in batch:
             log_probs_T, reference_T = (_tensor(batch, name) for name in (self.log_probs, "reference_log_probs"))
@@ -48,7 +48,9 @@ class TokenAdvantages:
         if self.whiten:
             advantages_T = ops.whiten(advantages_T, lambda sums: _sum_over_ranks(sums, context))
         columns = {"advantages": advantages_T, "returns": returns_T}
-        return Batch.from_columns({**light, **{name: Ragged(column.numpy(), values.offsets) for name, column in columns.items()}})
+        return Batch.from_columns(
+            {**light, **{name: Ragged(column.numpy(), values.offsets) for name, column in columns.items()}}
+        )
 
 
 def _tensor(batch: Batch, name: str) -> torch.Tensor:

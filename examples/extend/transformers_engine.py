@@ -1,0 +1,67 @@
+"""A generation engine of your own: transformers' `generate`, one request at a time.
+
+Slow, and complete: it passes the contract tests of tests/unit/test_engine_contract.py that do not ask for speed.
+Run it with `rollout.engine=examples.extend.transformers_engine:TransformersEngine`.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
+
+
+class TransformersEngine(Engine):
+    """Takes the oldest request at each step and generates its whole response."""
+
+    def __init__(self, spec: EngineSpec):
+        super().__init__(spec)
+        self.model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=spec.dtype).to(spec.device).eval()
+        self.waiting: deque[Request] = deque()
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.waiting)
+
+    def add(self, request: Request) -> None:
+        self.check_length(request)
+        self.waiting.append(request)
+
+    def step(self) -> list[Response]:
+        request = self.waiting.popleft()
+        prompt = torch.as_tensor(request.prompt.astype(np.int64), device=self.spec.device)[None]
+        torch.manual_seed(request.seed)
+        made = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=request.sampling.temperature > 0,
+            temperature=request.sampling.temperature or 1.0,
+            top_k=0,
+            max_new_tokens=request.sampling.max_tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = made.sequences[0, prompt.shape[1] :]
+        logits = torch.cat(made.logits).float() / (request.sampling.temperature or 1.0)
+        log_probs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        ended = int(tokens[-1]) in np.atleast_1d(self.model.generation_config.eos_token_id)
+        return [
+            Response(
+                id=request.id,
+                tokens=tokens.cpu().numpy().astype(np.int32),
+                log_probs=log_probs.cpu().numpy(),
+                finish_reason="stop" if ended else "length",
+            )
+        ]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        own = self.model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, tensor in weights:
+                own[name].copy_(tensor)
+
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_parameters()
