@@ -16,7 +16,7 @@ algorithm ?= ppo
 seed ?= 0
 engine ?= torch
 steps ?=
-folder ?= outputs/quickstart-$(algorithm)-$(seed)
+folder ?= outputs/quickstart
 
 BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
