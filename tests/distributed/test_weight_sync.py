@@ -1,0 +1,239 @@
+"""Weights of several trainer ranks to engines on the same ranks, and on ranks of another pool, over gloo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from hybridflow.errors import WeightMismatchError
+from hybridflow.resharding.layout import FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout
+from hybridflow.resharding.links import host_transfer, join_transfer
+from hybridflow.resharding.schedule import schedule
+from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings, WeightReceiver, WeightSender
+from hybridflow.resharding.verify import Place
+
+CPU = torch.device("cpu")
+EVEN = {"embed": (96, 16), "q": (48, 48), "norm": (48,), "down": (48, 96)}
+"""Cut without padding by 2, 3 and 4 ranks: chunks are multiples of 16 bytes."""
+UNEVEN = {"embed": (7, 5), "scale": (1,), "bias": (3,), "q": (8, 8), "conv": (5, 3, 2), "large": (131, 9)}
+"""Short and empty chunks, rows of odd bytes, and a tensor larger than a bucket."""
+
+
+class FakeEngine:
+    """Copies what it is given; `forgets` names a tensor that it does not."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], *, forgets: str = ""):
+        self.weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        self.forgets = forgets
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            if name != self.forgets:
+                self.weights[name].copy_(tensor)
+
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self.weights.items())
+
+
+class TensorParallelEngine(FakeEngine):
+    """Holds a half of the rows of q and of the columns of down."""
+
+    def __init__(self, tensor_rank: int):
+        super().__init__(EVEN | {"q": (24, 48), "down": (48, 48)})
+        self.tensor_rank = tensor_rank
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        dims = {"q": 0, "down": 1}
+        super().load_weights(
+            (name, tensor.chunk(2, dims[name])[self.tensor_rank] if name in dims else tensor) for name, tensor in weights
+        )
+
+
+def whole_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def sharded(tensors: dict[str, torch.Tensor], num_ranks: int) -> list[tuple[str, torch.Tensor]]:
+    mesh = init_device_mesh("cpu", (num_ranks,))
+    return [(name, distribute_tensor(tensor, mesh, [Shard(0)])) for name, tensor in tensors.items()]
+
+
+def settings(rank: int, *, tensor_rank: int = 0, num_tensor_ranks: int = 1) -> SyncSettings:
+    place = Place("rollout", rank, tensor_rank, num_tensor_ranks)
+    return SyncSettings(dtype="bfloat16", bucket_bytes=2048, verify=True, device=CPU, place=place)
+
+
+def assert_holds(engine: FakeEngine, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        assert torch.equal(engine.weights[name], tensor.bfloat16()), name
+
+
+def start(function: Callable[..., None], arguments: tuple[object, ...], *, num_processes: int) -> None:
+    """Run `function(rank, *arguments)` in processes forked from one that has imported torch already; wait for them."""
+    mp.set_forkserver_preload([__name__])
+    mp.start_processes(function, arguments, nprocs=num_processes, start_method="forkserver")
+
+
+def on_ranks(num_ranks: int, function: Callable[[int, int], None], folder: Path) -> None:
+    """Run `function(rank, num_ranks)` in processes that share a gloo group."""
+    start(_on_rank, (num_ranks, str(folder / "meet"), function), num_processes=num_ranks)
+
+
+def _on_rank(rank: int, num_ranks: int, meeting_point: str, function: Callable[[int, int], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=num_ranks)
+    function(rank, num_ranks)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def sync_uneven_twice(rank: int, num_ranks: int) -> None:
+    sync, engine = ColocatedSync(settings(rank), dist.group.WORLD), FakeEngine(UNEVEN)
+    for seed in (0, 1):
+        tensors = whole_tensors(UNEVEN, seed)
+        sync.sync(sharded(tensors, num_ranks), engine)
+        assert_holds(engine, tensors)
+
+
+def sync_even_and_count(rank: int, num_ranks: int) -> None:
+    sync, engine = ColocatedSync(settings(rank), dist.group.WORLD), FakeEngine(EVEN)
+    tensors = whole_tensors(EVEN, 0)
+    report = sync.sync(sharded(tensors, num_ranks), engine)
+    assert_holds(engine, tensors)
+    specs = [TensorSpec(name, shape, itemsize=2) for name, shape in EVEN.items()]
+    generation = GenerationLayout(training=TrainingLayout(tensor=num_ranks))
+    assert report.bytes_received == schedule(FsdpLayout(num_ranks=num_ranks), generation, specs).bytes_received(rank)
+
+
+def sync_with_a_forgetful_second_rank(rank: int, num_ranks: int) -> None:
+    engine = FakeEngine(UNEVEN, forgets="q" if rank == 1 else "")
+    sync = ColocatedSync(settings(rank), dist.group.WORLD)
+    tensors = sharded(whole_tensors(UNEVEN, 0), num_ranks)
+    if rank != 1:
+        sync.sync(tensors, engine)
+        return
+    with pytest.raises(WeightMismatchError, match=r"1 of 6 tensors differ .* rollout rank 1: q\."):
+        sync.sync(tensors, engine)
+
+
+def sync_to_tensor_parallel_engines(rank: int, num_ranks: int) -> None:
+    tensors = sharded(whole_tensors(EVEN, 0), num_ranks)
+    engine = TensorParallelEngine(rank)
+    ColocatedSync(settings(rank, tensor_rank=rank, num_tensor_ranks=2), dist.group.WORLD).sync(tensors, engine)
+    assert torch.equal(engine.weights["down"], whole_tensors(EVEN, 0)["down"].bfloat16().chunk(2, 1)[rank])
+    swapped = TensorParallelEngine(1 - rank)
+    with pytest.raises(WeightMismatchError, match=r"2 of 4 tensors differ .*: q, down"):
+        ColocatedSync(settings(rank, tensor_rank=rank, num_tensor_ranks=2), dist.group.WORLD).sync(tensors, swapped)
+
+
+def sync_what_a_rank_altered_on_the_way(rank: int, num_ranks: int) -> None:
+    """Rank 1 sends other rows of `large` than it trains: every rank must notice."""
+
+    class Altering(ColocatedSync):
+        def _start(self, shards, tensors, timeline):
+            if rank == 1:
+                show = shards.show
+
+                def show_then_alter(packed, timeline):
+                    show(packed, timeline)
+                    for slot, rows in packed:
+                        if slot.name == "large":
+                            rows.mul_(2)
+
+                shards.show = show_then_alter
+            return super()._start(shards, tensors, timeline)
+
+    with pytest.raises(WeightMismatchError, match=rf"1 of 6 tensors .* rollout rank {rank}: large"):
+        Altering(settings(rank), dist.group.WORLD).sync(sharded(whole_tensors(UNEVEN, 0), num_ranks), FakeEngine(UNEVEN))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_uneven_shards_arrive_whole_on_every_rank(tmp_path: Path, num_ranks: int):
+    on_ranks(num_ranks, sync_uneven_twice, tmp_path)
+
+
+def test_bytes_received_are_those_of_the_schedule(tmp_path: Path):
+    on_ranks(2, sync_even_and_count, tmp_path)
+
+
+def test_a_mismatch_names_tensor_and_rank_on_the_rank_that_has_it(tmp_path: Path):
+    on_ranks(2, sync_with_a_forgetful_second_rank, tmp_path)
+
+
+def test_tensor_parallel_engines_are_compared_by_their_parts(tmp_path: Path):
+    on_ranks(2, sync_to_tensor_parallel_engines, tmp_path)
+
+
+def test_weights_altered_on_the_way_are_noticed_on_every_rank(tmp_path: Path):
+    on_ranks(2, sync_what_a_rank_altered_on_the_way, tmp_path)
+
+
+NUM_SYNCS = 3
+
+
+def _train(rank: int, num_trainers: int, folder: str) -> None:
+    """A trainer rank: sends weights of seeds 0, 1, 2."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/trainers", rank=rank, world_size=num_trainers)
+    address = Path(folder, "address")
+    if rank == 0:
+        store, port = host_transfer(device=CPU, timeout_s=60)
+        address.with_suffix(".tmp").write_text(f"127.0.0.1:{port}")
+        address.with_suffix(".tmp").rename(address)
+    else:
+        store = join_transfer(_wait_for(address), device=CPU, timeout_s=60)
+    sender = WeightSender(settings(rank), store, rank=rank, num_ranks=num_trainers)
+    for seed in range(NUM_SYNCS):
+        sender.send(sharded(whole_tensors(UNEVEN, seed), num_trainers))
+    _wait_for(Path(folder, "received"))  # the meeting place lives here
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _generate(rank: int, num_receivers: int, folder: str) -> None:
+    """A rollout rank, which knows nothing of the weights beforehand; the last sync meets a forgetful engine."""
+    store = join_transfer(_wait_for(Path(folder, "address")), device=CPU, timeout_s=60)
+    receiver = WeightReceiver(settings(rank), store, rank=rank, num_ranks=num_receivers)
+    engine = FakeEngine(UNEVEN)
+    reports: list[SyncReport] = []
+    for seed in range(NUM_SYNCS - 1):
+        reports.append(receiver.receive(engine))
+        assert_holds(engine, whole_tensors(UNEVEN, seed))
+    assert receiver.plan is not None
+    on_the_wire = sum(bucket.num_elements * 2 for bucket in receiver.plan.buckets)
+    assert [report.bytes_received for report in reports] == [on_the_wire] * (NUM_SYNCS - 1)
+    engine.forgets = "conv"
+    with pytest.raises(WeightMismatchError, match=rf"1 of 6 tensors differ .* rollout rank {rank}: conv"):
+        receiver.receive(engine)
+    if rank == 0:
+        Path(folder, "received").write_text("done")
+
+
+def _wait_for(path: Path, timeout_s: float = 60) -> str:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def _trainer_or_receiver(rank: int, num_trainers: int, num_receivers: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    if rank < num_trainers:
+        _train(rank, num_trainers, folder)
+    else:
+        _generate(rank - num_trainers, num_receivers, folder)
+
+
+@pytest.mark.parametrize(("num_trainers", "num_receivers"), [(1, 1), (2, 2)])
+def test_weights_reach_the_engines_of_another_pool(tmp_path: Path, num_trainers: int, num_receivers: int):
+    arguments = (num_trainers, num_receivers, str(tmp_path))
+    start(_trainer_or_receiver, arguments, num_processes=num_trainers + num_receivers)
