@@ -84,12 +84,14 @@ def _sharding(spec: ModelSpec) -> fsdp.Sharding:
 
 def parameters_by_name(model: PolicyModel | ValueModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once, under the name it has in a Hugging Face checkpoint; adapters under peft's names."""
+    fsdp.drop_gathered(model)
     for name, parameter in model.named_parameters():
         yield _hugging_face_name(model, name), parameter
 
 
 def named_tensors(model: PolicyModel | ValueModel) -> list[tuple[str, torch.Tensor]]:
     """The trained weights under their Hugging Face names, tied ones once, adapters merged; every rank calls this."""
+    fsdp.drop_gathered(model)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if any(".base_layer." in name for name in weights):
         merged = merged_weights(model)

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from hybridflow.data.chat import TOKENIZER_FILES
 from hybridflow.errors import ModelError
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -95,6 +96,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     if _looks_local(path) and not Path(path).is_dir():
         raise ModelError(f"tokenizer folder {path!r}: no such folder. Give a Hugging Face folder, or a name on the hub")
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        # transformers would make an empty tokenizer and say nothing.
+        raise ModelError(f"folder {path!r} has no tokenizer. Set model.tokenizer to a folder or hub name that has one")
     with _explained(path, "a tokenizer (set model.tokenizer where it is kept elsewhere)"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:

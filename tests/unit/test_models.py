@@ -1,0 +1,179 @@
+"""Policies and value models against Hugging Face's own forward pass, one row at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hybridflow.batch import Ragged
+from hybridflow.errors import ModelError
+from hybridflow.models.attention import NAME
+from hybridflow.models.build import ModelSpec, build_policy, build_value_model, named_tensors
+from hybridflow.models.load import ModelSource, load_causal_lm, load_tokenizer
+from hybridflow.models.lora import Adapters
+from hybridflow.models.packing import pack
+from hybridflow.parallel.layout import Layout
+from tests.toy import make_tiny_model
+from tests.training_rows import random_batch
+
+CPU = torch.device("cpu")
+LENGTHS = [(3, 5), (1, 120), (50, 1), (9, 0), (9, 9), (2, 7)]
+
+
+def spec_of(path: str, **options: object) -> ModelSpec:
+    source = ModelSource(path=path, attention=NAME, dtype=torch.float32)
+    return ModelSpec(source=source, layout=Layout(), device=CPU, compute_dtype=torch.float32, chunk_tokens=50, **options)
+
+
+def rows() -> tuple[Ragged, Ragged]:
+    batch = random_batch(LENGTHS)
+    return batch.tokens("prompt"), batch.tokens("response")
+
+
+def one_row_at_a_time(path: str, temperature: float) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    parts = []
+    for prompt, response in zip(*rows(), strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        log_probs_TV = torch.log_softmax(model(ids[None]).logits[0] / temperature, -1)
+        parts.append(log_probs_TV[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])[:, 0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_log_probs_equal_hugging_face_one_row_at_a_time(tiny_model: str, temperature: float) -> None:
+    policy = build_policy(spec_of(tiny_model))
+    log_probs, _ = policy(pack(*rows(), CPU), temperature=temperature)
+    torch.testing.assert_close(log_probs, one_row_at_a_time(tiny_model, temperature), rtol=0, atol=1e-5)
+
+
+def test_other_architectures_work_too(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2)).save_pretrained(tmp_path)
+    log_probs, _ = build_policy(spec_of(str(tmp_path)))(pack(*rows(), CPU))
+    torch.testing.assert_close(log_probs, one_row_at_a_time(str(tmp_path), 1.0), rtol=0, atol=1e-5)
+
+
+def test_tied_embeddings_stay_one_parameter_that_gets_both_gradients(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path, tie_word_embeddings=True)
+    policy = build_policy(spec_of(path))
+    log_probs, _ = policy(pack(*rows(), CPU))
+    torch.testing.assert_close(log_probs, one_row_at_a_time(path, 1.0), rtol=0, atol=1e-5)
+    log_probs.sum().backward()
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    names = [name for name, _ in named_tensors(policy)]
+    assert names == [name for name, _ in model.named_parameters()]
+    ids_1T = pack(*rows(), CPU).input_ids_1T
+    start = 0
+    for prompt, response in zip(*rows(), strict=True):  # the same sum of log-probabilities through Hugging Face
+        ids = ids_1T[0, start : start + len(prompt) + len(response)]
+        start += len(ids)
+        log_probs_TV = torch.log_softmax(model(ids[None]).logits[0], -1)
+        log_probs_TV[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None]).sum().backward()
+    gradient = policy.causal_lm.get_input_embeddings().weight.grad.full_tensor()
+    torch.testing.assert_close(gradient, model.get_input_embeddings().weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: str) -> None:
+    def gradients(**options: object) -> list[torch.Tensor]:
+        policy = build_policy(spec_of(tiny_model, **options)).train()
+        policy(pack(*rows(), CPU))[0].sum().backward()
+        return [parameter.grad.full_tensor() for parameter in policy.parameters()]
+
+    for kept, recomputed in zip(gradients(), gradients(gradient_checkpointing=True), strict=True):
+        torch.testing.assert_close(kept, recomputed, rtol=0, atol=0)
+
+
+def test_values_are_read_off_before_each_response_token(tiny_model: str) -> None:
+    model = build_value_model(spec_of(tiny_model))
+    weight = torch.linspace(-1, 1, 64)
+    model.value_head.weight.data.to_local().copy_(weight[None])
+    model.value_head.bias.data.to_local().fill_(0.25)
+    values = model(pack(*rows(), CPU))
+
+    backbone = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).base_model
+    expected = []
+    for prompt, response in zip(*rows(), strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+        hidden_TH = backbone(ids[None]).last_hidden_state[0]
+        expected.append(hidden_TH[len(prompt) - 1 : len(ids) - 1] @ weight + 0.25)
+    torch.testing.assert_close(values, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_value_model_expects_nothing(tiny_model: str) -> None:
+    values = build_value_model(spec_of(tiny_model))(pack(*rows(), CPU))
+    assert values.dtype == torch.float32
+    assert not values.any()
+
+
+def test_fresh_adapters_change_nothing_and_merge_to_the_weights_of_the_folder(tiny_model: str) -> None:
+    plain = build_policy(spec_of(tiny_model))
+    adapted = build_policy(spec_of(tiny_model, adapters=Adapters(rank=4, alpha=8.0, targets=("all-linear",), seed=0)))
+    torch.testing.assert_close(adapted(pack(*rows(), CPU))[0], plain(pack(*rows(), CPU))[0], rtol=0, atol=1e-6)
+    merged, expected = dict(named_tensors(adapted)), dict(named_tensors(plain))
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name].full_tensor(), tensor.full_tensor(), rtol=0, atol=0)
+
+
+def test_merged_adapters_compute_what_adapters_compute(tiny_model: str, tmp_path: Path) -> None:
+    adapted = build_policy(spec_of(tiny_model, adapters=Adapters(rank=4, alpha=8.0, targets=("q_proj", "up_proj"), seed=0)))
+    for name, parameter in adapted.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name)
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter.data.to_local(), std=0.1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.load_state_dict({name: tensor.full_tensor() for name, tensor in named_tensors(adapted)})
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(adapted(pack(*rows(), CPU))[0], one_row_at_a_time(str(tmp_path), 1.0), rtol=0, atol=1e-4)
+
+
+def test_adapters_for_layers_that_do_not_exist_are_refused(tiny_model: str) -> None:
+    with pytest.raises(ModelError, match=r"lora_targets=\['no_such_layer'\] does not fit Qwen2ForCausalLM"):
+        build_policy(spec_of(tiny_model, adapters=Adapters(rank=4, alpha=8.0, targets=("no_such_layer",), seed=0)))
+
+
+def load(path: str) -> None:
+    load_causal_lm(ModelSource(path=path, attention=NAME, dtype=torch.float32))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere': no such folder"):
+        load(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_a_model_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config.json in it"):
+        load(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
+    with pytest.raises(ModelError, match="does not load as a causal language model"):
+        load(str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
+    with pytest.raises(ModelError, match="has no tokenizer. Set model.tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_dropout_is_switched_off(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0.5)).save_pretrained(tmp_path)
+    model = load_causal_lm(ModelSource(path=str(tmp_path), attention=NAME, dtype=torch.float32))
+    assert all(module.p == 0.0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_layers_that_would_be_computed_wrongly_are_refused(tmp_path: Path) -> None:
+    config_file = Path(make_tiny_model(tmp_path)) / "config.json"
+    settings = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(settings | {"layer_types": ["full_attention", "chunked_attention"]}))
+    with pytest.raises(ModelError, match="layers of type chunked_attention"):
+        load(str(tmp_path))
