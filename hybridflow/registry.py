@@ -65,7 +65,7 @@ def unknown_name(name: str, table: Mapping[str, str]) -> str | None:
     """Why `name` cannot be looked up in `table`, as a sentence, or None where it can. Imports nothing."""
     if name in table or ":" in name:
         return None
-    return f"{name!r} is not known{nearest(name, table)} Known: {', '.join(sorted(table))}; or your own as module:Name"
+    return f"{name!r} is not known{nearest(name, table) or '.'} Known: {', '.join(sorted(table))}; or your own as module:Name"
 
 
 def load(name: str, table: Mapping[str, str], *, key: str) -> object:

@@ -91,6 +91,8 @@ class Algorithm(ABC):
 def check_prompts_per_update(run: RunConfig, prompts_per_update: int) -> list[Mistake]:
     """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts."""
     prompts_per_step = run.data.prompts_per_step
+    if prompts_per_step < 1:
+        return []  # a mistake of its own, which the rules of the configuration tell
     if prompts_per_update < 1:
         return [Mistake("algorithm.prompts_per_update", f"found {prompts_per_update}; at least 1 prompt is needed")]
     if prompts_per_update > prompts_per_step:

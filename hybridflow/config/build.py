@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -42,15 +42,16 @@ class Builder:
                 self.add(path, f"found {found(values)}; this is a section with keys of its own")
             values = {}
         hints = get_type_hints(kind, include_extras=True)
-        for name in values:
+        for name, value in values.items():
             if name not in hints:
-                self.add(_join(path, name), f"no such key{suggestion(_join(path, name), self.known_keys, self.aliases)}")
+                self._unknown(_join(path, name), value)
         given: dict[str, object] = {}
         for field in fields(kind):  # type: ignore[arg-type]
             key = _join(path, field.name)
+            below = default_of(field) if default is None else vars(default)[field.name]
             if field.name in values:
-                given |= self._field(key, hints[field.name], values[field.name], default)
-            elif default is None and field.default is MISSING and field.default_factory is MISSING:
+                given |= self._field(key, hints[field.name], values[field.name], below)
+            elif below is MISSING:
                 self.add(key, f"is missing; needed: {wanted(hints[field.name])}")
                 return None
         return self._instance(kind, given, path, default)
@@ -59,10 +60,17 @@ class Builder:
         """Note a mistake at `key`."""
         self.mistakes.append(Mistake(key, problem, self.place_of(key)))
 
+    def _unknown(self, key: str, value: object) -> None:
+        if isinstance(value, Mapping) and value:
+            for name, element in value.items():
+                self._unknown(_join(key, name), element)
+        else:
+            self.add(key, f"no such key{suggestion(key, self.known_keys, self.aliases)}")
+
     def _field(self, key: str, hint: object, value: object, default: object) -> dict[str, object]:
         name = _last(key)
         if isinstance(hint, type) and is_dataclass(hint):
-            built = self.build(hint, value, path=key, default=vars(default)[name] if default is not None else None)
+            built = self.build(hint, value, path=key, default=None if default is MISSING else default)
             return {name: built} if built is not None else {}
         try:
             return {name: convert(value, hint)}
@@ -207,7 +215,9 @@ def suggestion(key: str, known_keys: Iterable[str], aliases: Iterable[str] = ())
     for asked, candidates, cutoff in ((name, siblings, 0.6), (key, {k: k for k in known}, 0.75), (name, by_name, 0.75)):
         if words := difflib.get_close_matches(asked, candidates, 1, cutoff):
             return f"; did you mean {candidates[words[0]]!r}?"
-    return f". Keys of this section: {', '.join(siblings)}" if siblings else ""
+    if siblings:
+        return f". Keys of this section: {', '.join(siblings)}"
+    return f". Sections: {', '.join(dict.fromkeys(other.partition('.')[0] for other in known))}"
 
 
 def keys_of(kind: type, path: str = "") -> list[str]:
@@ -218,6 +228,11 @@ def keys_of(kind: type, path: str = "") -> list[str]:
         hint, key = hints[field.name], _join(path, field.name)
         keys += keys_of(hint, key) if isinstance(hint, type) and is_dataclass(hint) else [key]
     return keys
+
+
+def default_of(field: Field[object]) -> object:
+    """What a field is where it is not given; MISSING where it must be."""
+    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -10,14 +10,14 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
 
 from hybridflow import registry
 from hybridflow.config import verl_keys
-from hybridflow.config.build import wanted
+from hybridflow.config.build import default_of, wanted
 from hybridflow.config.load import load_algorithm, to_yaml
 from hybridflow.config.rules import RANGES
 from hybridflow.config.schema import AlgorithmConfig, Config
@@ -97,17 +97,11 @@ def _class_text(kind: type, section: str, *, default: object = None, skipped: st
     for field in fields(kind):
         if field.name == skipped:
             continue
-        value = _default(field) if default is None else vars(default)[field.name]
+        value = default_of(field) if default is None else vars(default)[field.name]
         key = f"{section}.{field.name}"
         allowed = f", {RANGES[key]}" if key in RANGES else ""
         yield f"| `{key}` | {_shown(value)} | {wanted(hints[field.name])}{allowed} | {docs.get(field.name, '')} |"
     yield ""
-
-
-def _default(field: Field[object]) -> object:
-    if field.default is not MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not MISSING else MISSING
 
 
 def _shown(value: object) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -160,8 +161,13 @@ def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[M
         value = attrgetter(key)(config)
         is_asked = name in value if isinstance(value, tuple) else name == value
         is_unused = key == "rollout.engine" and "rollout" not in roles
-        if is_asked and not is_unused and importlib.util.find_spec(package) is None:
+        if is_asked and not is_unused and not is_installed(package):
             yield Mistake(key, f"{name!r} needs the package {package!r}, which is not installed: {advice}")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a top-level module can be imported; it is not."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def module_is_missing(name: str) -> str | None:
@@ -172,7 +178,7 @@ def module_is_missing(name: str) -> str | None:
         return None
     if not package or not attribute:
         return f"found {name!r}; needed: my_package.module:Name"
-    if importlib.util.find_spec(package) is None:
+    if not is_installed(package):
         return f"found {name!r}, but no module {package!r} is on the Python path. Install it, or add its folder to PYTHONPATH"
     return None
 

@@ -14,7 +14,7 @@ from hybridflow.registry import nearest
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("*.safetensors", "*.bin")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -78,7 +78,7 @@ def reward_file_has_the_function(config: Config, roles: tuple[str, ...]) -> Iter
     names = list(_top_level_names(tree))
     if "*" not in names and config.reward.function not in names:
         defined = f" It defines: {', '.join(names)}" if names else ""
-        problem = f"{file} has no {config.reward.function!r}{nearest(config.reward.function, names)}{defined}"
+        problem = f"{file} has no {config.reward.function!r}{nearest(config.reward.function, names) or '.'}{defined}"
         yield Mistake("reward.function", problem)
 
 

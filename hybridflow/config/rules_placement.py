@@ -31,11 +31,11 @@ def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake
     known = {*registry.ROLES, *config.placement.workers, *roles}
     for role, pool in config.placement.roles.items():
         if role not in known:
-            problem = f"no role is called {role!r}{nearest(role, known)} Roles of this run: {', '.join(roles)}"
+            problem = f"no role is called {role!r}{nearest(role, known) or '.'} Roles of this run: {', '.join(roles)}"
             yield Mistake(f"placement.roles.{role}", problem)
         if pool not in pools:
-            problem = f"found {pool!r}, but placement.pools has only {', '.join(pools)}{nearest(pool, pools)}"
-            yield Mistake(f"placement.roles.{role}", f"{problem}. Add the pool, or name another")
+            problem = f"found {pool!r}, but placement.pools has only {', '.join(pools)}"
+            yield Mistake(f"placement.roles.{role}", f"{problem}. Add the pool there, or place the role on another")
 
 
 def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:

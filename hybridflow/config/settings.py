@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from hybridflow.config import verl_keys
@@ -51,8 +51,13 @@ class Settings:
 
     def apply(self, layer: Iterable[Setting]) -> None:
         """Put a layer over what is there. The algorithm is chosen first, so that options before and after refine it."""
-        for setting in sorted(layer, key=lambda setting: setting.key not in CHOICES_OF_ALGORITHM):
-            self._apply(setting)
+        settings = [leaf for setting in layer for leaf in self._leaves(setting)]
+        for setting in sorted(settings, key=lambda setting: setting.key not in CHOICES_OF_ALGORITHM):
+            translation = None if self._is_ours(setting.key) else verl_keys.find(setting.key)
+            if translation is None:
+                self._put(setting.key, setting.value, setting.place)
+            else:
+                self._translate(setting, translation)
 
     def place_of(self, key: str) -> str:
         """Where `key`, or the closest section around it, was given; empty where it was not."""
@@ -76,17 +81,14 @@ class Settings:
             value = value[part]
         return value
 
-    def _apply(self, setting: Setting) -> None:
-        if isinstance(setting.value, Mapping) and setting.key not in self._mappings:
-            for name, value in setting.value.items():
-                self._apply(Setting(f"{setting.key}.{name}", value, setting.place))
-            if setting.value or setting.key.partition(".")[0] in SECTIONS:
-                return
-        translation = None if self._is_ours(setting.key) else verl_keys.find(setting.key)
-        if translation is None:
-            self._put(setting.key, setting.value, setting.place)
-        else:
-            self._translate(setting, translation)
+    def _leaves(self, setting: Setting) -> Iterator[Setting]:
+        is_section = isinstance(setting.value, Mapping) and setting.key not in self._mappings
+        if not is_section or not (setting.value or setting.key in SECTIONS):
+            yield setting
+            return
+        assert isinstance(setting.value, Mapping)
+        for name, value in setting.value.items():
+            yield from self._leaves(Setting(f"{setting.key}.{name}", value, setting.place))
 
     def _is_ours(self, key: str) -> bool:
         if key in KNOWN_KEYS or any(key.startswith(f"{mapping}.") for mapping in self._mappings):
@@ -97,7 +99,7 @@ class Settings:
     def _translate(self, setting: Setting, translation: verl_keys.Translation) -> None:
         try:
             value = self._resolve(setting.value, self.context())
-            _insert(self._verl_values, setting.key, value)
+            _insert(self._verl_values, verl_keys.full_name(setting.key), value)
             for key, translated in translation.apply(value, self.get).items():
                 self._put(key, translated, f"{setting.place} ({setting.key})")
         except UntranslatableError as error:
@@ -118,11 +120,15 @@ class Settings:
             return  # a section whose keys are all commented out changes nothing
         if not _insert(self.values, key, value):
             self.mistakes.append(Mistake(key, "the section around it was given as one value, not as keys", place))
+        self._forget_places(key)
         self._places[key] = place
 
     def _forget_algorithm(self) -> None:
         self.values.pop("algorithm", None)
-        self._places = {key: place for key, place in self._places.items() if not key.startswith("algorithm")}
+        self._forget_places("algorithm")
+
+    def _forget_places(self, section: str) -> None:
+        self._places = {key: place for key, place in self._places.items() if not f"{key}.".startswith(f"{section}.")}
 
 
 def _insert(tree: dict[str, object], key: str, value: object) -> bool:

@@ -271,11 +271,15 @@ SECTIONS |= {"ray_kwargs", "global_profiler", "transfer_queue", "hydra", "npu_pr
 """Top-level sections that only verl has."""
 
 
+def full_name(key: str) -> str:
+    """`key` as verl's table has it, where a document left out its beginning."""
+    return next((prefix + key for prefix in ("", *SHORT_FORMS) if prefix + key in KEYS), key)
+
+
 def find(key: str) -> Translation | None:
     """The translation of `key`; one that fails with advice for an unknown key of verl's; None where it is none of verl's."""
-    for prefix in ("", *SHORT_FORMS):
-        if prefix + key in KEYS:
-            return KEYS[prefix + key]
+    if translation := KEYS.get(full_name(key)):
+        return translation
     for prefix, ours in PREFIXES.items():
         if key.startswith(prefix):
             return to(ours + key.removeprefix(prefix))

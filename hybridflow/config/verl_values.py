@@ -86,6 +86,7 @@ def kl_in_reward(value: object, given: Given) -> Mapping[str, object]:
             raise UntranslatableError("GRPO has its KL in the loss: use algorithm.kl_coefficient, or algorithm=ppo")
         return {}
     if _is_true(value):
+        _refuse_two_kls(given("actor_rollout_ref.actor.use_kl_loss"))
         return {"algorithm.kl_in": "reward"}
     return {} if given("algorithm.kl_in") == "loss" else {"algorithm.kl_in": "none"}
 
@@ -95,6 +96,7 @@ def kl_in_loss(value: object, given: Given) -> Mapping[str, object]:
     if given("algorithm.name") == "grpo":
         return {} if _is_true(value) else {"algorithm.kl_coefficient": 0.0}
     if _is_true(value):
+        _refuse_two_kls(given("algorithm.use_kl_in_reward"))
         return {"algorithm.kl_in": "loss"}
     return {"algorithm.kl_in": "none"} if given("algorithm.kl_in") == "loss" else {}
 
@@ -143,7 +145,7 @@ def shared(target: str) -> Apply:
     def apply(value: object, given: Given) -> Mapping[str, object]:
         if given(target) not in (None, value):
             raise UntranslatableError(
-                f"found {value!r}, but {target} is {given(target)!r}, and holds for all models. Set it once"
+                f"found {value!r}, but {target} is {given(target)!r}, one for all models"
             )
         return {target: value}
 
@@ -175,6 +177,11 @@ def resume_path(value: object, given: Given) -> Mapping[str, object]:
 
 
 KL_ESTIMATOR = choice(kl="k1", k1="k1", mse="k2", k2="k2", low_var_kl="k3", k3="k3", abs=None)
+
+
+def _refuse_two_kls(is_other_on: object) -> None:
+    if is_other_on is True:
+        raise UntranslatableError("use_kl_in_reward and use_kl_loss are both True, but the KL counts once. Set one to False")
 
 
 def _is_true(value: object) -> bool:

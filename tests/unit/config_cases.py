@@ -1,0 +1,41 @@
+"""What the tests of the configuration share: a run that is right, and the mistakes of one that is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybridflow.config.load import load_config
+from hybridflow.errors import ConfigError
+
+
+def right_run(folder: Path) -> list[str]:
+    """Overrides that load on their own: a data file, a name from the hub, and no optional package."""
+    file = folder / "train.parquet"
+    file.touch()
+    return [
+        f"data.train_files={file}",
+        "model.path=org/name",
+        "rollout.engine=torch",
+        "trackers.names=console",
+        "run.device=cpu",
+    ]
+
+
+def model_folder(folder: Path, *, context: int = 2048, without: str = "") -> Path:
+    """A folder with the files of a saved model, or all but one."""
+    folder.mkdir()
+    files = {"config.json": json.dumps({"max_position_embeddings": context}), "model.safetensors": "", "tokenizer.json": ""}
+    for name in files.keys() - {without}:
+        (folder / name).write_text(files[name])
+    return folder
+
+
+def mistakes_of(overrides: Sequence[str], path: str | None = None) -> list[str]:
+    """The mistakes that loading finds, as the user reads them; empty where it finds none."""
+    try:
+        load_config(path, overrides)
+    except ConfigError as error:
+        return [str(mistake) for mistake in error.mistakes]
+    return []

@@ -1,0 +1,293 @@
+"""What is allowed, alone and together, and how a mistake reads."""
+
+from __future__ import annotations
+
+import json
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+
+from hybridflow import registry
+from hybridflow.config.build import keys_of
+from hybridflow.config.load import load_config
+from hybridflow.config.rules import PACKAGES, RANGES
+from hybridflow.config.schema import Config
+from tests.unit.config_cases import mistakes_of, model_folder, right_run
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test sees the same machine: no GPU, 4 CPU slots, no cluster to join."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+
+
+def only_mistake(folder: Path, *overrides: str) -> str:
+    """The one mistake that `overrides` make in a run that is right without them."""
+    (found,) = mistakes_of([*right_run(folder), *overrides])
+    return found.removeprefix("command line: ")
+
+
+def test_a_right_run_has_no_mistakes(tmp_path: Path) -> None:
+    assert mistakes_of(right_run(tmp_path)) == []
+
+
+def test_every_range_is_of_a_key_that_exists_and_holds_its_default() -> None:
+    for key, allowed in RANGES.items():
+        value = attrgetter(key)(Config())
+        assert all(number is None or number in allowed for number in (value if isinstance(value, tuple) else (value,)))
+
+
+def test_the_configuration_stays_small() -> None:
+    keys = keys_of(Config)
+    assert len(keys) <= 150
+    assert max(key.count(".") for key in keys) <= 2
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("data.prompts_per_step=0", "at least 1"),
+        ("data.max_response_tokens=-1", "at least 1"),
+        ("rollout.temperature=-0.1", "at least 0"),
+        ("rollout.top_p=0", "more than 0 and at most 1"),
+        ("rollout.min_p=1", "at least 0 and less than 1"),
+        ("rollout.memory_fraction=1", "more than 0 and less than 1"),
+        ("actor.learning_rate=-1", "at least 0"),
+        ("actor.learning_rate=.nan", "at least 0"),
+        ("critic.adam_betas=[0.9, 1]", "at least 0 and less than 1"),
+        ("run.total_steps=0", "at least 1"),
+        ("validation.max_prompts=0", "at least 1"),
+        ("reward.timeout_s=0", "more than 0"),
+    ],
+)
+def test_a_number_out_of_range_is_answered_with_the_range(tmp_path: Path, override: str, allowed: str) -> None:
+    assert only_mistake(tmp_path, override).endswith(f"; allowed: {allowed}")
+
+
+def test_tensor_parallel_divides_the_ranks_of_its_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    overrides = ["placement.pools.main=1x8", "rollout.tensor_parallel=3", "run.device=auto", "placement.cpu_slots=9"]
+    expected = "rollout.tensor_parallel: found 3, which does not divide the 8 GPUs of pool 'main'. Use 1, 2, 4 or 8."
+    assert only_mistake(tmp_path, *overrides) == expected
+
+
+def test_an_engine_fits_into_a_node(tmp_path: Path) -> None:
+    overrides = ["placement.pools.main=2x2", "rollout.tensor_parallel=4", "run.ray_address=auto"]
+    expected = "rollout.tensor_parallel: found 4, which does not divide the 2 ranks on each node of pool 'main'. Use 1 or 2."
+    assert only_mistake(tmp_path, *overrides) == expected
+
+
+def test_sequence_parallel_divides_the_ranks_of_trained_roles(tmp_path: Path) -> None:
+    expected = "model.sequence_parallel: found 2, which does not divide the 3 ranks of pool 'main'. Use 1 or 3."
+    assert only_mistake(tmp_path, "placement.pools.main=1x3", "model.sequence_parallel=2") == expected
+
+
+def test_more_ranks_than_cpu_slots_are_a_mistake(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "placement.pools.main=1x4")
+    expected = "placement.pools: pools main (1x4), scoring (1x1 cpu) need 5 CPU slots; this machine has 4."
+    assert found == f"{expected} Use fewer ranks, or set placement.cpu_slots=5 to share cores"
+    assert mistakes_of([*right_run(tmp_path), "placement.pools.main=1x4", "placement.cpu_slots=5"]) == []
+
+
+def test_more_ranks_than_gpus_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    found = only_mistake(tmp_path, "placement.pools.main=1x2", "run.device=auto")
+    assert found.startswith("placement.pools: pools main (1x2) need 2 GPUs; this machine has 1.")
+
+
+def test_cuda_on_a_machine_without_gpu_is_a_mistake(tmp_path: Path) -> None:
+    assert "shows no GPU on this machine. Set run.device=cpu" in only_mistake(tmp_path, "run.device=cuda")
+
+
+def test_a_cluster_started_here_has_one_node(tmp_path: Path) -> None:
+    assert "a cluster that is started here has one node" in only_mistake(tmp_path, "placement.pools.main=2x1")
+
+
+def test_slots_of_a_cluster_to_be_joined_are_not_judged_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert mistakes_of([*right_run(tmp_path), "placement.pools.main=4x8", "run.device=cuda"]) == []
+
+
+def test_a_pool_that_does_not_parse_is_one_mistake(tmp_path: Path) -> None:
+    expected = "placement.pools.main: found '8 GPUs'; needed: nodes x ranks per node, for example 2x8 or '1x4 cpu'"
+    assert only_mistake(tmp_path, "placement.pools.main='8 GPUs'") == expected
+
+
+def test_a_role_on_an_unknown_pool_is_a_mistake(tmp_path: Path) -> None:
+    expected = "placement.roles.critic: found 'mian', but placement.pools has only main, scoring."
+    found = only_mistake(tmp_path, "placement.roles.critic=mian")
+    assert found == f"{expected} Add the pool there, or place the role on another"
+
+
+def test_an_unknown_role_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "placement.roles.critc=main")
+    assert found.startswith("placement.roles.critc: no role is called 'critc'; did you mean 'critic'?")
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("rollout.engine=torhc", "rollout.engine: 'torhc' is not known; did you mean 'torch'?"),
+        ("reward.name=gsm8", "reward.name: 'gsm8' is not known; did you mean 'gsm8k'?"),
+        ("trackers.names=[console, tensorbord]", "trackers.names: 'tensorbord' is not known; did you mean 'tensorboard'?"),
+        ("placement.workers.judge=zzz", "placement.workers.judge: 'zzz' is not known. Known: actor, critic,"),
+        ("rollout.engine=no_such_package.x:Y", "rollout.engine: found 'no_such_package.x:Y', but no module 'no_such_package'"),
+        ("reward.name='json:'", "reward.name: found 'json:'; needed: my_package.module:Name"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_what_is_known(tmp_path: Path, override: str, start: str) -> None:
+    assert only_mistake(tmp_path, override).startswith(start)
+
+
+def test_a_name_of_the_users_own_needs_no_table(tmp_path: Path) -> None:
+    assert mistakes_of([*right_run(tmp_path), "rollout.engine=json:Engine", "placement.workers.judge=json:Judge"]) == []
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PACKAGES, ("rollout.engine", "vllm"), ("vllm_is_absent", PACKAGES["rollout.engine", "vllm"][1]))
+    expected = "rollout.engine: 'vllm' needs the package 'vllm_is_absent', which is not installed: "
+    assert (
+        only_mistake(tmp_path, "rollout.engine=vllm")
+        == f"{expected}pip install 'hybridflow[vllm]', or set rollout.engine=torch"
+    )
+
+
+def test_an_engine_that_the_algorithm_does_not_use_need_not_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PACKAGES, ("rollout.engine", "vllm"), ("vllm_is_absent", ""))
+    assert mistakes_of([*right_run(tmp_path), "rollout.engine=vllm", "algorithm=sft"]) == []  # generates in validation only
+
+
+def test_optional_packages_are_of_names_in_the_tables() -> None:
+    tables = {"rollout.engine": registry.ENGINES, "trackers.names": registry.TRACKERS, "model.attention": {"flash_attn"}}
+    assert all(name in tables[key] for key, name in PACKAGES)
+
+
+def test_missing_data_files_are_each_named(tmp_path: Path) -> None:
+    near = tmp_path / "trian.parquet"
+    found = mistakes_of([*right_run(tmp_path), f"data.train_files=[{near},b/c.parquet]", "data.validation_files=d"])
+    assert found[0].endswith(f"data.train_files: file '{near}' does not exist; did you mean 'train.parquet'?")
+    assert "data.train_files: file 'b/c.parquet' does not exist (the last folder on the way that does is " in found[1]
+    assert "data.validation_files: file 'd' does not exist" in found[2]
+
+
+def test_training_needs_data(tmp_path: Path) -> None:
+    assert only_mistake(tmp_path, "data.train_files=[]") == "data.train_files: is empty; name one or more Parquet files"
+
+
+def test_there_are_as_many_weights_as_files(tmp_path: Path) -> None:
+    expected = "data.train_weights: found 2 weights for 1 files in data.train_files"
+    assert only_mistake(tmp_path, "data.train_weights=[1, 2]") == expected
+
+
+def test_a_complete_model_folder_is_accepted(tmp_path: Path) -> None:
+    assert mistakes_of([*right_run(tmp_path), f"model.path={model_folder(tmp_path / 'model')}"]) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "problem"),
+    [
+        ("config.json", "holds no config.json. Give the folder of a saved Hugging Face model"),
+        ("model.safetensors", "holds no weights (*.safetensors or *.bin)"),
+        (
+            "tokenizer.json",
+            "holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json, vocab.txt, tokenizer_config.json)",
+        ),
+    ],
+)
+def test_a_model_folder_without_one_of_its_parts_is_a_mistake(tmp_path: Path, missing: str, problem: str) -> None:
+    folder = model_folder(tmp_path / "model", without=missing)
+    assert only_mistake(tmp_path, f"model.path={folder}").startswith(f"model.path: folder '{folder}' {problem}")
+
+
+def test_the_tokenizer_may_be_elsewhere(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", without="tokenizer.json")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").touch()
+    assert mistakes_of([*right_run(tmp_path), f"model.path={folder}", f"model.tokenizer={tmp_path / 'tokenizer'}"]) == []
+
+
+def test_a_path_that_is_neither_a_folder_nor_a_hub_name_is_a_mistake(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "model.path=./models/absent/x")
+    assert found.startswith("model.path: folder './models/absent/x' does not exist")
+    assert found.endswith("a hub name looks like org/name")
+
+
+def test_a_model_must_be_named(tmp_path: Path) -> None:
+    assert only_mistake(tmp_path, "model.path=''").startswith("model.path: is missing; give a local folder, or a hub name")
+
+
+def test_the_critics_own_model_is_checked_where_there_is_a_critic(tmp_path: Path) -> None:
+    assert only_mistake(tmp_path, "critic.path=/absent").startswith("critic.path: folder '/absent' does not exist")
+    assert mistakes_of([*right_run(tmp_path), "critic.path=/absent", "algorithm=grpo"]) == []
+
+
+def test_prompt_and_response_fit_the_context_of_the_model(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", context=600)
+    found = only_mistake(tmp_path, f"model.path={folder}", "data.max_prompt_tokens=200", "data.max_response_tokens=401")
+    asked = "data.max_prompt_tokens=200 and data.max_response_tokens=401 make 601 tokens"
+    assert found == f"data.max_response_tokens: {asked}; model.path='{folder}' reads 600. Lower one of them"
+    lengths = ["data.max_prompt_tokens=200", "data.max_response_tokens=400"]
+    assert mistakes_of([*right_run(tmp_path), f"model.path={folder}", *lengths]) == []
+
+
+def test_a_model_config_that_is_not_json_is_a_mistake(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text("{")
+    assert "config.json is not JSON" in only_mistake(tmp_path, f"model.path={folder}")
+
+
+def test_the_context_of_a_nested_text_model_counts(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 1023}}))
+    assert "make 1024 tokens" in only_mistake(tmp_path, f"model.path={folder}")
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("def compute_scor(x): ...\n", "has no 'compute_score'; did you mean 'compute_scor'? It defines: compute_scor"),
+        ("", "has no 'compute_score'."),
+        ("def compute_score(:\n", "is not Python: "),
+    ],
+)
+def test_a_reward_file_without_the_function_is_a_mistake(tmp_path: Path, source: str, problem: str) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text(source)
+    assert f"{file} {problem}" in only_mistake(tmp_path, f"reward.path={file}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["def compute_score(x): ...", "from my_rewards import *", "from m import f as compute_score", "compute_score = len"],
+)
+def test_a_reward_file_with_the_function_is_accepted_without_running_it(tmp_path: Path, source: str) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text(f"{source}\nraise RuntimeError('executed')\n")
+    assert mistakes_of([*right_run(tmp_path), f"reward.path={file}", "reward.name=not_used"]) == []
+
+
+def test_a_missing_reward_file_is_a_mistake(tmp_path: Path) -> None:
+    assert only_mistake(tmp_path, "reward.path=/absent.py").startswith("reward.path: file '/absent.py' does not exist")
+
+
+def test_a_checkpoint_to_resume_from_must_be_there(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "checkpoint.resume=/absent/step_3")
+    assert found.startswith("checkpoint.resume: folder '/absent/step_3' does not exist")
+    assert found.endswith("; allowed: auto, never, or a checkpoint's folder")
+    assert load_config(None, [*right_run(tmp_path), f"checkpoint.resume={tmp_path}"]).checkpoint.resume == str(tmp_path)
+
+
+def test_prompts_per_update_divide_prompts_per_step(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "data.prompts_per_step=8", "algorithm.prompts_per_update=9")
+    assert found.startswith("algorithm.prompts_per_update: found 9, more than the 8 prompts of data.prompts_per_step")
+
+
+def test_a_key_with_a_mistake_of_type_is_not_judged_again(tmp_path: Path) -> None:
+    assert only_mistake(tmp_path, "model.path=5") == (
+        "model.path: found 5 (integer); needed: text. Quote it to have it read as text"
+    )
