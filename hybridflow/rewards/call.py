@@ -92,9 +92,9 @@ def load_reward_function(config: RewardConfig) -> RewardFunction:
     else:
         module = _import_file(config.path)
         asked = f"reward.path={config.path!r}"
-        if not hasattr(module, config.function):
-            raise RewardError(f"{asked}: the file has no function {config.function!r}{nearest(config.function, dir(module))}")
-        function = getattr(module, config.function)
+        if config.function not in vars(module):
+            raise RewardError(f"{asked}: the file has no function {config.function!r}{nearest(config.function, vars(module))}")
+        function = vars(module)[config.function]
     if not callable(function):
         raise RewardError(f"{asked}: {config.function!r} is {_kind(function)}, not a function")
     kind = _reward_type(module, asked)
