@@ -23,7 +23,9 @@ class WandbTracker(Tracker):
             import wandb
         except ImportError as error:
             found = f"'wandb' needs the package wandb, which does not import: {error}"
-            raise ConfigError([Mistake("trackers.names", f"{found}. pip install wandb, or leave it out")]) from error
+            raise ConfigError(
+                [Mistake("trackers.names", f"{found}. pip install 'hybridflow[wandb]', or leave it out")]
+            ) from error
         folder = run_folder(config)
         id_file = folder / RUN_ID_FILE
         is_resumed = resume_step > 0 and id_file.exists()

@@ -9,7 +9,7 @@ import pytest
 
 from hybridflow.errors import DataError
 from hybridflow.report import main
-from hybridflow.trackers.plots import figures, plot_run, read_run, running_mean
+from hybridflow.trackers.plots import HEALTH, SPEED, figures, plot_run, read_run, running_mean
 
 pytest.importorskip("matplotlib")
 
@@ -87,3 +87,9 @@ def test_the_command_prints_where_the_plots_are(tmp_path: Path, capsys: pytest.C
 def test_the_command_fails_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path / "nothing")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_every_metric_that_is_drawn_is_documented():
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    missing = [line.metric for panel in (*HEALTH, *SPEED) for line in panel.lines if f"`{line.metric}`" not in documented]
+    assert not missing

@@ -17,7 +17,7 @@ from hybridflow.config.schema import Config, RunConfig, TrackerConfig
 from hybridflow.errors import ConfigError
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, Trackers
-from hybridflow.trackers.console import ConsoleTracker, shortened, step_line, validation_line
+from hybridflow.trackers.console import SHOWN, ConsoleTracker, shortened, step_line, validation_line
 from hybridflow.trackers.jsonl import JsonlTracker, read_lines
 from hybridflow.trackers.timers import Stopwatch
 
@@ -122,7 +122,7 @@ def test_a_class_that_is_no_tracker_is_a_mistake_in_the_configuration(tmp_path: 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_a_tracker_without_its_package_says_what_to_install(tmp_path: Path):
-    with pytest.raises(ConfigError, match="pip install wandb"):
+    with pytest.raises(ConfigError, match=r"pip install 'hybridflow\[wandb\]'"):
         Trackers(config(tmp_path, "wandb"), 10, 0)
 
 
@@ -234,3 +234,9 @@ def test_a_stopwatch_counts_a_phase_that_fails():
     with pytest.raises(ValueError, match="boom"), stopwatch.phase("save"):
         raise ValueError("boom")
     assert dict(stopwatch.drain()) == {"seconds/save": 2.0}
+
+
+def test_every_metric_that_the_console_shows_is_documented():
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    missing = [name for _, names, _ in SHOWN for name in names if f"`{name}`" not in documented]
+    assert not missing
