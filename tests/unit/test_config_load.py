@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -214,16 +213,15 @@ def test_many_mistakes_are_listed_together_with_their_number(tmp_path: Path) -> 
 def test_a_mistake_is_reported_in_two_seconds_without_torch_and_ray(tmp_path: Path) -> None:
     overrides = [*right_run(tmp_path), "algorithm=grpo", "run.seed=x"]
     program = f"""
-import sys
+import sys, time
 from hybridflow.config.load import load_config
 from hybridflow.errors import ConfigError
 try:
     load_config(None, {overrides!r})
 except ConfigError as error:
     assert not {{"torch", "ray", "vllm", "transformers"}} & sys.modules.keys(), "a slow package was imported"
+    assert time.process_time() < 2, "seconds of this process, whatever else the machine does"
     sys.exit(3)
 """
-    start = time.perf_counter()
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert finished.returncode == 3, finished.stderr
-    assert time.perf_counter() - start < 2
