@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,15 @@ import torch.multiprocessing as mp
 from hybridflow.parallel.mesh import init_process_group
 
 R = TypeVar("R")
+PRELOADED = ["torch", "transformers", "hybridflow.models.build", "hybridflow.checkpoint.sharded", "tests.training_rows"]
+"""Imported once, in the process that ranks are forked from: imports take longer than most tests."""
 
 
 def on_ranks(num_ranks: int, function: Callable[..., R], *args: object) -> list[R]:
     """What `function(*args)` returns on each of `num_ranks` processes, which form one group. Both must pickle."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (num_ranks, folder, function, args), nprocs=num_ranks)
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        mp.start_processes(_run, (num_ranks, folder, function, args), nprocs=num_ranks, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
 

@@ -161,7 +161,7 @@ def test_a_folder_without_weights_is_refused(tiny_model: str, tmp_path: Path) ->
 
 def test_a_folder_without_a_tokenizer_is_refused(tiny_model: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
-    with pytest.raises(ModelError, match="has no tokenizer. Set model.tokenizer"):
+    with pytest.raises(ModelError, match=r"has no tokenizer\. Set model\.tokenizer"):
         load_tokenizer(str(tmp_path))
 
 
