@@ -26,7 +26,7 @@ class Agreement:
 
 
 @torch.no_grad()
-def agreement(rollout_log_probs_T: torch.Tensor, log_probs_T: torch.Tensor) -> Agreement:
+def log_prob_agreement(rollout_log_probs_T: torch.Tensor, log_probs_T: torch.Tensor) -> Agreement:
     """Compare the engine's with the trainer's log-probabilities: any float dtype, shape [T]. Waits for the device once."""
     num_tokens = rollout_log_probs_T.numel()
     assert log_probs_T.shape == rollout_log_probs_T.shape, "both are about the same tokens"

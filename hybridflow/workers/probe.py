@@ -1,4 +1,4 @@
-"""Do engine and trainer agree on a few tokens? The check where an engine's weights cannot be read back.
+"""Do engine and trainer agree on a few tokens? The check of the first syncs, and where weights cannot be read back.
 
 The engine answers the same fixed prompt after every sync, long enough to fill blocks of its prefix cache, so that a
 cache left over from older weights shows as well.
@@ -19,8 +19,10 @@ from hybridflow.workers.base import RankContext
 PROMPT_TOKENS = 300
 """Two blocks of the largest default, 128 tokens (vLLM on CPU), and some more."""
 RESPONSE_TOKENS = 8
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Mean |difference| in nats, by the coarser dtype of the two sides. Kernels alone differ by 1e-5 and 2e-2."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
+"""Mean |difference| in nats, by the coarser dtype of the two sides. Kernels alone differ by 1e-5 and 0.02, in bfloat16 by up to
+0.1 where the distribution is very uneven."""
+SMALLEST_VOCABULARY = 8
 
 
 @runtime_checkable
@@ -42,8 +44,8 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
     """
     response_tokens = min(RESPONSE_TOKENS, engine.spec.max_model_tokens - 1)
     prompt_tokens = min(PROMPT_TOKENS, engine.spec.max_model_tokens - response_tokens)
-    prompt = (np.arange(prompt_tokens) * 7 % 61 + 3).astype(np.int32)
-    sampling = Sampling(temperature=config.rollout.temperature, max_tokens=response_tokens, ignore_eos=True)
+    prompt = np.random.default_rng(0).integers(0, SMALLEST_VOCABULARY, prompt_tokens, dtype=np.int32)
+    sampling = Sampling(temperature=config.rollout.temperature or 1.0, max_tokens=response_tokens, ignore_eos=True)
     (response,) = engine.generate([Request(id=0, prompt=prompt, sampling=sampling, seed=config.run.seed)])
     assert response.log_probs is not None, "the engine left out log-probabilities that were asked for"
     row = Batch.from_columns(

@@ -7,6 +7,7 @@ Colocated: `rollout.sync_weights()`. On separate pools, once `address = actor.tr
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +21,10 @@ from hybridflow.resharding.verify import Place
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.probe import ScoresRows, probe
+
+PROBED_SYNCS = 2
+"""Syncs at the start of a run after which log-probabilities are compared too: the first shows whether engine and trainer
+compute the same at all, the second whether cached prefixes were forgotten."""
 
 
 @runtime_checkable
@@ -36,6 +41,7 @@ class RolloutSync:
 
     def __init__(self, config: Config, context: RankContext, engine: EngineThread):
         self.config, self.context, self.engine = config, context, engine
+        self.num_syncs = 0
         self.colocated: ColocatedSync | None = None
         self.receiver: WeightReceiver | None = None
 
@@ -51,9 +57,19 @@ class RolloutSync:
             self.colocated = ColocatedSync(sync_settings(self.config, self.context), self.context.group)
         with self.engine.paused() as engine:
             report = self.colocated.sync(actor.named_tensors(), engine)
-            if report.unreadable and self.config.rollout.verify_weights and isinstance(actor, ScoresRows):
-                probe(engine, actor, self.config, self.context)
-        return as_metrics(report)
+            metrics = as_metrics(report)
+            self.num_syncs += 1
+            is_due = self.num_syncs <= PROBED_SYNCS or report.unreadable
+            if is_due and self.config.rollout.verify_weights and isinstance(actor, ScoresRows):
+                started = time.perf_counter()
+                difference = probe(engine, actor, self.config, self.context)
+                metrics += Metrics(
+                    {
+                        "sync/probe_difference": Metric(difference, kind="max"),
+                        "sync/seconds_probe": Metric(time.perf_counter() - started, kind="max"),
+                    }
+                )
+        return metrics
 
     def open(self, address: str) -> None:
         """Meet the actors' pool at `host:port`."""
