@@ -103,7 +103,7 @@ class RunningRows:
         row = self.table[slots]
         numbers = uniform(row["seed"], row["num_generated"])
         columns = (row["temperature"], row["top_p"], row["top_k"], row["min_p"], numbers)
-        return SamplingColumns(*(torch.from_numpy(np.ascontiguousarray(column)).to(device) for column in columns))
+        return SamplingColumns(*(torch.from_numpy(column.copy()).to(device) for column in columns))
 
     def append(self, slots: Slots, tokens: npt.NDArray[np.int64], log_probs: npt.NDArray[np.float32]) -> None:
         """Add one token to each of the slots."""

@@ -46,9 +46,7 @@ class VllmEngine(Engine):
         self.unlisted = "flat_logprobs" in SamplingParams.__struct_fields__
         """Log-probabilities come as flat lists: no object per token."""
         logger.info(
-            "vLLM: loading %s%s",
-            spec.model,
-            "" if arguments["enforce_eager"] else ", compiling, capturing CUDA graphs: minutes",
+            "vLLM: loading %s, %s", spec.model, "eager" if arguments["enforce_eager"] else "compiling, capturing CUDA graphs"
         )
         _prepare_process(spec)
         with _kept_random_state():  # vLLM seeds the generators of the whole process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,11 +73,9 @@ class RolloutWorker(Worker):
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([Mistake("rollout.engine", problem)])
-        start = time.perf_counter()
         self.engine = EngineThread(engine_class(engine_spec(config, context)))
         self.weight_sync = RolloutSync(config, context, self.engine)
-        if (seconds := time.perf_counter() - start) > 5:
-            logger.info("rollout: engine %s started in %.0f s on rank %d", config.rollout.engine, seconds, context.rank)
+        logger.info("rollout rank %d: engine %s started in %.0f s", context.rank, name, time.perf_counter() - start)
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
@@ -123,11 +121,6 @@ class RolloutWorker(Worker):
         """Replace the engine's weights by full tensors under their Hugging Face names. Waits until the engine is idle."""
         with self.engine.paused() as engine:
             engine.load_weights(weights)
-
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights that the engine computes with, for checksums: see `Engine.held_weights`."""
-        with self.engine.paused() as engine:
-            yield from engine.held_weights()
 
     @remote("one_to_all")
     def sync_weights(self) -> Metrics:
