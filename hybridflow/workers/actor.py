@@ -8,6 +8,7 @@ import numpy as np
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.layouts import training_layout
 from hybridflow.workers.remote import remote
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ class ActorWorker(Worker):
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
-        from hybridflow.workers.model_spec import training_layout
-
         return training_layout(config, num_ranks)
 
     @remote("one_to_all")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hybridflow.batch import Batch
 from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.layouts import training_layout
 from hybridflow.workers.remote import remote
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ class CriticWorker(Worker):
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
-        from hybridflow.workers.model_spec import training_layout
-
         return training_layout(config, num_ranks)
 
     @remote("one_to_all")

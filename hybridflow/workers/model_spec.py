@@ -9,7 +9,6 @@ from hybridflow.models.attention import implementation
 from hybridflow.models.build import ModelSpec
 from hybridflow.models.load import ModelSource
 from hybridflow.models.lora import Adapters
-from hybridflow.parallel.layout import Layout
 from hybridflow.workers.base import RankContext
 
 
@@ -18,13 +17,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.model.compute_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.model.compute_dtype]
-
-
-def training_layout(config: Config, num_ranks: int) -> Layout:
-    """Rows are cut over the data axis, tokens of a row over `model.sequence_parallel` ranks."""
-    sequence = config.model.sequence_parallel
-    assert num_ranks % sequence == 0, f"model.sequence_parallel={sequence} does not divide the {num_ranks} ranks of the pool"
-    return Layout(data=num_ranks // sequence, sequence=sequence)
 
 
 def trained_model(config: Config, context: RankContext, path: str | None) -> ModelSpec:

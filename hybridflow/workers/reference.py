@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hybridflow.batch import Batch
 from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.layouts import training_layout
 from hybridflow.workers.remote import remote
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ class ReferenceWorker(Worker):
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
-        from hybridflow.workers.model_spec import training_layout
-
         return training_layout(config, num_ranks)
 
     @remote("split_by_data_rank")
