@@ -37,5 +37,5 @@ def log_prob_agreement(rollout_log_probs_T: torch.Tensor, log_probs_T: torch.Ten
     rank_of_p99 = -(-99 * num_tokens // 100)  # the nearest-rank percentile; kthvalue has no limit on T, quantile has
     p99 = distance_T.kthvalue(rank_of_p99).values
     k3 = (torch.expm1(difference_T) - difference_T).mean()
-    numbers = torch.stack([distance_T.mean(), p99, distance_T.max(), k3]).tolist()
-    return Agreement(*numbers, num_tokens=num_tokens)
+    mean, percentile, largest, kl = torch.stack([distance_T.mean(), p99, distance_T.max(), k3]).tolist()
+    return Agreement(mean, percentile, largest, kl, num_tokens)

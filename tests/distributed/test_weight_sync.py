@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig
 from hybridflow.errors import WeightMismatchError
 from hybridflow.resharding.layout import FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout
 from hybridflow.resharding.links import host_transfer, join_transfer
 from hybridflow.resharding.schedule import schedule
 from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings, WeightReceiver, WeightSender
 from hybridflow.resharding.verify import Place
+from hybridflow.workers.actor import ActorWorker
+from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.rollout import RolloutWorker
 
 CPU = torch.device("cpu")
 EVEN = {"embed": (96, 16), "q": (48, 48), "norm": (48,), "down": (48, 96)}
@@ -175,6 +180,35 @@ def test_tensor_parallel_engines_are_compared_by_their_parts(tmp_path: Path):
 
 def test_weights_altered_on_the_way_are_noticed_on_every_rank(tmp_path: Path):
     on_ranks(2, sync_what_a_rank_altered_on_the_way, tmp_path)
+
+
+def sync_workers(rank: int, num_ranks: int, *, model: str) -> None:
+    """Real workers: an actor cut over the ranks, an engine on each. The probe compares log-probabilities."""
+    config = Config(
+        model=ModelConfig(path=model),
+        data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),
+        rollout=RolloutConfig(engine="torch", max_requests=4, cpu_cache_gib=0.1, sync_bucket_mib=1),
+    )
+    roles: dict[str, Worker] = {}
+    for role, kind in (("actor", ActorWorker), ("rollout", RolloutWorker)):
+        layout = kind.layout_of(config, num_ranks)
+        context = RankContext(role=role, rank=rank, layout=layout, device=CPU, group=dist.group.WORLD, peers=roles)
+        roles[role] = kind(config, context)
+    actor, rollout = roles["actor"], roles["rollout"]
+    assert isinstance(actor, ActorWorker) and isinstance(rollout, RolloutWorker)
+    for _ in range(2):
+        for _, tensor in actor.named_tensors():
+            assert isinstance(tensor, DTensor)
+            tensor.detach().to_local().mul_(1.1)
+        metrics = rollout.sync_weights()
+        assert metrics["sync/probe_difference"] < 1e-4
+        assert metrics["sync/tensors_unreadable"] == 0
+        assert metrics["sync/bytes_received"] > 0
+    rollout.close()
+
+
+def test_engines_agree_with_an_actor_that_is_cut_over_two_ranks(tmp_path: Path, tiny_model: str):
+    on_ranks(2, partial(sync_workers, model=tiny_model), tmp_path)
 
 
 NUM_SYNCS = 3
