@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridflow.errors import EngineError
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
+from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.running_rows import RunningRows, Slots
 from hybridflow.rollout.sampling import choose
 from hybridflow.rollout.slot_cache import ATTENTION, Decode, Prefill, SlotCache, Step, register
@@ -52,6 +52,7 @@ class TorchEngine(Engine):
                 "Lower data.max_prompt_tokens or data.max_response_tokens"
             )
         tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
+        self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.waiting: deque[Request] = deque()
         self.num_slots = self._num_slots()
         self.cache = SlotCache(self.num_slots, spec.max_model_tokens)
@@ -174,15 +175,10 @@ class TorchEngine(Engine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.check_idle()
         own = self.model.state_dict()
-        loaded: set[int] = set()  # by address: a tied weight counts under either of its names
-        for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
-                found = f"has shape {tuple(own[name].shape)} in the engine" if name in own else "is unknown to the engine"
-                raise EngineError(f"weight {name!r} of shape {tuple(tensor.shape)} {found}")
+        checked = self.expected_weights.of(weights)
+        for name, tensor in checked:
             own[name].copy_(tensor)
-            loaded.add(own[name].data_ptr())
-        if missing := [name for name, tensor in own.items() if tensor.data_ptr() not in loaded]:
-            raise EngineError(f"{len(missing)} of {len(own)} weights were not given: {', '.join(islice(missing, 5))}")
+        checked.finish()
 
     def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.model.named_parameters()

@@ -25,6 +25,7 @@ from vllm.sampling_params import RequestOutputKind
 from hybridflow.errors import EngineError
 from hybridflow.registry import nearest
 from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
+from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.stopping import end_of_sequence_ids
 
 logger = logging.getLogger("hybridflow")
@@ -51,6 +52,7 @@ class VllmEngine(Engine):
         _prepare_process(spec)
         with _kept_random_state():  # vLLM seeds the generators of the whole process
             self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.model: torch.nn.Module = self.engine.apply_model(_itself)[0]
 
     def add(self, request: Request) -> None:
@@ -128,27 +130,17 @@ class VllmEngine(Engine):
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.check_idle()
-        given: set[str] = set()
-        try:
-            if self.spec.device.type == "cuda":
-                self.model.load_weights(_noted(weights, given))  # type: ignore[operator]
-            else:
-                # The CPU kernels have packed the weights, so vLLM builds each layer anew. It keeps what it is given until
-                # the layer is complete, longer than the caller's buffers last: hence copies.
-                copies = ((name, tensor.clone()) for name, tensor in weights)
-                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": _noted(copies, given)})
-        except (AssertionError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-            raise EngineError(
-                f"vLLM refused the weights after {len(given)} tensors: {type(error).__name__}: {error}"
-            ) from error
-        self._check_complete(given)
+        checked = self.expected_weights.of(weights)
+        if self.spec.device.type == "cuda":
+            self.model.load_weights(iter(checked))  # type: ignore[operator]
+        else:
+            # The CPU kernels have packed the weights, so vLLM builds each layer anew. It keeps what it is given until
+            # the layer is complete, longer than the caller's buffers last: hence copies.
+            copies = ((name, tensor.clone()) for name, tensor in checked)
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
+        checked.finish()
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM did not forget its cached prefixes, which belong to the old weights")
-
-    def _check_complete(self, given: set[str]) -> None:
-        names = {name for name, _, _ in _parts(self.model)}
-        if missing := sorted(names - given):
-            raise EngineError(f"{len(missing)} of {len(names)} weights were not given: {', '.join(missing[:5])}")
 
     @torch.no_grad()
     def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -245,12 +237,6 @@ def _kept_random_state() -> Iterator[None]:
 
 def _itself(model: torch.nn.Module) -> torch.nn.Module:
     return model
-
-
-def _noted(weights: Iterable[tuple[str, torch.Tensor]], given: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in weights:
-        given.add(name)
-        yield name, tensor
 
 
 Rows = tuple[int, int]

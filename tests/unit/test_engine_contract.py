@@ -292,7 +292,7 @@ def test_wrong_weights_are_refused(reloaded: Engine, other_model: str, fault: st
         weights["model.layers.7.self_attn.k_proj.weight"] = weights[name]
     else:
         weights[name] = weights[name].t()
-    with pytest.raises(EngineError, match=r"k_proj|refused"):
+    with pytest.raises(EngineError, match="k_proj"):
         reloaded.load_weights(weights.items())
 
 
