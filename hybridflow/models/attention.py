@@ -19,21 +19,24 @@ from hybridflow.parallel.sequence import SequenceGroup
 
 NAME = "hybridflow_packed"
 FLASH_NAME = "hybridflow_packed_flash"
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+"""What the kernels for packed rows compute in."""
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RowSpans, float], torch.Tensor]
 """(query [T, Hq, D], key [T, Hk, D], value [T, Hk, D], spans, scale) -> [T, Hq, D]."""
 
 
-def implementation(choice: Literal["auto", "flash_attn", "torch"], device: torch.device) -> str:
-    """The name under which transformers finds the attention for this device.
+def implementation(choice: Literal["auto", "flash_attn", "torch"], device: torch.device, dtype: torch.dtype) -> str:
+    """The name under which transformers finds the attention for models that compute on `device` in `dtype`.
 
     Raises:
-        ModelError: flash-attn was asked for, and is not installed or the device is not CUDA.
+        ModelError: flash-attn was asked for, and is not installed, or does not do this device or dtype.
     """
-    if choice == "torch" or (choice == "auto" and (device.type != "cuda" or not _has_flash_attn())):
+    is_possible = device.type == "cuda" and dtype in HALF_DTYPES
+    if choice == "torch" or (choice == "auto" and not (is_possible and _has_flash_attn())):
         return NAME
-    if device.type != "cuda":
+    if not is_possible:
         raise ModelError(
-            f"model.attention=flash_attn needs a CUDA device, and this rank computes on {device}. Use torch or auto"
+            f"model.attention=flash_attn needs CUDA and bfloat16; this rank computes on {device} in {dtype}. Use torch or auto"
         )
     if not _has_flash_attn():
         raise ModelError("model.attention=flash_attn, but flash-attn is not installed. Install it, or use torch")
@@ -48,7 +51,7 @@ def _has_flash_attn() -> bool:
     return True
 
 
-def _attention_of(kernel_for: Callable[[torch.device], Kernel]) -> Callable[..., tuple[torch.Tensor, None]]:
+def _attention_of(kernel_for: Callable[[torch.Tensor], Kernel]) -> Callable[..., tuple[torch.Tensor, None]]:
     """transformers' calling convention around a kernel: takes [1, heads, T, D], gives [1, T, heads, D]."""
 
     def attend(
@@ -71,7 +74,7 @@ def _attention_of(kernel_for: Callable[[torch.device], Kernel]) -> Callable[...,
         if sequence_group is not None:
             key_THD, value_THD = (sequence_group.repeat_heads(s, query_THD.shape[1]) for s in (key_THD, value_THD))
             query_THD, key_THD, value_THD = (sequence_group.to_heads(s) for s in (query_THD, key_THD, value_THD))
-        output_THD = kernel_for(query.device)(query_THD, key_THD, value_THD, row_spans, scale)
+        output_THD = kernel_for(query)(query_THD, key_THD, value_THD, row_spans, scale)
         if sequence_group is not None:
             output_THD = sequence_group.to_tokens(output_THD)
         return output_THD[None], None
@@ -163,11 +166,11 @@ def _flash_varlen(
     return attended
 
 
-def _torch_kernel(device: torch.device) -> Kernel:
-    return _torch_varlen if device.type == "cuda" else _padded_buckets
+def _torch_kernel(query: torch.Tensor) -> Kernel:
+    return _torch_varlen if query.is_cuda and query.dtype in HALF_DTYPES else _padded_buckets
 
 
-def _flash_kernel(device: torch.device) -> Kernel:
+def _flash_kernel(query: torch.Tensor) -> Kernel:
     return _flash_varlen
 
 

@@ -40,7 +40,7 @@ def frozen_model(config: Config, context: RankContext, path: str | None) -> Mode
 def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.dtype, adapters: Adapters | None) -> ModelSpec:
     source = ModelSource(
         path=path or config.model.path,
-        attention=implementation(config.model.attention, context.device),
+        attention=implementation(config.model.attention, context.device, compute_dtype(config, context.device)),
         dtype=dtype,
         trust_remote_code=config.model.trust_remote_code,
     )

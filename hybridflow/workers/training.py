@@ -73,6 +73,7 @@ class TrainingCore:
     def __init__(self, model: PolicyModel | ValueModel, config: TrainingConfig, context: RankContext):
         self.model, self.config, self.context = model, config, context
         self.optimizer = make_optimizer(model, config)
+        self.has_adapters = any(".lora_" in name for name, _ in model.named_parameters())
         self.learning_rate = config.learning_rate
         self.offload()
 
@@ -136,8 +137,14 @@ class TrainingCore:
         return found
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """The current weights under their Hugging Face names, sharded, each once. Collective where there are adapters."""
-        return named_tensors(self.model)
+        """The current weights under their Hugging Face names, sharded, each once.
+
+        They lie in CPU memory while weights are offloaded. Every rank calls this, since merging adapters is collective.
+        """
+        if not self.has_adapters:
+            return named_tensors(self.model)
+        with self._on_device():
+            return named_tensors(self.model)
 
     def save(self, folder: str) -> None:
         """Write weights and optimizer, every rank its shares."""

@@ -66,6 +66,6 @@ def test_a_soft_cap_is_refused() -> None:
 
 
 def test_the_cpu_takes_torch_and_refuses_flash_attn() -> None:
-    assert implementation("auto", CPU) == NAME != FLASH_NAME
-    with pytest.raises(ModelError, match=r"needs a CUDA device.*Use torch or auto"):
-        implementation("flash_attn", CPU)
+    assert implementation("auto", CPU, torch.bfloat16) == NAME != FLASH_NAME
+    with pytest.raises(ModelError, match=r"needs CUDA and bfloat16.*on cpu"):
+        implementation("flash_attn", CPU, torch.bfloat16)
