@@ -87,9 +87,9 @@ class TransferStore:
         prefixed = PrefixStore(name, self.store)
         if self.device.type != "cuda":
             return cast(Broadcaster, dist.ProcessGroupGloo(prefixed, rank, num_ranks, self.timeout))
-        group = dist.ProcessGroupNCCL(prefixed, rank, num_ranks, dist.ProcessGroupNCCL.Options())
-        group.set_timeout(self.timeout)
-        return cast(Broadcaster, group)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self.timeout  # no public name sets it for a group that stands by itself
+        return cast(Broadcaster, dist.ProcessGroupNCCL(prefixed, rank, num_ranks, options))
 
     def put(self, name: str, value: str) -> None:
         """Publish a value."""

@@ -76,12 +76,13 @@ class Arrivals:
         """Weights that the engine cannot show."""
         return tuple(name for name in self.shapes if name not in self.held_shapes)
 
-    def show(self, name: str, tensor: torch.Tensor) -> None:
-        """A full tensor on its way into the engine."""
+    def show(self, name: str, tensor: torch.Tensor) -> bool:
+        """A full tensor on its way into the engine; whether it had to be looked at."""
         if self.whole is not None and name in self.needed:
             self.whole.add(name, tensor)
         if self.cut is not None and name in self.regions:
             self.cut.add(name, self.regions[name].of(tensor))
+        return name in self.needed
 
 
 def compare(trained: torch.Tensor, arrivals: Arrivals, held: HeldWeights, place: Place) -> None:
