@@ -53,6 +53,7 @@ class Setting:
     save_to: str | None = None
     restore_from: str | None = None
     first_update: int = 1
+    lora_rank: int = 0
 
 
 def mine(batch: Batch, context: RankContext) -> Batch:
@@ -63,7 +64,8 @@ def mine(batch: Batch, context: RankContext) -> Batch:
 
 def train(setting: Setting) -> Trained:
     context = context_of("actor", setting.layout)
-    config = training_config(setting.path, tokens_per_microbatch=setting.tokens_per_microbatch)
+    model = {"lora_rank": setting.lora_rank}
+    config = training_config(setting.path, model=model, tokens_per_microbatch=setting.tokens_per_microbatch)
     actor, critic = ActorWorker(config, context), CriticWorker(config, context_of("critic", setting.layout))
     if setting.restore_from is not None:
         actor.restore(f"{setting.restore_from}/actor")
@@ -125,6 +127,7 @@ def settings(path: str, tied_path: str, tmp_path_factory: pytest.TempPathFactory
         "two data ranks": Setting(path, WILD, Layout(data=2)),
         "a rank without rows": Setting(path, SINGLE, Layout(data=2)),
         "tied weights": Setting(tied_path, WILD, Layout(data=2)),
+        "adapters": Setting(path, WILD, Layout(data=2), lora_rank=4),
         "two sequence ranks": Setting(path, WILD, Layout(sequence=2)),
         "resumed": resumed,
         "three of four ranks without rows": Setting(path, SINGLE, Layout(data=4)),
@@ -155,6 +158,7 @@ NAMES = [
     "two data ranks",
     "a rank without rows",
     "tied weights",
+    "adapters",
     "two sequence ranks",
     "resumed",
     "three of four ranks without rows",
