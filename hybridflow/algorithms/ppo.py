@@ -107,7 +107,8 @@ class PPO(Algorithm):
             calls.append(self.critic.update.start(part, loss=ops.ValueLoss(clip=self.config.value_clip)))
             if self.step > self.config.critic_warmup_steps:
                 calls.append(self.actor.update.start(part, loss=self.policy_loss()))
-        return Metrics.merged([self.steer_kl(batch), *(call.result() for call in calls)])
+        metrics = Metrics.merged([self.steer_kl(batch), *(call.result() for call in calls)])
+        return metrics + Metrics({"critic/explained_variance": ops.explained_variance(metrics, prefix="critic/")})
 
     def advantages(self) -> TokenAdvantages:
         """GAE over token rewards that carry the KL penalty, computed where the values are."""

@@ -33,6 +33,14 @@ def length_metrics(batch: Batch) -> Metrics:
     return Metrics(metrics)
 
 
+def policy_metrics(batch: Batch) -> Metrics:
+    """`actor/entropy` in nats per token, where collection has computed it."""
+    if "entropy" not in batch.light:
+        return Metrics()
+    tokens = batch["response_tokens"]
+    return Metrics({"actor/entropy": Metric(float(batch["entropy"] @ tokens), float(tokens.sum()))})
+
+
 def num_tokens(batch: Batch) -> int:
     """Prompt and response tokens of all rows."""
     response = int(batch["response_tokens"].sum()) if "response_tokens" in batch else 0

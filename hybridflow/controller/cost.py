@@ -37,6 +37,8 @@ class CallLog:
     """`role.method` -> seconds of the slowest rank, added over calls."""
     num_bytes: int = 0
     num_calls: int = 0
+    memory: dict[str, float] = field(default_factory=dict)
+    """`peak_allocated_gib`, `peak_reserved_gib` -> of the GPU that used most."""
     own_seconds: float = 0.0
     """Spent distributing arguments and collecting results."""
 
@@ -54,6 +56,12 @@ class CallLog:
             self.num_bytes += num_bytes
             self.own_seconds += own_seconds
 
+    def used(self, *, allocated_gib: float, reserved_gib: float) -> None:
+        """Note the memory peaks of a rank."""
+        with self.lock:
+            for name, peak in (("peak_allocated_gib", allocated_gib), ("peak_reserved_gib", reserved_gib)):
+                self.memory[name] = max(self.memory.get(name, 0.0), peak)
+
     def drain(self) -> Metrics:
         """The sums as metrics; the log starts from zero."""
         with self.lock:
@@ -61,5 +69,6 @@ class CallLog:
             metrics["controller/bytes_per_step"] = Metric(self.num_bytes, kind="sum")
             metrics["controller/calls"] = Metric(self.num_calls, kind="sum")
             metrics["controller/milliseconds_per_step"] = Metric(self.own_seconds * 1e3, kind="sum")
+            metrics |= {f"memory/{name}": Metric(peak, kind="max") for name, peak in self.memory.items()}
             self.seconds, self.num_bytes, self.num_calls, self.own_seconds = {}, 0, 0, 0.0
         return Metrics(metrics)

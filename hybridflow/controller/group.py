@@ -136,6 +136,9 @@ class GroupDispatcher:
         collected = call.protocol.collect(results)
         num_bytes = sum(answer.num_bytes for answer in answers.values())
         slowest = max(answer.seconds for answer in answers.values())
+        for answer in answers.values():
+            if answer.memory:
+                self.log.used(allocated_gib=answer.memory.allocated_gib, reserved_gib=answer.memory.reserved_gib)
         self.log.answered(call.name, slowest, num_bytes, time.perf_counter() - started)
         return collected
 

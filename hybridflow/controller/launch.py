@@ -91,9 +91,14 @@ def all_roles(config: Config) -> tuple[str, ...]:
 def cluster(config: Config) -> Iterator[None]:
     """Ray, joined or started for the time of the block. A cluster that was started here is ended; a joined one stays.
 
+    Where this process is connected to Ray already (a notebook, a test), that connection is used and kept.
+
     Raises:
         PlacementError: the cluster cannot be reached, or none can be started.
     """
+    if ray.is_initialized():
+        yield
+        return
     address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
     logger.info(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     try:

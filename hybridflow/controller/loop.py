@@ -11,13 +11,15 @@ from hybridflow.algorithms.base import Algorithm
 from hybridflow.batch import Batch
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.config.schema import Config
-from hybridflow.controller.batch_metrics import length_metrics, num_tokens, reward_metrics
+from hybridflow.controller.batch_metrics import length_metrics, num_tokens, policy_metrics, reward_metrics
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.validation import validate
 from hybridflow.controller.weights import WeightSync
 from hybridflow.errors import CheckpointError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.trackers.base import Trackers
+from hybridflow.workers.agreement import LogProbAgreement, agreement_metrics
+from hybridflow.workers.remote import Future
 
 logger = logging.getLogger("hybridflow")
 
@@ -29,6 +31,7 @@ class Loop:
         self.config, self.launched, self.algorithm, self.total_steps = config, launched, algorithm, total_steps
         self.store = CheckpointStore(config.run.folder, keep=config.checkpoint.keep)
         self.weights = WeightSync(launched)
+        self.seconds_saving = Metrics()
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step."""
@@ -38,7 +41,8 @@ class Loop:
             if last_step == 0 and self.config.validation.before_training:
                 trackers.log(0, self.validate(0, trackers))
             for step in range(last_step + 1, self.total_steps + 1):
-                metrics = self.step(step)
+                metrics = self.seconds_saving + self.step(step)
+                self.seconds_saving = Metrics()
                 if self.is_due(step, self.config.validation.every_steps, and_last=self.config.validation.every_steps > 0):
                     metrics += self.validate(step, trackers)
                 trackers.log(step, metrics)
@@ -57,10 +61,19 @@ class Loop:
         prompts = self.launched.data.next_batch(step)
         synced = self.weights.sync()
         batch = self.algorithm.collect(prompts)
+        compared = self.compare_sides(batch)
         learned = self.algorithm.learn(batch)
         self.weights.is_stale = True
+        measured = [learned, synced, *([agreement_metrics(batch.join(compared.result()))] if compared else [])]
         seconds = time.perf_counter() - started
-        return Metrics.merged([*batch_metrics(batch, seconds), learned, synced, self.launched.log.drain()])
+        return Metrics.merged([*measured, *batch_metrics(batch, seconds, learned), self.launched.log.drain()])
+
+    def compare_sides(self, batch: Batch) -> Future[Batch] | None:
+        """Start to compare the engine's log-probabilities with the trainer's, where the batch has both."""
+        actor = self.launched.actor
+        if actor is None or "log_probs" not in batch or "rollout_log_probs" not in batch:
+            return None
+        return actor.compute.start(batch, LogProbAgreement())
 
     def validate(self, step: int, trackers: Trackers) -> Metrics:
         """Validate, if there is something to validate on; samples go to the trackers at once."""
@@ -73,13 +86,15 @@ class Loop:
         return metrics + Metrics({"seconds/validation": time.perf_counter() - started})
 
     def save(self, step: int) -> None:
-        """Write a checkpoint: complete, or absent."""
+        """Write a checkpoint: complete, or absent. What it takes is logged with the next step."""
+        started = time.perf_counter()
         with self.store.writing(step) as folder:
             for role, worker in self.launched.groups.items():
                 (folder / role).mkdir()
                 worker.save(str(folder / role))
             state = RunState(step=step, config=dataclasses.asdict(self.config), algorithm=self.algorithm.state_dict())
             self.store.write_state(folder, state)
+        self.seconds_saving = Metrics({"seconds/checkpoint": time.perf_counter() - started})
 
     def resume(self) -> int:
         """Restore the checkpoint that `checkpoint.resume` names; returns its step, 0 where there is none.
@@ -107,7 +122,8 @@ class Loop:
         return (and_last and step == self.total_steps) or (every_steps > 0 and step % every_steps == 0)
 
 
-def batch_metrics(batch: Batch, seconds: float) -> list[Metrics]:
+def batch_metrics(batch: Batch, seconds: float, learned: Metrics) -> list[Metrics]:
     """What the step's rows say without a look at their tokens, and how fast they went."""
     speed = {"seconds/step": Metric(seconds), "tokens_per_second": Metric(num_tokens(batch) / seconds)}
-    return [reward_metrics(batch), length_metrics(batch), Metrics(speed)]
+    entropy = Metrics() if "actor/entropy" in learned else policy_metrics(batch)
+    return [reward_metrics(batch), length_metrics(batch), entropy, Metrics(speed)]

@@ -35,6 +35,14 @@ class StoredShard:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """The most that torch has held on a GPU since the process began."""
+
+    allocated_gib: float
+    reserved_gib: float
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a rank sends to the controller: everything but token-level data, which stays in the object store."""
 
@@ -46,6 +54,8 @@ class Answer:
     seconds: float = 0.0
     num_bytes: int = 0
     """Pickled size of `value`."""
+    memory: Memory | None = None
+    """Of this rank's GPU, where it has one."""
 
     def with_shard(self, reference: ray.ObjectRef[dict[str, Heavy]]) -> object:
         """The result, as the controller sees it."""
@@ -136,7 +146,14 @@ class RankProcess:
             result = marked.function(worker, *args, **kwargs)
         except Exception as error:
             raise self._named(role, method, error) from None
-        return _answer(result, time.perf_counter() - started)
+        return _answer(result, time.perf_counter() - started, self._memory())
+
+    def _memory(self) -> Memory | None:
+        if self.place.device_type != "cuda":
+            return None
+        import torch
+
+        return Memory(torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30)
 
     def _named(self, role: str, method: str, error: Exception) -> WorkerError:
         cause = str(error) if isinstance(error, HybridflowError) else "".join(traceback.format_exception(error)[1:])
@@ -153,9 +170,9 @@ def _marked_method(worker_class: type[Worker], name: str) -> RemoteMethod[Worker
     raise AssertionError(f"{worker_class.__name__} has no method {name}")
 
 
-def _answer(result: object, seconds: float) -> tuple[Answer, dict[str, Heavy]]:
+def _answer(result: object, seconds: float, memory: Memory | None) -> tuple[Answer, dict[str, Heavy]]:
     if not isinstance(result, Batch):
-        return Answer(result, seconds=seconds, num_bytes=_pickled_size(result)), {}
+        return Answer(result, seconds=seconds, num_bytes=_pickled_size(result), memory=memory), {}
     heavy: dict[str, Heavy] = {}
     for source in result.sources:
         whole = [shard for shard in source.shards if isinstance(shard, LocalShard)]
@@ -168,6 +185,7 @@ def _answer(result: object, seconds: float) -> tuple[Answer, dict[str, Heavy]]:
         num_rows=len(result),
         seconds=seconds,
         num_bytes=_pickled_size(light),
+        memory=memory,
     )
     return answer, heavy
 
