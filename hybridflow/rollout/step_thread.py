@@ -32,6 +32,8 @@ class EngineThread:
         self._ids = count()
         self._changed = threading.Condition()
         self._submitted: deque[Submitted] = deque()
+        self._held_back: deque[Submitted] = deque()
+        """What was submitted after a pause was asked for."""
         self._unanswered: dict[int, tuple[int, Future[Response]]] = {}
         self._failure: BaseException | None = None
         self._num_pauses = 0
@@ -48,7 +50,7 @@ class EngineThread:
         futures: list[Future[Response]] = [Future() for _ in requests]
         with self._changed:
             self._raise_failure()
-            self._submitted.append(list(zip(requests, futures, strict=True)))
+            (self._held_back if self._num_pauses else self._submitted).append(list(zip(requests, futures, strict=True)))
             self._changed.notify_all()
         return futures
 
@@ -62,15 +64,21 @@ class EngineThread:
 
     @contextmanager
     def paused(self) -> Iterator[Engine]:
-        """The engine, idle and for the caller alone: to load weights or change its memory. What is submitted waits."""
+        """The engine, idle and for the caller alone: to load weights or change its memory.
+
+        What was submitted before is answered first, what is submitted later waits.
+        """
         with self._changed:
             self._num_pauses += 1
             try:
-                self._changed.wait_for(lambda: not self._unanswered or self._failure is not None)
+                self._changed.wait_for(lambda: not (self._unanswered or self._submitted) or self._failure is not None)
                 self._raise_failure()
                 yield self._engine
             finally:
                 self._num_pauses -= 1
+                if not self._num_pauses:
+                    self._submitted.extend(self._held_back)
+                    self._held_back.clear()
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -102,14 +110,15 @@ class EngineThread:
     def _wait_for_work(self) -> bool:
         """Wait until there is a step to make, and hand over what was submitted; False when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._unanswered or (self._submitted and not self._num_pauses))
+            self._changed.wait_for(lambda: self._is_closed or self._unanswered or self._submitted)
             if self._is_closed:
                 return False
-            if not self._num_pauses and (self._admits_while_running or not self._unanswered):
+            if self._admits_while_running or not self._unanswered:
                 while self._submitted:
                     for request, future in self._submitted[0]:
                         self._admit(request, future)
                     self._submitted.popleft()
+                    self._changed.notify_all()
             return True
 
     def _admit(self, request: Request, future: Future[Response]) -> None:
@@ -117,6 +126,7 @@ class EngineThread:
         number = next(self._ids)  # the ids of several callers may collide: here each request has its own
         self._unanswered[number] = request.id, future
         try:
+            self._engine.check_length(request)  # the engine checks too, but would name its own number
             self._engine.add(replace(request, id=number))
         except EngineError as error:
             del self._unanswered[number]
@@ -137,7 +147,7 @@ class EngineThread:
         with self._changed:
             self._failure = error
             waiting = [future for _, future in self._unanswered.values()]
-            waiting += [future for requests in self._submitted for _, future in requests]
+            waiting += [future for requests in (*self._submitted, *self._held_back) for _, future in requests]
             for future in waiting:
                 if not future.done():
                     failure = EngineError(f"the generation engine {why}")
@@ -145,4 +155,5 @@ class EngineThread:
                     future.set_exception(failure)
             self._unanswered.clear()
             self._submitted.clear()
+            self._held_back.clear()
             self._changed.notify_all()

@@ -52,6 +52,7 @@ class VllmEngine(Engine):
         _prepare_process(spec)
         with _kept_random_state():  # vLLM seeds the generators of the whole process
             self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        _quieten()
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.model: torch.nn.Module = self.engine.apply_model(_itself)[0]
 
@@ -218,8 +219,12 @@ def _prepare_process(spec: EngineSpec) -> None:
     if dist.is_initialized():
         os.environ["RANK"] = str(dist.get_rank())
         os.environ["LOCAL_RANK"] = str(spec.device.index or 0)
-    if "VLLM_LOGGING_LEVEL" not in os.environ:
-        logging.getLogger("vllm").setLevel(logging.WARNING)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _quieten() -> None:
+    """Hold vLLM to its level of logging, which some releases read when they are imported and others when they start."""
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     # At every reload it reports the layers that have no weights as failed; load_weights looks for missing ones itself.
     logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
 

@@ -102,10 +102,12 @@ class RolloutWorker(Worker):
 
     def _columns(self, responses: list[Response], *, has_log_probs: bool) -> Batch:
         rows = [response.tokens for response in responses]
+        # Of no rows, transformers makes one empty text.
+        texts = self.tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True) if rows else []
         columns = Batch.from_columns(
             {
                 "response": Ragged.from_rows(rows, np.int32),
-                "response_text": list(self.tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)),
+                "response_text": list(texts),
             }
         )
         if has_log_probs:

@@ -1,0 +1,197 @@
+"""The rollout role without Ray: from prompts to columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybridflow.batch import Batch, Ragged
+from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig, ValidationConfig
+from hybridflow.errors import ConfigError, EngineError
+from hybridflow.parallel.layout import Layout
+from hybridflow.workers.base import RankContext
+from hybridflow.workers.rollout import RolloutWorker, engine_spec, training_sampling, validation_sampling
+from tests.toy import make_tiny_model
+
+CONTEXT = RankContext(role="rollout", rank=0, layout=Layout(), device=torch.device("cpu"))
+
+
+def config_of(model: str) -> Config:
+    return Config(
+        model=ModelConfig(path=model),
+        data=DataConfig(max_prompt_tokens=32, max_response_tokens=20),
+        rollout=RolloutConfig(engine="torch", max_requests=16),
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_model: str) -> Iterator[RolloutWorker]:
+    worker = RolloutWorker(config_of(tiny_model), CONTEXT)
+    yield worker
+    worker.close()
+
+
+def prompts(count: int = 5, *, longest: int = 20) -> Batch:
+    random = np.random.default_rng(0)
+    rows = [random.integers(4, 64, random.integers(1, longest + 1)) for _ in range(count)]
+    batch = Batch.from_columns({"prompt": Ragged.from_rows(rows, np.int32)})
+    return batch.with_columns(seed=np.arange(count, dtype=np.int64) + 10, group=np.arange(count))
+
+
+def rows_of(batch: Batch, name: str = "response") -> list[list[float]]:
+    return [row.tolist() for row in batch.tokens(name)]
+
+
+def test_generate_returns_the_new_columns_only(worker: RolloutWorker) -> None:
+    responses = worker.generate(prompts())
+    assert set(responses.names) == {"response", "response_text", "response_tokens", "truncated", "rollout_log_probs"}
+    assert len(responses) == 5
+
+
+def test_columns_have_the_dtypes_of_the_table(worker: RolloutWorker) -> None:
+    responses = worker.generate(prompts())
+    assert responses.tokens("response").values.dtype == np.int32
+    assert responses.tokens("rollout_log_probs").values.dtype == np.float32
+    assert responses["response_tokens"].dtype == np.int64
+    assert responses["truncated"].dtype == np.bool_
+
+
+def test_lengths_and_log_probs_go_with_the_tokens(worker: RolloutWorker) -> None:
+    responses = worker.generate(prompts())
+    lengths = responses.tokens("response").lengths
+    assert lengths.tolist() == responses["response_tokens"].tolist()
+    assert lengths.tolist() == responses.tokens("rollout_log_probs").lengths.tolist()
+    assert (responses.tokens("rollout_log_probs").values <= 0).all()
+
+
+def test_text_has_no_special_tokens_and_truncation_is_marked(worker: RolloutWorker, tiny_model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    responses = worker.generate(prompts(40))
+    texts = responses.objects("response_text")
+    assert texts == [tokenizer.decode(row, skip_special_tokens=True) for row in rows_of(responses)]
+    ends = [row[-1] == tokenizer.eos_token_id for row in rows_of(responses)]
+    assert responses["truncated"].tolist() == [not end for end in ends]
+    assert any(ends) and not all(ends)
+
+
+def test_a_row_does_not_depend_on_where_it_stands(worker: RolloutWorker) -> None:
+    batch = prompts().repeat(3)
+    whole = rows_of(worker.generate(batch))
+    order = np.random.default_rng(1).permutation(len(batch))
+    assert rows_of(worker.generate(batch.select(order))) == [whole[row] for row in order]
+    assert rows_of(worker.generate(batch.select([7]))) == [whole[7]]
+
+
+def test_samples_of_a_prompt_differ(worker: RolloutWorker) -> None:
+    rows = rows_of(worker.generate(prompts(1).repeat(8), sampling=replace(training_sampling(worker.config), ignore_eos=True)))
+    assert len({tuple(row) for row in rows}) == 8
+
+
+def test_another_seed_column_gives_other_responses(worker: RolloutWorker) -> None:
+    batch = prompts()
+    other = batch.with_columns(seed=batch["seed"] + 1000)
+    assert rows_of(worker.generate(batch)) != rows_of(worker.generate(other))
+
+
+def test_no_rows_give_no_rows(worker: RolloutWorker) -> None:
+    responses = worker.generate(prompts().select([]))
+    assert len(responses) == 0 and "response" in responses.names
+
+
+def test_log_probs_are_left_out_where_not_asked_for(worker: RolloutWorker) -> None:
+    responses = worker.generate(prompts(), sampling=validation_sampling(worker.config))
+    assert "rollout_log_probs" not in responses.names
+
+
+def test_greedy_validation_gives_every_sample_the_same_response(worker: RolloutWorker) -> None:
+    rows = rows_of(worker.generate(prompts(1).repeat(4), sampling=validation_sampling(worker.config)))
+    assert len({tuple(row) for row in rows}) == 1
+
+
+def test_loaded_weights_are_what_generates(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = make_tiny_model(tmp_path_factory.mktemp("other"), seed=1)
+    worker, expected = RolloutWorker(config_of(tiny_model), CONTEXT), RolloutWorker(config_of(other), CONTEXT)
+    worker.load_weights(AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).state_dict().items())
+    assert rows_of(worker.generate(prompts())) == rows_of(expected.generate(prompts()))
+    worker.close()
+    expected.close()
+
+
+def test_sleep_and_wake_change_nothing(worker: RolloutWorker) -> None:
+    before = rows_of(worker.generate(prompts()))
+    worker.sleep()
+    worker.wake()
+    assert rows_of(worker.generate(prompts())) == before
+
+
+def test_an_overlong_prompt_is_named(worker: RolloutWorker) -> None:
+    with pytest.raises(EngineError, match=r"request 0 has 40 prompt tokens.*max_prompt_tokens"):
+        worker.generate(prompts(1, longest=1).join(Batch.from_columns({"prompt": Ragged.from_rows([[5] * 40], np.int32)})))
+
+
+def test_sampling_comes_from_the_configuration() -> None:
+    config = Config(
+        data=DataConfig(max_response_tokens=77),
+        rollout=RolloutConfig(
+            temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, stop=("\n",), stop_token_ids=(3,), ignore_eos=True
+        ),
+        validation=ValidationConfig(temperature=0.2, top_p=0.8, top_k=4),
+    )
+    training, validation = training_sampling(config), validation_sampling(config)
+    assert (training.temperature, training.top_p, training.top_k, training.min_p) == (0.7, 0.9, 5, 0.1)
+    assert (validation.temperature, validation.top_p, validation.top_k, validation.min_p) == (0.2, 0.8, 4, 0.0)
+    assert training.max_tokens == validation.max_tokens == 77
+    assert training.stop == validation.stop == ("\n",)
+    assert training.log_probs and not validation.log_probs
+    assert training.ignore_eos and not validation.ignore_eos
+
+
+def test_tensor_ranks_share_an_engine() -> None:
+    config = Config(rollout=RolloutConfig(tensor_parallel=2))
+    assert RolloutWorker.layout_of(config, 8) == Layout(data=4, tensor=2)
+
+
+def test_tensor_parallel_must_divide_the_pool() -> None:
+    with pytest.raises(ConfigError, match=r"rollout.tensor_parallel.*found 3.*8 ranks.*1, 2, 4, 8"):
+        RolloutWorker.layout_of(Config(rollout=RolloutConfig(tensor_parallel=3)), 8)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_the_dtype_follows_the_device(tiny_model: str, device: str, dtype: str) -> None:
+    context = RankContext(role="rollout", rank=0, layout=Layout(), device=torch.device(device))
+    spec = engine_spec(config_of(tiny_model), context)
+    assert spec.dtype == dtype
+    assert spec.max_model_tokens == 52
+
+
+def test_an_engine_of_the_wrong_class_is_refused(tiny_model: str) -> None:
+    config = replace(config_of(tiny_model), rollout=RolloutConfig(engine="collections:OrderedDict"))
+    with pytest.raises(ConfigError, match="is no subclass of"):
+        RolloutWorker(config, CONTEXT)
+
+
+def test_the_torch_engine_does_not_cut_weights(tiny_model: str) -> None:
+    context = replace(CONTEXT, layout=Layout(tensor=2))
+    with pytest.raises(EngineError, match="tensor_parallel=2"):
+        RolloutWorker(config_of(tiny_model), context)
+
+
+def test_a_cache_too_small_for_one_response_is_refused(tiny_model: str) -> None:
+    config = config_of(tiny_model)
+    config = replace(config, rollout=replace(config.rollout, cpu_cache_gib=1e-6))
+    with pytest.raises(EngineError, match="cpu_cache_gib"):
+        RolloutWorker(config, CONTEXT)
+
+
+def test_a_small_cache_changes_no_response(worker: RolloutWorker, tiny_model: str) -> None:
+    config = config_of(tiny_model)
+    # 52 tokens of 2 layers x (key, value) x 2 heads x 16 x 4 bytes are 26 KiB a row: room for 3 rows at once.
+    config = replace(config, rollout=replace(config.rollout, cpu_cache_gib=80 / 2**20))
+    small = RolloutWorker(config, CONTEXT)
+    assert rows_of(small.generate(prompts(20))) == rows_of(worker.generate(prompts(20)))
+    small.close()

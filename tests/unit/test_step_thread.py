@@ -1,0 +1,225 @@
+"""The thread that steps an engine: every request ends in a response or an error."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from hybridflow.errors import EngineError
+from hybridflow.parallel.layout import Layout
+from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
+from hybridflow.rollout.step_thread import EngineThread
+
+
+class CountingEngine(Engine):
+    """Answers each request after `max_tokens` steps with the numbers 0, 1, ...; a prompt of 13 is refused."""
+
+    def __init__(self, *, layout: Layout | None = None, fails_at_step: int = -1, forgets: int = -1):
+        super().__init__(spec(layout or Layout()))
+        self.running: dict[int, list[Request | int]] = {}
+        self.fails_at_step, self.forgets = fails_at_step, forgets
+        self.num_steps, self.is_closed = 0, False
+        self.admitted: list[tuple[int, int]] = []
+        """(step, first prompt token) of each request."""
+        self.may_step = threading.Event()
+        self.may_step.set()
+
+    def add(self, request: Request) -> None:
+        if request.prompt[0] == 13:
+            raise EngineError("13 is refused")
+        if request.prompt[0] == 14:
+            raise RuntimeError("14 breaks the engine")
+        self.admitted.append((self.num_steps, int(request.prompt[0])))
+        self.running[request.id] = [request, 0]
+
+    def step(self) -> list[Response]:
+        assert self.may_step.wait(10)
+        self.num_steps += 1
+        if self.num_steps == self.fails_at_step:
+            raise RuntimeError("out of memory")
+        finished = []
+        for number, entry in list(self.running.items()):
+            request = entry[0]
+            entry[1] += 1
+            if entry[1] == request.sampling.max_tokens:
+                del self.running[number]
+                if request.prompt[0] != self.forgets:
+                    finished.append(answer(request))
+        return finished
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.running)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.check_idle()
+
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(())
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def spec(layout: Layout) -> EngineSpec:
+    return EngineSpec(
+        model="",
+        dtype="float32",
+        max_model_tokens=10**10,
+        max_requests=8,
+        seed=0,
+        device=torch.device("cpu"),
+        layout=layout,
+        rank=0,
+        memory_fraction=0.5,
+        cpu_cache_gib=1.0,
+        enforce_eager=True,
+    )
+
+
+def request(token: int, *, max_tokens: int = 3, id: int = 0) -> Request:
+    return Request(id=id, prompt=np.array([token], np.int32), sampling=Sampling(max_tokens=max_tokens))
+
+
+def answer(asked: Request) -> Response:
+    tokens = np.arange(asked.sampling.max_tokens, dtype=np.int32)
+    return Response(id=asked.id, tokens=tokens, log_probs=None, finish_reason="length")
+
+
+def test_responses_come_in_the_order_of_the_requests_with_their_ids() -> None:
+    thread = EngineThread(CountingEngine())
+    responses = thread.generate([request(1, max_tokens=9, id=70), request(2, max_tokens=1, id=5)])
+    assert [(response.id, len(response.tokens)) for response in responses] == [(70, 9), (5, 1)]
+    thread.close()
+
+
+def test_several_callers_may_use_the_same_ids_at_once() -> None:
+    thread = EngineThread(CountingEngine())
+    lengths: dict[int, list[int]] = {}
+
+    def call(caller: int) -> None:
+        asked = [request(1, max_tokens=caller + turn, id=turn) for turn in range(1, 20)]
+        lengths[caller] = [len(response.tokens) for response in thread.generate(asked)]
+
+    callers = [threading.Thread(target=call, args=(caller,)) for caller in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert lengths == {caller: [caller + turn for turn in range(1, 20)] for caller in range(4)}
+    thread.close()
+
+
+def test_requests_submitted_together_start_at_the_same_step() -> None:
+    engine = CountingEngine()
+    thread = EngineThread(engine)
+    thread.generate([request(1)] * 50)
+    assert {step for step, _ in engine.admitted} == {0}
+    thread.close()
+
+
+def test_requests_join_those_that_run() -> None:
+    engine = CountingEngine()
+    thread = EngineThread(engine)
+    engine.may_step.clear()
+    long = thread.submit([request(1, max_tokens=50)])[0]
+    short = thread.submit([request(2, max_tokens=1)])[0]
+    engine.may_step.set()
+    short.result(10)
+    assert not long.done() or engine.num_steps < 60
+    long.result(10)
+    assert engine.num_steps <= 51
+    thread.close()
+
+
+def test_ranks_that_share_an_engine_start_requests_only_when_it_is_idle() -> None:
+    engine = CountingEngine(layout=Layout(tensor=2))
+    thread = EngineThread(engine)
+    engine.may_step.clear()
+    first = thread.submit([request(1, max_tokens=5)])[0]
+    while not engine.admitted:
+        time.sleep(0.001)
+    second = thread.submit([request(2, max_tokens=1)])[0]
+    engine.may_step.set()
+    first.result(10), second.result(10)
+    assert engine.admitted == [(0, 1), (5, 2)]
+    thread.close()
+
+
+def test_a_refused_request_fails_alone() -> None:
+    thread = EngineThread(CountingEngine())
+    futures = thread.submit([request(1), request(13), request(2)])
+    assert len(futures[0].result(10).tokens) == len(futures[2].result(10).tokens) == 3
+    with pytest.raises(EngineError, match="13 is refused"):
+        futures[1].result(10)
+    assert len(thread.generate([request(1)])) == 1
+    thread.close()
+
+
+def test_only_refused_requests_leave_the_thread_alive() -> None:
+    thread = EngineThread(CountingEngine())
+    with pytest.raises(EngineError, match="13 is refused"):
+        thread.generate([request(13)])
+    assert len(thread.generate([request(1)])) == 1
+    thread.close()
+
+
+@pytest.mark.parametrize("asked", [[1, 2], [1, 14, 2]], ids=["while stepping", "while adding"])
+def test_a_failing_engine_fails_every_request_and_all_later_ones(asked: list[int]) -> None:
+    thread = EngineThread(CountingEngine(fails_at_step=2))
+    futures = thread.submit([request(token) for token in asked])
+    for future in futures:
+        with pytest.raises(EngineError, match=r"failed: RuntimeError: (out of memory|14 breaks)") as caught:
+            future.result(10)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(EngineError, match="failed before"):
+        thread.submit([request(1)])
+    with pytest.raises(EngineError, match="failed before"), thread.paused():
+        pass
+    thread.close()
+
+
+def test_a_request_that_the_engine_forgets_is_reported() -> None:
+    thread = EngineThread(CountingEngine(forgets=2))
+    futures = thread.submit([request(1), request(2, max_tokens=5)])
+    assert len(futures[0].result(10).tokens) == 3
+    with pytest.raises(EngineError, match="1 requests were never answered"):
+        futures[1].result(10)
+    thread.close()
+
+
+def test_a_pause_waits_for_what_runs_and_holds_back_what_comes() -> None:
+    engine = CountingEngine()
+    thread = EngineThread(engine)
+    running = thread.submit([request(1, max_tokens=200)])[0]
+    with thread.paused() as paused:
+        assert running.done() and paused is engine and paused.num_unfinished == 0
+        later: list[int] = []
+        caller = threading.Thread(target=lambda: later.append(len(thread.generate([request(2)]))))
+        caller.start()
+        time.sleep(0.02)
+        assert engine.num_steps == 200
+    caller.join(10)
+    assert later == [1]
+    thread.close()
+
+
+def test_closing_ends_the_engine_and_fails_what_was_not_answered() -> None:
+    engine = CountingEngine()
+    thread = EngineThread(engine)
+    engine.may_step.clear()
+    future = thread.submit([request(1, max_tokens=10**9)])[0]
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    engine.may_step.set()
+    with pytest.raises(EngineError, match="was closed"):
+        future.result(10)
+    closing.join(10)
+    assert engine.is_closed
+    with pytest.raises(EngineError, match="was closed"):
+        thread.submit([request(1)])
