@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from hybridflow.resharding.buckets import Bucket, Plan, Slot, plan_buckets
 from hybridflow.resharding.checksum import Fingerprints
 from hybridflow.resharding.links import Arriving, Broadcaster, TransferStore, gather, receive
+from hybridflow.resharding.replay import Replay
 from hybridflow.resharding.timeline import Timeline
 from hybridflow.resharding.verify import DTYPES, Arrivals, HeldWeights, Place, compare
 
@@ -71,25 +72,25 @@ class Shards:
         self.dtype = DTYPES[plan.dtype]
         shapes = [(slot.name, slot.shape) for slot in plan.slots]
         self.fingerprints = Fingerprints(shapes, dtype=self.dtype, device=settings.device) if settings.verify else None
+        self.packing = {bucket: Replay() for bucket in plan.buckets}
 
     @torch.no_grad()
     def pack(self, bucket: Bucket, tensors: dict[str, torch.Tensor], into: torch.Tensor, timeline: Timeline) -> None:
         """Cast this rank's rows of a bucket into a flat row of shape [shard_elements]."""
-        packed: list[tuple[Slot, torch.Tensor]] = []
-        for slot in bucket.slots:
-            rows = self.rows(slot, tensors)
-            view = into[slot.offset : slot.offset + rows.numel()].view(rows.shape)
-            view.copy_(rows)
-            packed.append((slot, view))
+        rows = [self.rows(slot, tensors) for slot in bucket.slots]
+        views = [
+            into[slot.offset : slot.offset + part.numel()].view(part.shape)
+            for slot, part in zip(bucket.slots, rows, strict=True)
+        ]
+        self.packing[bucket].run(lambda: torch._foreach_copy_(views, rows), [into, *rows])
         timeline.mark("gather")
-        self.show(packed, timeline)
+        self.show(list(zip(bucket.slots, views, strict=True)), timeline)
 
     def show(self, packed: Sequence[tuple[Slot, torch.Tensor]], timeline: Timeline) -> None:
         """Take fingerprints of what leaves."""
         if self.fingerprints is None:
             return
-        for slot, rows in packed:
-            self.fingerprints.add(slot.name, rows, first_row=slot.rows(self.shard)[0])
+        self.fingerprints.add_all([(slot.name, rows, slot.rows(self.shard)[0]) for slot, rows in packed])
         timeline.mark("checksum")
 
     def rows(self, slot: Slot, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -126,6 +127,7 @@ class ColocatedSync:
         self.settings, self.group = settings, group
         self.shards: Shards | None = None
         self.arrivals: Arrivals | None = None
+        self.buffers: tuple[Buffers, Buffers] | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -181,8 +183,10 @@ class ColocatedSync:
 
     def _start(self, shards: Shards, tensors: dict[str, torch.Tensor], timeline: Timeline) -> Callable[[int, Bucket], Arriving]:
         plan, device = shards.plan, self.settings.device
-        packing = Buffers(plan, device, rows=1)
-        gathering = Buffers(plan, device, rows=plan.num_shards) if plan.num_shards > 1 else packing
+        if self.buffers is None:  # kept, since the recorded launches hold their addresses
+            packing = Buffers(plan, device, rows=1)
+            self.buffers = packing, Buffers(plan, device, rows=plan.num_shards) if plan.num_shards > 1 else packing
+        packing, gathering = self.buffers
 
         def start(index: int, bucket: Bucket) -> Arriving:
             packed = packing.of(index, bucket)
@@ -306,13 +310,15 @@ class Delivery:
             following = start(index + 1, buckets[index + 1]) if index + 1 < len(buckets) else None
             arriving.wait()
             self.bytes_received += arriving.bytes_received
+            self.timeline.mark(self.part)
             for slot in bucket.slots:
                 whole = arriving.tensor(slot)
-                self.timeline.mark(self.part)
+                if whole.data_ptr() != arriving.flat.data_ptr() + slot.offset * whole.element_size():
+                    self.timeline.mark(self.part)
                 if self.arrivals.show(slot.name, whole):
                     self.timeline.mark("checksum")
                 yield slot.name, whole
-                self.timeline.mark("load")
+            self.timeline.mark("load")
             if following is not None:
                 arriving = following
 

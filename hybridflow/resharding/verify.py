@@ -95,9 +95,7 @@ def compare(trained: torch.Tensor, arrivals: Arrivals, held: HeldWeights, place:
     """
     engine, whole, cut = arrivals.engine, arrivals.whole, arrivals.cut
     assert engine is not None and whole is not None and cut is not None, "begin comes before compare"
-    for name, tensor in held:
-        if name in arrivals.held_shapes:
-            engine.add(name, tensor)
+    engine.add_all([(name, tensor, 0) for name, tensor in held if name in arrivals.held_shapes])
     parts = [trained, whole.finish(), cut.finish(), engine.finish()]
     numbers = torch.cat(parts).tolist()  # the one copy to the host
     expected = dict(zip(arrivals.shapes, numbers, strict=False))
