@@ -35,9 +35,15 @@ COLUMNS = {
     "extra_info": Column("row", "object", "data.loader", "`extra_info` of the dataset, a dict."),
     "prompt_tokens": Column("row", "int64", "data.loader", "Number of prompt tokens.", light=True),
     "prompt_id": Column("row", "int64", "data.loader", "Row number of the prompt in the dataset.", light=True),
-    "seed": Column("row", "int64", "data.loader", "Sampling seed of the prompt: a function of run seed, step, prompt.", light=True),
-    "group": Column("row", "int64", "data.loader", "Rows with the same number answer the same prompt of this step.", light=True),
-    "sample": Column("row", "int64", "data.loader, Batch.repeat", "Number of the response within its group, from 0.", light=True),
+    "seed": Column(
+        "row", "int64", "data.loader", "Sampling seed of the prompt: a function of run seed, step, prompt.", light=True
+    ),
+    "group": Column(
+        "row", "int64", "data.loader", "Rows with the same number answer the same prompt of this step.", light=True
+    ),
+    "sample": Column(
+        "row", "int64", "data.loader, Batch.repeat", "Number of the response within its group, from 0.", light=True
+    ),
     # From generation: one row per response.
     "response": Column("response token", "int32", "rollout.generate", "Token ids of the response, end of sequence included."),
     "response_text": Column("row", "object", "rollout.generate", "The response as text, without special tokens."),
@@ -47,7 +53,9 @@ COLUMNS = {
     # From scoring.
     "reward": Column("row", "float32", "reward.score", "The reward of the whole response.", light=True),
     "reward_failed": Column("row", "bool", "reward.score", "True where the reward function raised or timed out.", light=True),
-    "log_probs": Column("response token", "float32", "actor.log_probs", "Under the policy before this step's updates, in nats."),
+    "log_probs": Column(
+        "response token", "float32", "actor.log_probs", "Under the policy before this step's updates, in nats."
+    ),
     "reference_log_probs": Column("response token", "float32", "reference.log_probs", "Under the reference policy, in nats."),
     "values": Column("response token", "float32", "critic.values", "Expected return before the token, in reward units."),
     # From the estimate of advantages.

@@ -55,6 +55,7 @@ class VllmEngine(Engine):
         _quieten()
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.model: torch.nn.Module = self.engine.apply_model(_itself)[0]
+        self.parts = list(_parts(self.model))
 
     def add(self, request: Request) -> None:
         self.check_length(request)
@@ -145,7 +146,7 @@ class VllmEngine(Engine):
 
     @torch.no_grad()
     def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, module, (first, last) in _parts(self.model):
+        for name, module, (first, last) in self.parts:
             tensor: torch.Tensor = module.get_parameter(name.rpartition(".")[2])
             if self.spec.device.type == "cpu" and name.endswith(".weight") and isinstance(module, LinearBase | ParallelLMHead):
                 unpacked = _read_back(module, self.spec.torch_dtype)
