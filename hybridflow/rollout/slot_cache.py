@@ -176,7 +176,7 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    slot_step: Step,
+    slot_step: Step | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -184,6 +184,11 @@ def _attention(
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Has the signature that transformers calls; `slot_step` is the keyword argument that the engine gave the model."""
+    if slot_step is None:
+        raise ModelError(
+            f"the torch engine cannot generate with this model: {type(module).__name__} of transformers does not pass keyword "
+            "arguments on to its attention. Set rollout.engine=vllm"
+        )
     if softcap is not None or s_aux is not None:
         kind = "capped attention scores" if softcap is not None else "attention sinks"
         raise ModelError(f"the torch engine cannot generate with a model that has {kind}; set rollout.engine=vllm")

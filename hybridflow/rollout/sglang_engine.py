@@ -1,0 +1,185 @@
+"""Generation with SGLang through its public `Engine`: the only file that imports sglang.
+
+SGLang computes in processes of its own, which it starts. Its log-probabilities are those after temperature and before
+the cuts, as our contract wants them, unless SGLANG_RETURN_ORIGINAL_LOGPROB is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Literal, TypedDict
+
+import numpy as np
+import sglang
+import torch
+from transformers import AutoTokenizer
+
+from hybridflow.errors import EngineError
+from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
+from hybridflow.rollout.expected_weights import ExpectedWeights
+from hybridflow.rollout.stopping import end_of_sequence_ids
+
+logger = logging.getLogger("hybridflow")
+
+BYTES_PER_UPDATE = 512 << 20
+"""Weights that are handed over in one call."""
+RESERVED_TOKENS = 2
+"""Of the context, which SGLang keeps free behind prompt and response."""
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+class Finish(TypedDict):
+    """Why SGLang ended a response."""
+
+    type: str
+
+
+class Meta(TypedDict):
+    """What SGLang tells about a response."""
+
+    finish_reason: Finish
+    output_token_logprobs: list[tuple[float, int, str | None]]
+    """(log-probability, token, its text) for each token."""
+
+
+class Output(TypedDict):
+    """A response as SGLang gives it."""
+
+    meta_info: Meta
+
+
+class SglangEngine(Engine):
+    """One SGLang engine for each data rank."""
+
+    def __init__(self, spec: EngineSpec):
+        super().__init__(spec)
+        if spec.layout.tensor > 1:
+            raise EngineError(
+                f"rollout.tensor_parallel={spec.layout.tensor}, but this engine runs SGLang on one GPU for each rank. "
+                "Use 1, or rollout.engine=vllm"
+            )
+        if os.environ.get("SGLANG_RETURN_ORIGINAL_LOGPROB", "").lower() in ("1", "true"):
+            raise EngineError(
+                "SGLANG_RETURN_ORIGINAL_LOGPROB makes SGLang ignore the temperature in log-probabilities; unset it"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
+        self.end_ids = end_of_sequence_ids(spec.model, tokenizer, trust_remote_code=spec.trust_remote_code)
+        self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
+        logger.info("SGLang: starting its processes and loading %s", spec.model)
+        self.engine = sglang.Engine(**_arguments(spec))
+        self.running: dict[asyncio.Task[Output], Request] = {}
+
+    def add(self, request: Request) -> None:
+        self.check_length(request)
+        coroutine = self.engine.async_generate(
+            input_ids=np.asarray(request.prompt).tolist(),
+            sampling_params=self._parameters(request),
+            return_logprob=True,  # the tokens come with it, stop tokens included
+        )
+        self.running[self.engine.loop.create_task(coroutine)] = request
+
+    def _parameters(self, request: Request) -> dict[str, object]:
+        sampling = request.sampling
+        return {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": sampling.min_p,
+            "max_new_tokens": sampling.max_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": [*(() if sampling.ignore_eos else self.end_ids), *sampling.stop_token_ids],
+            "ignore_eos": sampling.ignore_eos,
+            "no_stop_trim": True,
+            "sampling_seed": request.seed % 2**63,
+        }
+
+    def step(self) -> list[Response]:
+        """Wait for the first of the running responses: SGLang's own processes do the steps."""
+        if not self.running:
+            return []
+        finished, _ = self.engine.loop.run_until_complete(asyncio.wait(self.running, return_when=asyncio.FIRST_COMPLETED))
+        return [_response(self.running.pop(task), task.result()) for task in finished]
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.running)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.check_idle()
+        checked = self.expected_weights.of(weights)
+        bucket: list[tuple[str, torch.Tensor]] = []
+        for name, tensor in checked:
+            bucket.append((name, tensor.clone()))  # the caller's buffer may be gone when the bucket is full
+            if sum(part.nbytes for _, part in bucket) >= BYTES_PER_UPDATE:
+                self._update(bucket)
+                bucket = []
+        if bucket:
+            self._update(bucket)
+        checked.finish()
+        if not self.engine.flush_cache().success:
+            raise EngineError("SGLang did not forget its cached prefixes, which belong to the old weights")
+
+    def _update(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
+        is_done, message = self.engine.update_weights_from_tensor(bucket, flush_cache=False)
+        if not is_done:
+            raise EngineError(f"SGLang refused weights {bucket[0][0]} to {bucket[-1][0]}: {message}")
+
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """None: they are in another process, which shows them as rounded lists only."""
+        return iter(())
+
+    def sleep(self) -> None:
+        self.check_idle()
+        if self.spec.can_sleep:
+            self.engine.flush_cache()
+            self.engine.release_memory_occupation(tags=["kv_cache"])
+
+    def wake(self) -> None:
+        if self.spec.can_sleep:
+            self.engine.resume_memory_occupation(tags=["kv_cache"])
+
+    def close(self) -> None:
+        for task in self.running:
+            task.cancel()
+        self.running.clear()
+        self.engine.shutdown()
+
+
+def _arguments(spec: EngineSpec) -> dict[str, object]:
+    """What the engine is built with: ours, then the user's options over them."""
+    device: Literal["cpu", "cuda"] = "cpu" if spec.device.type == "cpu" else "cuda"
+    arguments: dict[str, object] = {
+        "model_path": spec.model,
+        "tokenizer_path": spec.tokenizer or spec.model,
+        "trust_remote_code": spec.trust_remote_code,
+        "dtype": spec.dtype,
+        "device": device,
+        "base_gpu_id": spec.device.index or 0,
+        "context_length": spec.max_model_tokens + RESERVED_TOKENS,
+        "max_running_requests": spec.max_requests,
+        "mem_fraction_static": spec.memory_fraction,
+        "random_seed": spec.seed,
+        "disable_cuda_graph": spec.enforce_eager or device == "cpu",
+        "enable_memory_saver": spec.can_sleep,
+        "enable_deterministic_inference": True,  # without it SGLang does not heed a request's seed
+        "log_level": "warning",
+    }
+    return arguments | spec.options
+
+
+def _response(request: Request, output: Output) -> Response:
+    meta = output["meta_info"]
+    reason = meta["finish_reason"]["type"]
+    if reason not in FINISH_REASONS:
+        raise EngineError(f"SGLang ended request {request.id} with {meta['finish_reason']!r} and without a response")
+    found = meta["output_token_logprobs"]
+    log_probs = np.array([log_prob for log_prob, *_ in found], np.float32)
+    return Response(
+        id=request.id,
+        tokens=np.array([token for _, token, *_ in found], np.int32),
+        log_probs=log_probs if request.sampling.log_probs else None,
+        finish_reason=FINISH_REASONS[reason],
+    )
