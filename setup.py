@@ -4,13 +4,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# The minor versions of ruff and mypy are fixed: a newer one may format or judge the same code differently.
 DEVELOPMENT = [
-    "mypy>=1.15",
+    "mypy>=2.4,<2.5",
     "pre-commit>=4",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
-    "ruff>=0.12",
+    "ruff>=0.17,<0.18",
+    "types-PyYAML",
 ]
 
 setup(
