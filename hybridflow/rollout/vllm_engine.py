@@ -140,16 +140,19 @@ class VllmEngine(Engine):
             # the layer is complete, longer than the caller's buffers last: hence copies.
             copies = ((name, tensor.clone()) for name, tensor in checked)
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
+            _pack_heads(self.model)
         checked.finish()
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM did not forget its cached prefixes, which belong to the old weights")
 
     @torch.no_grad()
     def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        heads = _heads(self.model)
         for name, module, (first, last) in self.parts:
             tensor: torch.Tensor = module.get_parameter(name.rpartition(".")[2])
-            if self.spec.device.type == "cpu" and name.endswith(".weight") and isinstance(module, LinearBase | ParallelLMHead):
-                unpacked = _read_back(module, self.spec.torch_dtype)
+            layer = heads.get(id(tensor), module)  # a tied weight is also packed for the output, the copy that may be stale
+            if self.spec.device.type == "cpu" and name.endswith(".weight") and isinstance(layer, LinearBase | ParallelLMHead):
+                unpacked = _read_back(layer, self.spec.torch_dtype)
                 if unpacked is None:
                     continue
                 tensor = unpacked
@@ -276,6 +279,18 @@ def _parts(model: torch.nn.Module) -> Iterator[Part]:
 
 def _num_rows(module: torch.nn.Module, parameter: torch.nn.Parameter) -> int:
     return sum(module.output_partition_sizes) if isinstance(module, LinearBase) else parameter.shape[0]
+
+
+def _heads(model: torch.nn.Module) -> dict[int, ParallelLMHead]:
+    """Output layers by the identity of their weight, which with tied embeddings is the embedding's."""
+    return {id(head.weight): head for head in model.modules() if isinstance(head, ParallelLMHead)}
+
+
+def _pack_heads(model: torch.nn.Module) -> None:
+    """Have output layers pack their weights again: vLLM's reload on CPU packs only layers that it is given weights for, so
+    with tied embeddings (seen in 0.32) the output layer would go on with the old ones."""
+    for head in _heads(model).values():
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _read_back(module: LinearBase | ParallelLMHead, dtype: torch.dtype) -> torch.Tensor | None:

@@ -1,0 +1,54 @@
+"""vLLM on two ranks of one torch.distributed: two engines side by side, and one engine cut in two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hybridflow.parallel.layout import Layout
+from hybridflow.rollout.base import Sampling
+from hybridflow.rollout.step_thread import EngineThread
+from hybridflow.rollout.torch_engine import TorchEngine
+from tests.toy import make_tiny_model
+from tests.unit.test_engine_contract import prompts, requests, spec_of, tokens_of, weights_of
+
+pytest.importorskip("vllm", reason="vllm is not installed: its engine is NOT tested on this machine")
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def _rank(rank: int, tensor: int, folder: str) -> None:
+    from hybridflow.rollout.vllm_engine import VllmEngine
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    layout = Layout(data=2 // tensor, tensor=tensor)
+    thread = EngineThread(VllmEngine(spec_of(f"{folder}/old", rank=rank, layout=layout)))
+    asked = requests(prompts(20, seed=layout.data_rank(rank)), Sampling(temperature=0.0, max_tokens=24))
+    thread.generate(asked)
+    weights = weights_of(f"{folder}/new")
+    with thread.paused() as engine:
+        engine.load_weights(weights)
+        held = {name: tensor.numel() for name, tensor in engine.held_weights()}
+    matrices = [name for name, weight in weights if weight.dim() == 2]
+    assert all(held[name] * tensor == dict(weights)[name].numel() for name in matrices)
+    expected = TorchEngine(spec_of(f"{folder}/new")).generate(asked)
+    found = thread.generate(asked)
+    assert tokens_of(found) == tokens_of(expected)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
+    thread.close()
+    total = torch.ones(1)
+    dist.all_reduce(total)  # the group of the pool is alive after the engine
+    assert total.item() == 2
+
+
+@pytest.mark.parametrize("tensor", [1, 2], ids=["two engines", "one engine cut in two"])
+def test_two_ranks_generate_what_one_does(tensor: int, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "old", hidden_size=128)
+    make_tiny_model(tmp_path / "new", hidden_size=128, seed=1)
+    mp.spawn(_rank, args=(tensor, str(tmp_path)), nprocs=2)

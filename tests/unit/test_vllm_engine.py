@@ -1,0 +1,96 @@
+"""What only the vLLM engine has to get right, on CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from hybridflow.errors import EngineError
+from hybridflow.rollout.base import Sampling
+from hybridflow.rollout.torch_engine import TorchEngine
+from tests.toy import make_tiny_model
+from tests.unit.test_engine_contract import prompts, requests, spec_of, tokens_of, weights_of
+
+if TYPE_CHECKING:
+    from hybridflow.rollout.vllm_engine import VllmEngine
+
+pytest.importorskip("vllm", reason="vllm is not installed: its engine is NOT tested on this machine")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120)]
+GREEDY = Sampling(temperature=0.0, max_tokens=24)
+
+
+def tied_model(folder: Path, *, seed: int) -> str:
+    """Embedding and output layer are one weight, and the vocabulary is none that vLLM can do without padding."""
+    return make_tiny_model(folder, seed=seed, hidden_size=128, vocab_size=77, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return tied_model(tmp_path_factory.mktemp("tied"), seed=0), tied_model(tmp_path_factory.mktemp("tied"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine(folders: tuple[str, str]) -> Iterator[VllmEngine]:
+    from hybridflow.rollout.vllm_engine import VllmEngine
+
+    engine = VllmEngine(spec_of(folders[0], options={"max_num_seqs": 32}))
+    yield engine
+    engine.close()
+
+
+def test_a_reload_reaches_the_output_layer_that_shares_the_embedding(engine: VllmEngine, folders: tuple[str, str]) -> None:
+    asked = requests(prompts(8), GREEDY)
+    for folder in (folders[1], folders[0]):
+        engine.load_weights(weights_of(folder))
+        assert tokens_of(engine.generate(asked)) == tokens_of(TorchEngine(spec_of(folder)).generate(asked))
+
+
+def test_held_weights_show_an_output_layer_that_was_not_packed_again(engine: VllmEngine, folders: tuple[str, str]) -> None:
+    weights = {name: tensor for name, tensor in weights_of(folders[0]) if name != "lm_head.weight"}
+    engine.load_weights(weights.items())
+    held = dict(engine.held_weights())
+    assert held.keys() == weights.keys()
+    assert [name for name, tensor in held.items() if not torch.equal(tensor, weights[name])] == []
+    with torch.no_grad():
+        engine.model.get_parameter("model.embed_tokens.weight").mul_(2.0)  # as a reload does that forgets to pack
+    assert torch.equal(dict(engine.held_weights())["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+    engine.load_weights(weights.items())
+
+
+def test_a_weight_too_large_to_read_back_is_left_out(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {name for name, _ in engine.held_weights()}
+    monkeypatch.setattr("hybridflow.rollout.vllm_engine.MOST_ELEMENTS_READ_BACK", 10_000)
+    left_out = names - {name for name, _ in engine.held_weights()}
+    # q, k and v are one layer of 256 x 128; so are gate and up. Biases and norms are never packed.
+    assert "model.layers.0.self_attn.q_proj.weight" in left_out
+    assert all(name.endswith("_proj.weight") or "embed" in name for name in left_out)
+
+
+def test_starting_an_engine_leaves_random_states_alone(folders: tuple[str, str]) -> None:
+    from hybridflow.rollout.vllm_engine import _kept_random_state
+
+    torch.manual_seed(5)
+    np.random.seed(5)
+    with _kept_random_state():
+        torch.manual_seed(0)
+        np.random.seed(0)
+    drawn = torch.rand(1).item(), np.random.rand()
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert drawn == (torch.rand(1).item(), np.random.rand())
+
+
+def test_engine_options_reach_vllm(engine: VllmEngine) -> None:
+    assert engine.engine.vllm_config.scheduler_config.max_num_seqs == 32
+
+
+def test_an_unknown_engine_option_is_named(folders: tuple[str, str]) -> None:
+    from hybridflow.rollout.vllm_engine import VllmEngine
+
+    with pytest.raises(EngineError, match=r"rollout.engine_options.max_num_seq is no argument.*'max_num_seqs'"):
+        VllmEngine(spec_of(folders[0], options={"max_num_seq": 32}))
