@@ -2,5 +2,5 @@
 
 
 def compute_score(reward_input: dict[str, object], **kwargs: object) -> dict[str, float]:
-    """1 where the response has an even number of distinct characters."""
-    return {"overall": float(len(set(str(reward_input["response"]))) % 2 == 0)}
+    """1 where the codes of the response's characters add up to an even number."""
+    return {"overall": float(sum(map(ord, str(reward_input["response"]))) % 2 == 0)}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from rich.table import Table
 
 from benchmarks.shapes import SHAPES, Shape, make_model, make_prompts
 
+HERE = Path(os.path.relpath(Path(__file__).parent))
 WARM_UP_STEPS = 2
 SUMMARISED = ("seconds/", "sync/", "memory/", "controller/")
 PEAK_FLOPS = 790e12
@@ -56,7 +58,7 @@ COMMON = {
     "validation.every_steps": 0,
     "checkpoint.save_last": "false",
     "trackers.names": "[console]",
-    "reward.path": str(Path(__file__).with_name("parity_reward.py")),
+    "reward.path": HERE / "parity_reward.py",
     "data.max_prompt_tokens": 256,
 }
 PPO = {"algorithm": "ppo", "algorithm.kl_coefficient": 0.001}
@@ -107,7 +109,7 @@ def command(name: str, workload: Workload, folder: Path, steps: int, extra: list
         "data.max_response_tokens": workload.response_tokens,
         "checkpoint.resume": "never",
     }
-    config = str(Path(__file__).with_name("ppo_step.yaml"))
+    config = str(HERE / "ppo_step.yaml")
     pairs = [f"{key}={value}" for key, value in settings.items()]
     return [sys.executable, "-m", "hybridflow.train", config, *pairs, *extra]
 

@@ -144,9 +144,7 @@ def shared(target: str) -> Apply:
 
     def apply(value: object, given: Given) -> Mapping[str, object]:
         if given(target) not in (None, value):
-            raise UntranslatableError(
-                f"found {value!r}, but {target} is {given(target)!r}, one for all models"
-            )
+            raise UntranslatableError(f"found {value!r}, but {target} is {given(target)!r}, one for all models")
         return {target: value}
 
     return apply

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -147,7 +147,8 @@ def launched(config: Config) -> Iterator[Launched]:
 def _connect(pool: Pool, members: list[RolePlace]) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
-        host, port = cast("tuple[str, int]", ray.get(pool.processes[0].address.remote()))
+        address: Any = pool.processes[0].address.remote()  # Ray's stubs take it for a list of references
+        host, port = ray.get(address)
         _get_all([process.connect.remote(host, port) for process in pool.processes])
 
 
@@ -172,4 +173,6 @@ def _get_all(references: list[ray.ObjectRef[None]]) -> None:
 
 def _environment(config: Config) -> dict[str, str]:
     """What every rank's process is started with."""
-    return {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": str(config.run.seed)}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": str(config.run.seed)}
+    # Threads that wait for others spin by default, and take the cores from the ranks beside them.
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | environment

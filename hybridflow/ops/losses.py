@@ -193,7 +193,9 @@ class ValueLoss:
             old_T = batch.columns["values"]
             clipped_T = old_T + (values_T - old_T).clamp(-self.clip, self.clip)
             clipped_loss_T = 0.5 * (clipped_T - returns_T).square()
-            metrics["clip_fraction"] = TokenMetric.mean(clipped_loss_T > loss_T)
+            # Rounding alone can make the clipped loss the larger one, so the distance is asked as well.
+            is_clipped_T = (clipped_loss_T > loss_T) & ((values_T - old_T).abs() > self.clip)
+            metrics["clip_fraction"] = TokenMetric.mean(is_clipped_T)
             loss_T = torch.maximum(loss_T, clipped_loss_T)
         metrics["loss"] = TokenMetric.mean(loss_T, batch.weights_T)
         return (loss_T * batch.weights_T).sum(), metrics
@@ -203,11 +205,11 @@ def explained_variance(metrics: Mapping[str, float], prefix: str = "") -> float:
     """1 - Var(returns - values) / Var(returns) over everything that `metrics` of a `ValueLoss` have counted.
 
     1 is a perfect critic, 0 one that knows the mean only. `prefix` stands before the metrics' names, such as `critic/`. NaN
-    where the returns do not vary.
+    where the returns vary by no more than float32 rounding.
     """
     of = {name: metrics[f"{prefix}{name}"] for name in ("returns", "returns_sq", "value_error", "value_error_sq")}
     variance = of["returns_sq"] - of["returns"] ** 2
-    if variance <= 1e-12 * of["returns_sq"]:
+    if variance <= 1e-6 * of["returns_sq"]:
         return float("nan")
     return 1.0 - (of["value_error_sq"] - of["value_error"] ** 2) / variance
 
