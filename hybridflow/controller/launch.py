@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -147,9 +147,8 @@ def launched(config: Config) -> Iterator[Launched]:
 def _connect(pool: Pool, members: list[RolePlace]) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
-        address: Any = pool.processes[0].address.remote()  # Ray's stubs take it for a list of references
-        host, port = ray.get(address)
-        _get_all([process.connect.remote(host, port) for process in pool.processes])
+        meeting_place: str = ray.get([process.meeting_place.remote() for process in pool.processes[:1]])[0]
+        _get_all([process.connect.remote(meeting_place) for process in pool.processes])
 
 
 def _create(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker:

@@ -88,18 +88,17 @@ class RankProcess:
         self.workers: dict[str, Worker] = {}
         self.has_process_group = False
 
-    def address(self) -> tuple[str, int]:
-        """Host and a free port, for the ranks of the pool to meet at."""
-        host = ray.util.get_node_ip_address()
+    def meeting_place(self) -> str:
+        """An address of this rank with a free port, `tcp://host:port`, for the ranks of the pool to meet at."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return host, probe.getsockname()[1]
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def node(self) -> str:
         """Name and address of the machine."""
         return f"{socket.gethostname()} {ray.util.get_node_ip_address()}"
 
-    def connect(self, host: str, port: int) -> None:
+    def connect(self, meeting_place: str) -> None:
         """Join torch.distributed's group of the pool; returns when all ranks have."""
         import torch
 
@@ -111,7 +110,7 @@ class RankProcess:
         init_process_group(
             rank=self.place.rank,
             world_size=self.place.num_ranks,
-            init_method=f"tcp://{host}:{port}",
+            init_method=meeting_place,
             device=torch.device(self.place.device_type),
         )
         self.has_process_group = True
@@ -131,6 +130,7 @@ class RankProcess:
             group=dist.group.WORLD if self.has_process_group else None,
             peers=self.workers,
         )
+        torch.manual_seed(config.run.seed)  # torch's own start value differs from process to process
         try:
             self.workers[role] = worker_class(config, context)
         except Exception as error:
