@@ -42,6 +42,8 @@ class RolloutSync:
     def __init__(self, config: Config, context: RankContext, engine: EngineThread):
         self.config, self.context, self.engine = config, context, engine
         self.num_syncs = 0
+        self.probe_difference: float | None = None
+        """What the last probe found, in nats. No metric: a resumed run, which probes again, has the metrics of one that was not."""
         self.colocated: ColocatedSync | None = None
         self.receiver: WeightReceiver | None = None
 
@@ -62,13 +64,8 @@ class RolloutSync:
             is_due = self.num_syncs <= PROBED_SYNCS or report.unreadable
             if is_due and self.config.rollout.verify_weights and isinstance(actor, ScoresRows):
                 started = time.perf_counter()
-                difference = probe(engine, actor, self.config, self.context)
-                metrics += Metrics(
-                    {
-                        "sync/probe_difference": Metric(difference, kind="max"),
-                        "sync/seconds_probe": Metric(time.perf_counter() - started, kind="max"),
-                    }
-                )
+                self.probe_difference = probe(engine, actor, self.config, self.context)
+                metrics += Metrics({"sync/seconds_probe": Metric(time.perf_counter() - started, kind="max")})
         return metrics
 
     def open(self, address: str) -> None:

@@ -12,6 +12,7 @@ from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import start_pool
 from hybridflow.parallel.layout import Layout
 from tests.ray.fake_workers import EchoWorker
+from tests.ray.runs import Toy, make_toy
 
 FAKE = "tests.ray.fake_workers:EchoWorker"
 
@@ -21,6 +22,12 @@ def cluster() -> Iterator[None]:
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def toy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """Data, model and configuration of a toy run."""
+    return make_toy(tmp_path_factory.mktemp("toy"), tiny_model)
 
 
 @pytest.fixture
