@@ -49,6 +49,7 @@ class Workload:
     response_tokens: int
     responses_per_prompt: int = 1
     trained_models: int = 2
+    gpus: int = 1
     overrides: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -90,6 +91,7 @@ WORKLOADS = {
         response_tokens=1024,
         responses_per_prompt=8,
         trained_models=1,
+        gpus=4,
         overrides=GRPO | FOUR_H200,
     ),
     "tiny": Workload(shape="tiny", prompts=16, response_tokens=32, overrides=PPO | TINY | {"algorithm.prompts_per_update": 8}),
@@ -133,7 +135,7 @@ def summary(shape: Shape, workload: Workload, steps: list[dict[str, float]]) -> 
     medians = {name: statistics.median(step.get(name, 0.0) for step in measured) for name in [*names, "tokens_per_second"]}
     updating = sum(medians.get(f"seconds/{role}.update", 0.0) for role in ("actor", "critic"))
     if updating:
-        medians["training_utilisation"] = training_flops(shape, measured, workload) / updating / PEAK_FLOPS
+        medians["training_utilisation"] = training_flops(shape, measured, workload) / updating / workload.gpus / PEAK_FLOPS
     medians["seconds/step_min"] = min(step["seconds/step"] for step in measured)
     medians["seconds/step_max"] = max(step["seconds/step"] for step in measured)
     return medians

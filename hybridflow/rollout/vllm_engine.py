@@ -204,6 +204,8 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
             arguments["async_scheduling"] = True
     if _is_one_of_many(spec):
         arguments["distributed_executor_backend"] = "external_launcher"
+        # vLLM's own all-reduce asks about all devices of its ranks; where each process sees one, NCCL's takes its place.
+        arguments["disable_custom_all_reduce"] = torch.cuda.device_count() < spec.layout.tensor
     return arguments | spec.options
 
 
