@@ -15,6 +15,7 @@ from hybridflow import registry
 from hybridflow.batch import Batch, Heavy, LocalShard, Source
 from hybridflow.config.schema import Config
 from hybridflow.errors import HybridflowError, WorkerError
+from hybridflow.orphan import end_with_parent
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import RemoteMethod
@@ -83,6 +84,8 @@ class RankProcess:
     """The body of the Ray actor."""
 
     def __init__(self, place: RankPlace):
+        # Ray's own check waits for process 1 as the parent, which it never is under systemd's user sessions and the like.
+        end_with_parent()
         os.environ.update(place.environment)
         self.place = place
         self.workers: dict[str, Worker] = {}

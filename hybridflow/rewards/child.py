@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Literal
 
 from hybridflow.errors import HybridflowError, RewardError
+from hybridflow.orphan import end_with_parent
 from hybridflow.rewards.call import Kind, RewardFunction, RewardInput, Score, load_reward_function
 
 
@@ -47,7 +45,7 @@ class Stop:
 def main() -> None:
     """Serve until the other end closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()  # a function that never returns must not outlive a killed parent
     connection = Connection(int(sys.argv[1]))
     try:
         function = load_reward_function(connection.recv())
@@ -88,10 +86,3 @@ def _answers(function: RewardFunction, inputs: Sequence[RewardInput]) -> Iterato
 
 def _raised() -> Failure:
     return Failure("raised", traceback.format_exc())
-
-
-def _end_with_parent(parent: int) -> None:
-    """A function that never returns must not outlive a killed parent."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

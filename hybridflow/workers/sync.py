@@ -43,7 +43,7 @@ class RolloutSync:
         self.config, self.context, self.engine = config, context, engine
         self.num_syncs = 0
         self.probe_difference: float | None = None
-        """What the last probe found, in nats. No metric: a resumed run, which probes again, has the metrics of one that was not."""
+        """What the last probe found, in nats. No metric, since a resumed run probes again and has no metrics of its own."""
         self.colocated: ColocatedSync | None = None
         self.receiver: WeightReceiver | None = None
 

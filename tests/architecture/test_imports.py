@@ -15,7 +15,7 @@ from tests.architecture import limits
 PACKAGE = limits.sources("hybridflow")
 
 LEVELS = (
-    ("__init__", "errors", "registry"),
+    ("__init__", "errors", "orphan", "registry"),
     ("config", "batch", "columns", "metrics"),
     ("ops", "planner", "parallel", "rewards", "trackers", "data"),
     ("models", "rollout", "resharding", "checkpoint"),

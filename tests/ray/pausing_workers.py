@@ -1,4 +1,4 @@
-"""Workers that stop at an interesting moment of step 7, once in the life of a run's folder, so that the run can be killed there.
+"""Workers that stop at an interesting moment of step 7, once in a run's folder, so that the run can be killed there.
 
 Where a run has stopped is in the file `paused` of its folder. A run that finds the file does not stop again.
 """
