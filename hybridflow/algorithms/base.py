@@ -79,8 +79,13 @@ class Algorithm(ABC):
         """Take back what `state_dict` gave."""
         assert not state, f"{type(self).__name__} does not know what to do with the saved {', '.join(state)}"
 
-    def updates(self, batch: Batch, *, rows_per_update: int, epochs: int) -> list[Batch]:
-        """The rows of each update of this step: every epoch visits all rows in an order drawn from (seed, step, epoch)."""
+    def updates(self, batch: Batch, prompts_per_update: int | None, *, epochs: int) -> list[Batch]:
+        """The rows of each update of this step: every epoch visits all rows in an order drawn from (seed, step, epoch).
+
+        An update has as many rows as `prompts_per_update` prompts have responses; None makes one update of all.
+        """
+        prompts_per_step = self.run.data.prompts_per_step
+        rows_per_update = len(batch) * (prompts_per_update or prompts_per_step) // prompts_per_step
         parts = []
         for epoch in range(epochs):
             order = np.random.default_rng([self.run.run.seed, self.step, epoch]).permutation(len(batch))
@@ -88,13 +93,11 @@ class Algorithm(ABC):
         return parts
 
 
-def check_prompts_per_update(run: RunConfig, prompts_per_update: int) -> list[Mistake]:
-    """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts."""
+def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[Mistake]:
+    """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts; None is all of them."""
     prompts_per_step = run.data.prompts_per_step
-    if prompts_per_step < 1:
-        return []  # a mistake of its own, which the rules of the configuration tell
-    if prompts_per_update < 1:
-        return [Mistake("algorithm.prompts_per_update", f"found {prompts_per_update}; at least 1 prompt is needed")]
+    if prompts_per_update is None or prompts_per_step < 1:
+        return []  # too small a step is a mistake of its own, which the rules of the configuration tell
     if prompts_per_update > prompts_per_step:
         problem = f"found {prompts_per_update}, more than the {prompts_per_step} prompts of data.prompts_per_step"
         return [Mistake("algorithm.prompts_per_update", f"{problem}. Lower the one or raise the other")]

@@ -6,11 +6,12 @@ Shao et al. 2024, arXiv:2402.03300, eq. 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm, check_prompts_per_update
 from hybridflow.batch import Batch
+from hybridflow.config.ranges import AT_LEAST_TWO, COUNT, NOT_NEGATIVE
 from hybridflow.errors import Mistake
 from hybridflow.metrics import Metrics
 
@@ -26,17 +27,17 @@ if TYPE_CHECKING:
 class Config:
     """Options of GRPO."""
 
-    responses_per_prompt: int = 8
-    """Responses generated to each prompt: the group whose mean is the baseline. At least 2."""
-    prompts_per_update: int | None = None
+    responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 8
+    """Responses generated to each prompt: the group whose mean is the baseline."""
+    prompts_per_update: Annotated[int, COUNT] | None = None
     """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one on-policy update."""
-    epochs: int = 1
+    epochs: Annotated[int, COUNT] = 1
     """Passes over the step's rows."""
-    clip: tuple[float, float] = (0.2, 0.2)
+    clip: tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]] = (0.2, 0.2)
     """The probability ratio is kept within [1 - low, 1 + high]."""
     scale_by_std: bool = True
     """Divide by the group's standard deviation; False is Dr. GRPO, arXiv:2503.20783."""
-    kl_coefficient: float = 0.001
+    kl_coefficient: Annotated[float, NOT_NEGATIVE] = 0.001
     """Weight of the k3 KL to the reference policy, added to the loss; 0 needs no reference."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
@@ -66,18 +67,15 @@ class GRPO(Algorithm):
 
     def learn(self, batch: Batch) -> Metrics:
         advantage = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=self.config.scale_by_std)
-        rows_per_update = (self.config.prompts_per_update or self.run.data.prompts_per_step) * self.config.responses_per_prompt
-        parts = self.updates(
-            batch.with_columns(advantage=advantage.numpy()), rows_per_update=rows_per_update, epochs=self.config.epochs
-        )
+        batch = batch.with_columns(advantage=advantage.numpy())
+        parts = self.updates(batch, self.config.prompts_per_update, epochs=self.config.epochs)
         calls = [self.actor.update.start(part, loss=self.policy_loss()) for part in parts]
         return Metrics.merged(call.result() for call in calls)
 
     @property
     def is_on_policy(self) -> bool:
         """Whether the step makes a single update, for which the policy's own log-probabilities are the old ones."""
-        per_update = self.config.prompts_per_update or self.run.data.prompts_per_step
-        return self.config.epochs == 1 and per_update == self.run.data.prompts_per_step
+        return self.config.epochs == 1 and self.config.prompts_per_update in (None, self.run.data.prompts_per_step)
 
     def policy_loss(self) -> ops.PolicyLoss:
         """The clipped surrogate with one advantage for all tokens of a response."""
@@ -101,8 +99,4 @@ class GRPO(Algorithm):
     def check(cls, run: RunConfig) -> list[Mistake]:
         options = run.algorithm.options
         assert isinstance(options, Config)
-        mistakes = check_prompts_per_update(run, options.prompts_per_update or run.data.prompts_per_step)
-        if options.responses_per_prompt < 2:
-            problem = f"found {options.responses_per_prompt}; a group needs at least 2 responses to have a baseline"
-            mistakes.append(Mistake("algorithm.responses_per_prompt", problem))
-        return mistakes
+        return check_prompts_per_update(run, options.prompts_per_update)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm, check_prompts_per_update
 from hybridflow.batch import Batch
+from hybridflow.config.ranges import ABOVE_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 from hybridflow.errors import Mistake
 from hybridflow.metrics import Metrics
 from hybridflow.workers.token_functions import TokenAdvantages
@@ -32,39 +33,39 @@ if TYPE_CHECKING:
 class Config:
     """Options of PPO."""
 
-    responses_per_prompt: int = 1
+    responses_per_prompt: Annotated[int, COUNT] = 1
     """Responses generated to each prompt."""
-    prompts_per_update: int | None = None
+    prompts_per_update: Annotated[int, COUNT] | None = None
     """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
-    epochs: int = 1
+    epochs: Annotated[int, COUNT] = 1
     """Passes over the step's rows."""
-    gamma: float = 1.0
+    gamma: Annotated[float, SHARE] = 1.0
     """Discount per token."""
-    gae_lambda: float = 1.0
+    gae_lambda: Annotated[float, SHARE] = 1.0
     """Between one-step (0) and whole-response (1) estimates of advantages."""
     whiten_advantages: bool = True
     """Shift and scale the step's advantages to mean 0 and variance 1 over all tokens."""
-    clip: tuple[float, float] = (0.2, 0.2)
+    clip: tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]] = (0.2, 0.2)
     """The probability ratio is kept within [1 - low, 1 + high]."""
-    dual_clip: float | None = None
-    """Bound of the ratio where the advantage is negative, above 1; null for none."""
-    value_clip: float | None = 0.5
+    dual_clip: Annotated[float, ABOVE_ONE] | None = None
+    """Bound of the ratio where the advantage is negative; null for none."""
+    value_clip: Annotated[float, POSITIVE] | None = 0.5
     """Values may move this far from those of collection; null for any distance."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
     kl_in: Literal["reward", "loss", "none"] = "reward"
     """Where the KL to the reference counts: in each token's reward, in the loss, or nowhere (no reference is loaded)."""
-    kl_coefficient: float = 0.001
+    kl_coefficient: Annotated[float, NOT_NEGATIVE] = 0.001
     """Weight of the KL; the start value where it is adaptive."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimate of the KL."""
+    """Per-token estimate of the KL; k1 is for the reward, k2 and k3 are for either."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Adaptive steers the coefficient towards `kl_target`; for kl_in: reward."""
-    kl_target: float = 0.01
+    kl_target: Annotated[float, POSITIVE] = 0.01
     """KL per token that the adaptive coefficient aims at, in nats."""
-    kl_horizon: float = 10000.0
+    kl_horizon: Annotated[float, POSITIVE] = 10000.0
     """Rows over which the adaptive coefficient reacts."""
-    critic_warmup_steps: int = 0
+    critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps at the start in which only the critic learns."""
     old_log_probs: Literal["actor", "rollout"] = "actor"
     """Denominator of the ratio: recomputed by the actor, or as the engine returned them (saves a forward pass)."""
@@ -101,9 +102,8 @@ class PPO(Algorithm):
         return rows.join(self.critic.compute(rows, self.advantages()))
 
     def learn(self, batch: Batch) -> Metrics:
-        rows_per_update = (self.config.prompts_per_update or self.run.data.prompts_per_step) * self.config.responses_per_prompt
         calls = []
-        for part in self.updates(batch, rows_per_update=rows_per_update, epochs=self.config.epochs):
+        for part in self.updates(batch, self.config.prompts_per_update, epochs=self.config.epochs):
             calls.append(self.critic.update.start(part, loss=ops.ValueLoss(clip=self.config.value_clip)))
             if self.step > self.config.critic_warmup_steps:
                 calls.append(self.actor.update.start(part, loss=self.policy_loss()))
@@ -160,9 +160,10 @@ class PPO(Algorithm):
     def check(cls, run: RunConfig) -> list[Mistake]:
         options = run.algorithm.options
         assert isinstance(options, Config)
-        mistakes = check_prompts_per_update(run, options.prompts_per_update or run.data.prompts_per_step)
+        mistakes = check_prompts_per_update(run, options.prompts_per_update)
+        if options.kl_in == "loss" and options.kl_estimator == "k1":
+            mistakes.append(Mistake("algorithm.kl_estimator", "k1 has a gradient of zero on average in the loss. Use k2 or k3"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
-            mistakes.append(
-                Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward, or fixed")
-            )
+            problem = "adaptive steers the KL in the reward; set kl_in: reward, or fixed"
+            mistakes.append(Mistake("algorithm.kl_controller", problem))
         return mistakes

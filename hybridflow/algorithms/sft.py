@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm, check_prompts_per_update
 from hybridflow.batch import Batch
+from hybridflow.config.ranges import COUNT
 from hybridflow.errors import Mistake
 from hybridflow.metrics import Metrics
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class Config:
     """Options of supervised fine-tuning."""
 
-    prompts_per_update: int | None = None
+    prompts_per_update: Annotated[int, COUNT] | None = None
     """Rows of one update; divides data.prompts_per_step. Null means all."""
 
 
@@ -52,4 +53,4 @@ class SFT(Algorithm):
     def check(cls, run: RunConfig) -> list[Mistake]:
         options = run.algorithm.options
         assert isinstance(options, Config)
-        return check_prompts_per_update(run, options.prompts_per_update or run.data.prompts_per_step)
+        return check_prompts_per_update(run, options.prompts_per_update)

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from hybridflow.config.ranges import Range
 from hybridflow.errors import Mistake
 from hybridflow.registry import nearest
 
@@ -100,7 +101,7 @@ def convert(value: object, hint: object) -> object:
     """
     origin = get_origin(hint)
     if origin is Annotated:
-        return str(Path(str(convert(value, str))).expanduser()) if str(value).startswith("~") else convert(value, str)
+        return _convert_annotated(value, hint)
     if origin in (Union, types.UnionType):
         return _convert_union(value, hint)
     if origin is Literal:
@@ -110,6 +111,18 @@ def convert(value: object, hint: object) -> object:
     if origin in (Mapping, dict):
         return _convert_mapping(value, hint)
     return _convert_scalar(value, hint)
+
+
+def _convert_annotated(value: object, hint: object) -> object:
+    """A number with the range that it must be in, or a path."""
+    kind, note = get_args(hint)
+    converted = convert(value, kind)
+    if isinstance(note, Range):
+        assert isinstance(converted, int | float), f"a range is for numbers, not for {kind}"
+        if converted not in note:
+            raise _unfit(value, hint)
+        return converted
+    return str(Path(str(converted)).expanduser()) if str(converted).startswith("~") else converted
 
 
 def _convert_scalar(value: object, hint: object) -> object:
@@ -187,7 +200,7 @@ def wanted(hint: object) -> str:
     """What type `hint` allows, in words."""
     origin, members = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return wanted(members[0])
+        return f"{wanted(members[0])} of {members[1]}" if isinstance(members[1], Range) else wanted(members[0])
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(member) for member in members)
     if origin is Literal:

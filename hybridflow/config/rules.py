@@ -6,15 +6,14 @@ The rules about files are in rules_files.py, those about ranks and pools in rule
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import ClassVar, Protocol
 
 from hybridflow import registry
 from hybridflow.config import rules_files, rules_placement
+from hybridflow.config.ranges import BELOW_ONE, COUNT, NOT_NEGATIVE, OPEN_SHARE, POSITIVE, SHARE, TOP_P
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake
 
@@ -34,33 +33,6 @@ class AlgorithmClass(Protocol):
 Rule = Callable[[Config, tuple[str, ...]], Iterable[Mistake]]
 """Takes the configuration and the roles that the algorithm creates; all built-in ones where it is not known."""
 
-
-@dataclass(frozen=True)
-class Range:
-    """The allowed values of a number."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    is_low_allowed: bool = True
-    is_high_allowed: bool = True
-
-    def __contains__(self, value: float) -> bool:
-        is_above = value > self.low or (self.is_low_allowed and value == self.low)
-        return is_above and (value < self.high or (self.is_high_allowed and value == self.high))
-
-    def __str__(self) -> str:
-        low = f"{'at least' if self.is_low_allowed else 'more than'} {self.low:g}" if self.low > -math.inf else ""
-        high = f"{'at most' if self.is_high_allowed else 'less than'} {self.high:g}" if self.high < math.inf else ""
-        return " and ".join(part for part in (low, high) if part)
-
-
-COUNT = Range(low=1)
-NOT_NEGATIVE = Range(low=0)
-POSITIVE = Range(low=0, is_low_allowed=False)
-SHARE = Range(low=0, high=1)
-TOP_P = Range(low=0, high=1, is_low_allowed=False)
-OPEN_SHARE = Range(low=0, high=1, is_low_allowed=False, is_high_allowed=False)
-BELOW_ONE = Range(low=0, high=1, is_high_allowed=False)
 
 TRAINING_RANGES = {
     "learning_rate": NOT_NEGATIVE,

@@ -76,7 +76,7 @@ KEYS: Mapping[str, Translation] = {
     "algorithm.adv_estimator": to("algorithm.name", by=choice(gae="ppo", grpo="grpo")),
     "algorithm.lam": to("algorithm.gae_lambda"),
     "algorithm.use_kl_in_reward": by("`algorithm.kl_in`", values.kl_in_reward),
-    "algorithm.kl_penalty": to("algorithm.kl_estimator", by=values.KL_ESTIMATOR),
+    "algorithm.kl_penalty": by("`algorithm.kl_estimator`", values.kl_penalty),
     "algorithm.kl_ctrl.type": to("algorithm.kl_controller"),
     "algorithm.kl_ctrl.kl_coef": to("algorithm.kl_coefficient"),
     "algorithm.kl_ctrl.target_kl": to("algorithm.kl_target"),
@@ -133,7 +133,7 @@ KEYS: Mapping[str, Translation] = {
     f"{ACTOR}.clip_ratio_high": by("`algorithm.clip`", values.clip_high),
     f"{ACTOR}.clip_ratio_c": to("algorithm.dual_clip"),
     f"{ACTOR}.entropy_coeff": to("algorithm.entropy_coefficient"),
-    f"{ACTOR}.use_kl_loss": by("`algorithm.kl_in`", values.kl_in_loss),
+    f"{ACTOR}.use_kl_loss": by("`algorithm.kl_in`, `algorithm.kl_estimator`", values.kl_in_loss),
     f"{ACTOR}.kl_loss_coef": by("`algorithm.kl_coefficient`", values.kl_loss_coefficient),
     f"{ACTOR}.kl_loss_type": by("`algorithm.kl_estimator`", values.kl_loss_type),
     f"{ACTOR}.loss_agg_mode": to(

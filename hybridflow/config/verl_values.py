@@ -97,7 +97,7 @@ def kl_in_loss(value: object, given: Given) -> Mapping[str, object]:
         return {} if _is_true(value) else {"algorithm.kl_coefficient": 0.0}
     if _is_true(value):
         _refuse_two_kls(given("algorithm.use_kl_in_reward"))
-        return {"algorithm.kl_in": "loss"}
+        return {"algorithm.kl_in": "loss", "algorithm.kl_estimator": _estimator_in_loss(given)}
     return {"algorithm.kl_in": "none"} if given("algorithm.kl_in") == "loss" else {}
 
 
@@ -106,14 +106,27 @@ def kl_loss_coefficient(value: object, given: Given) -> Mapping[str, object]:
     return {} if given("actor_rollout_ref.actor.use_kl_loss") is False else {"algorithm.kl_coefficient": value}
 
 
+def kl_penalty(value: object, given: Given) -> Mapping[str, object]:
+    """verl's estimator for the KL in the reward; the one in the loss has its own key."""
+    estimator = KL_ESTIMATOR(value)
+    return {} if given("algorithm.kl_in") == "loss" else {"algorithm.kl_estimator": estimator}
+
+
 def kl_loss_type(value: object, given: Given) -> Mapping[str, object]:
-    """GRPO's estimator is k3, verl's low_var_kl."""
+    """Counts where the KL is in the loss. GRPO's estimator is k3, verl's low_var_kl."""
     estimator = KL_ESTIMATOR(value)
     if given("algorithm.name") != "grpo":
-        return {"algorithm.kl_estimator": estimator}
+        return {"algorithm.kl_estimator": estimator} if given("algorithm.kl_in") == "loss" else {}
     if estimator != "k3":
         raise UntranslatableError(f"found {value!r}; GRPO estimates its KL with k3 (low_var_kl)")
     return {}
+
+
+def _estimator_in_loss(given: Given) -> object:
+    """By verl's key, else by ours, else k3, which is verl's default there."""
+    if (kind := given("actor_rollout_ref.actor.kl_loss_type")) is not None:
+        return KL_ESTIMATOR(kind)
+    return (given("algorithm.kl_estimator") if given("algorithm.kl_penalty") is None else None) or "k3"
 
 
 def critic_warmup(value: object, given: Given) -> Mapping[str, object]:

@@ -287,6 +287,32 @@ def test_prompts_per_update_divide_prompts_per_step(tmp_path: Path) -> None:
     assert found.startswith("algorithm.prompts_per_update: found 9, more than the 8 prompts of data.prompts_per_step")
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("algorithm.epochs=0", "found 0 (integer); needed: an integer of at least 1"),
+        ("algorithm.prompts_per_update=0", "found 0 (integer); needed: an integer of at least 1 or null"),
+        ("algorithm.gamma=1.5", "found 1.5 (number); needed: a number of at least 0 and at most 1"),
+        ("algorithm.kl_target=0", "found 0 (integer); needed: a number of more than 0"),
+        ("algorithm.dual_clip=0.5", "found 0.5 (number); needed: a number of more than 1 or null"),
+        ("algorithm.clip=[-0.1, 0.2]", "found [-0.1, 0.2] (list); needed: a list of 2: a number of at least 0, a number of"),
+    ],
+)
+def test_an_option_of_an_algorithm_out_of_range_is_a_mistake(tmp_path: Path, override: str, expected: str) -> None:
+    assert only_mistake(tmp_path, override).startswith(f"{override.partition('=')[0]}: {expected}")
+
+
+def test_a_group_of_grpo_has_two_responses_at_least(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "algorithm=grpo", "algorithm.responses_per_prompt=1")
+    assert found == "algorithm.responses_per_prompt: found 1 (integer); needed: an integer of at least 2"
+
+
+def test_an_estimator_whose_gradient_is_zero_on_average_is_refused_in_the_loss(tmp_path: Path) -> None:
+    # The gradient of E[log pi - log ref] over tokens that pi sampled, those held fixed, is E[grad log pi] = 0.
+    assert "k1 has a gradient of zero on average" in only_mistake(tmp_path, "algorithm.kl_in=loss")
+    assert mistakes_of([*right_run(tmp_path), "algorithm.kl_in=loss", "algorithm.kl_estimator=k2"]) == []
+
+
 def test_a_key_with_a_mistake_of_type_is_not_judged_again(tmp_path: Path) -> None:
     assert only_mistake(tmp_path, "model.path=5") == (
         "model.path: found 5 (integer); needed: text. Quote it to have it read as text"

@@ -270,6 +270,17 @@ def test_the_kl_counts_once(tmp_path: Path) -> None:
     assert "are both True, but the KL counts once" in found
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_verls_two_estimators_of_the_kl_count_where_the_kl_is(tmp_path: Path, order: int) -> None:
+    both = ["algorithm.kl_penalty=kl", "actor.kl_loss_type=mse", "algorithm.use_kl_in_reward=False"]
+    config = loaded(tmp_path, *[*both, "actor.use_kl_loss=True"][::order])
+    assert (option(config, "kl_in"), option(config, "kl_estimator")) == ("loss", "k2")
+    config = loaded(tmp_path, *["algorithm.kl_penalty=kl", "actor.use_kl_loss=True"][::order])
+    assert option(config, "kl_estimator") == "k3", "verl's default in the loss is low_var_kl"
+    config = loaded(tmp_path, *["algorithm.kl_penalty=kl", "actor.kl_loss_type=mse"][::order])
+    assert (option(config, "kl_in"), option(config, "kl_estimator")) == ("reward", "k1")
+
+
 def test_grpo_has_its_kl_in_the_loss(tmp_path: Path) -> None:
     usual = [
         "algorithm.adv_estimator=grpo",
