@@ -160,6 +160,8 @@ class RewardPool:
 
     def _fail(self, child: _Child, job: _Job, failure: Failure) -> None:
         """The input being scored fails, of a batch function all of them; the others wait for another child."""
+        if not child.work:  # it ended just after its last answer
+            return
         failed = list(child.work) if self.function.kind == "batch" else [child.work.popleft()]
         job.results |= dict.fromkeys(failed, failure)
         if child.work and self.function.kind == "sequential":

@@ -111,6 +111,31 @@ def test_a_child_that_was_killed_while_idle_is_replaced(pool: RewardPool) -> Non
     assert all(isinstance(result, Score) for result in pool.score(inputs(*["a"] * 40)))
 
 
+ENDS_AFTER_ITS_ANSWER = """
+import os
+from multiprocessing.connection import Connection
+from hybridflow.rewards.call import Score
+send = Connection.send
+
+def send_and_end(connection, value):
+    send(connection, value)
+    if isinstance(value, Score): os._exit(3)
+
+Connection.send = send_and_end
+
+def compute_score(reward_input): return 1.0
+"""
+
+
+def test_a_child_that_ends_after_its_last_answer_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text(ENDS_AFTER_ITS_ANSWER)
+    pool = RewardPool(RewardConfig(path=str(tmp_path / "ends.py"), num_processes=1))
+    for _ in range(3):
+        (result,) = pool.score(inputs("a"))
+        assert result == Score(1.0) or (isinstance(result, Failure) and result.reason == "died")
+    pool.close()
+
+
 def test_children_import_neither_torch_nor_ray(pool: RewardPool) -> None:
     (result,) = pool.score(inputs("torch"))
     assert isinstance(result, Score)
