@@ -29,7 +29,6 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "omegaconf>=2.3",
-        "pebble>=5.0",
         "pyarrow>=17",
         "ray[default]>=2.50",
         "rich>=13.7",

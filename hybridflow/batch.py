@@ -255,10 +255,6 @@ class Batch:
         """With light columns added or replaced: arrays of shape [B]."""
         return Batch({**self.light, **columns}, self.sources)
 
-    def drop(self, *names: str) -> Batch:
-        """Without the light columns of these names."""
-        return Batch({name: column for name, column in self.light.items() if name not in names}, self.sources)
-
     def join(self, *others: Batch) -> Batch:
         """With the columns of other batches about the same rows in the same order; a column of a later batch wins."""
         light, sources = dict(self.light), list(self.sources)

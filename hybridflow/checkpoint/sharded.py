@@ -47,7 +47,7 @@ def save_sharded(folder: str, state: dict[str, object], group: ProcessGroup | No
 def load_sharded(folder: str, state: dict[str, object], group: ProcessGroup | None) -> None:
     """Replace the contents of `state` by what `save_sharded` wrote: tensors in place, other values in their dict.
 
-    `state` says what is read: it may hold fewer keys than were written (see `saved_keys`), in any layout and dtype.
+    `state` says what is read: it may hold fewer keys than were written, in any layout and dtype.
 
     Raises:
         CheckpointError: on every rank, when a file is missing or damaged, or a part of `state` was not saved or
@@ -57,11 +57,6 @@ def load_sharded(folder: str, state: dict[str, object], group: ProcessGroup | No
     advice = "Resume from an earlier checkpoint by checkpoint.resume=PATH, with the model and settings that wrote it"
     with _explained("read", Path(folder), advice):
         load(state, checkpoint_id=folder, process_group=group, no_dist=_is_alone(group))
-
-
-def saved_keys(folder: str) -> frozenset[str]:
-    """The dotted keys of everything that `save_sharded` wrote to `folder`: `{"model": {"w": t}}` has the key `model.w`."""
-    return frozenset(read_metadata(folder).state_dict_metadata)
 
 
 def read_metadata(folder: str) -> Metadata:

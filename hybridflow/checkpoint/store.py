@@ -39,12 +39,8 @@ class RunState:
     """The last finished step."""
     config: Mapping[str, object]
     """The resolved configuration, as nested dicts."""
-    loader: Mapping[str, object] = field(default_factory=dict)
-    """Position of the data loader."""
     algorithm: Mapping[str, object] = field(default_factory=dict)
     """The algorithm's own state, for example an adaptive KL coefficient."""
-    random: Mapping[str, object] = field(default_factory=dict)
-    """States of the controller's random generators by name."""
 
 
 class CheckpointStore:

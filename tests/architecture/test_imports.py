@@ -33,7 +33,6 @@ HOMES = {
     "flash_attn": ("models/attention.py",),
     "omegaconf": ("config/load.py",),
     "pyarrow": ("data/",),
-    "pebble": ("rewards/",),
     "math_verify": ("rewards/",),
     "peft": ("models/",),
     "wandb": ("trackers/wandb.py",),

@@ -47,21 +47,24 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path):
     assert CheckpointStore(tmp_path / "new").latest() is None
 
 
-def test_floats_and_large_integers_of_random_states_survive_exactly(tmp_path: Path):
+def test_floats_and_large_integers_survive_exactly(tmp_path: Path):
     store = CheckpointStore(tmp_path)
-    random = {"numpy": {"state": 2**127 + 1, "inc": 3}, "python": [3, [1, 2**32 - 1], None], "scale": 0.1 + 0.2}
+    own = {"numpy": {"state": 2**127 + 1, "inc": 3}, "python": [3, [1, 2**32 - 1], None], "scale": 0.1 + 0.2}
     with store.writing(1) as folder:
-        store.write_state(folder, RunState(step=1, config={}, random=random))
-    assert store.read_state(tmp_path / "checkpoints" / "step_000001").random == random
+        store.write_state(folder, RunState(step=1, config={}, algorithm=own))
+    assert store.read_state(tmp_path / "checkpoints" / "step_000001").algorithm == own
 
 
 @pytest.mark.parametrize(
-    ("random", "place"),
-    [({"a": {"b": [0, object()]}}, r"state.random.a.b\[1\] is a object"), ({"a": {3: 1}}, "state.random.a has the key 3")],
+    ("own", "place"),
+    [
+        ({"a": {"b": [0, object()]}}, r"state.algorithm.a.b\[1\] is a object"),
+        ({"a": {3: 1}}, "state.algorithm.a has the key 3"),
+    ],
 )
-def test_state_that_json_would_lose_is_refused_by_its_place(tmp_path: Path, random: dict[str, object], place: str):
+def test_state_that_json_would_lose_is_refused_by_its_place(tmp_path: Path, own: dict[str, object], place: str):
     with pytest.raises(CheckpointError, match=place):
-        CheckpointStore(tmp_path).write_state(tmp_path, RunState(step=1, config={}, random=random))
+        CheckpointStore(tmp_path).write_state(tmp_path, RunState(step=1, config={}, algorithm=own))
 
 
 def test_what_a_killed_run_left_is_ignored_and_removed(tmp_path: Path):

@@ -19,7 +19,6 @@ from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, Trackers
 from hybridflow.trackers.console import SHOWN, ConsoleTracker, shortened, step_line, validation_line
 from hybridflow.trackers.jsonl import JsonlTracker, read_lines
-from hybridflow.trackers.timers import Stopwatch
 
 
 def config(folder: Path, *names: str) -> Config:
@@ -216,24 +215,6 @@ def test_the_text_of_a_sample_is_not_read_as_markup(tmp_path: Path, capsys: pyte
 def test_long_texts_keep_the_end_of_a_prompt_and_the_beginning_of_a_response():
     assert shortened("abcdef", keep_end=True, max_characters=3) == "...def"
     assert shortened("abcdef", keep_end=False, max_characters=3) == "abc..."
-
-
-def test_a_stopwatch_adds_up_phases_and_starts_anew_when_drained():
-    ticks = iter([0.0, 1.5, 10.0, 12.0])
-    stopwatch = Stopwatch(clock=lambda: next(ticks))
-    for _ in range(2):
-        with stopwatch.phase("validation"):
-            pass
-    assert dict(stopwatch.drain()) == {"seconds/validation": 3.5}
-    assert dict(stopwatch.drain()) == {}
-
-
-def test_a_stopwatch_counts_a_phase_that_fails():
-    ticks = iter([0.0, 2.0])
-    stopwatch = Stopwatch(clock=lambda: next(ticks))
-    with pytest.raises(ValueError, match="boom"), stopwatch.phase("save"):
-        raise ValueError("boom")
-    assert dict(stopwatch.drain()) == {"seconds/save": 2.0}
 
 
 def test_every_metric_that_the_console_shows_is_documented():
