@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hybridflow.ops.advantages import expand_rows as expand_rows
     from hybridflow.ops.advantages import gae as gae
     from hybridflow.ops.advantages import group_normalized as group_normalized
     from hybridflow.ops.advantages import kl_in_reward as kl_in_reward
@@ -34,16 +33,17 @@ if TYPE_CHECKING:
     from hybridflow.ops.reduce import Counts as Counts
     from hybridflow.ops.reduce import TokenMetric as TokenMetric
     from hybridflow.ops.reduce import accumulate as accumulate
+    from hybridflow.ops.reduce import row_means as row_means
     from hybridflow.ops.reduce import to_metrics as to_metrics
     from hybridflow.ops.reduce import token_weights as token_weights
 
 _NAMES = {
-    "advantages": ("expand_rows", "gae", "group_normalized", "kl_in_reward", "leave_one_out", "token_rewards", "whiten"),
+    "advantages": ("gae", "group_normalized", "kl_in_reward", "leave_one_out", "token_rewards", "whiten"),
     "correction": ("ImportanceCorrection",),
     "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_estimate"),
     "log_probs": ("LinearLogProbs", "linear_log_probs"),
     "losses": ("Loss", "NextTokenLoss", "PolicyLoss", "TokenBatch", "ValueLoss", "explained_variance"),
-    "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "to_metrics", "token_weights"),
+    "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "to_metrics", "token_weights"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -12,17 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hybridflow.ops.kl import KLEstimator, kl_estimate
-
 PerRow = Tensor | npt.NDArray[np.generic]
 
 STD_FLOOR = 1e-6
 """Added to a group's standard deviation, so that rounding noise in equal rewards is not blown up to a signal."""
-
-
-def expand_rows(row_B: Tensor, lengths_B: Tensor) -> Tensor:
-    """Each row's number at each of its tokens: shape [T]."""
-    return torch.repeat_interleave(row_B, lengths_B)
 
 
 def token_rewards(reward_B: Tensor, offsets_B1: Tensor) -> Tensor:
@@ -33,11 +26,9 @@ def token_rewards(reward_B: Tensor, offsets_B1: Tensor) -> Tensor:
     return rewards_T
 
 
-def kl_in_reward(
-    token_rewards_T: Tensor, log_probs_T: Tensor, reference_T: Tensor, coefficient: float, kind: KLEstimator
-) -> Tensor:
+def kl_in_reward(token_rewards_T: Tensor, kl_T: Tensor, coefficient: float) -> Tensor:
     """Rewards of tokens less the weighted KL to the reference: Ouyang et al. 2022, arXiv:2203.02155, eq. 2, per token."""
-    return token_rewards_T - coefficient * kl_estimate(log_probs_T, reference_T, kind)
+    return token_rewards_T - coefficient * kl_T
 
 
 def gae(rewards_T: Tensor, values_T: Tensor, offsets_B1: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

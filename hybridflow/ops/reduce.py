@@ -50,6 +50,11 @@ def row_sums(values_T: Tensor, lengths_B: Tensor) -> Tensor:
     return torch.segment_reduce(values_T, "sum", lengths=lengths_B, unsafe=True, initial=0.0)
 
 
+def row_means(values_T: Tensor, lengths_B: Tensor) -> Tensor:
+    """The mean of each row, 0 where a row has no tokens: shape [B]."""
+    return row_sums(values_T, lengths_B) / lengths_B.clamp(min=1)
+
+
 def repeat_rows(row_B: Tensor, lengths_B: Tensor, *, num_tokens: int) -> Tensor:
     """Each row's number at each of its tokens: shape [T]. Knowing `num_tokens` spares waiting for the device."""
     return torch.repeat_interleave(row_B, lengths_B, output_size=num_tokens)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from hybridflow.batch import Batch, Ragged
+from hybridflow import ops
+from hybridflow.batch import Batch
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.layouts import training_layout
 from hybridflow.workers.remote import remote
@@ -48,13 +47,15 @@ class ActorWorker(Worker):
     @remote("split_by_data_rank")
     def log_probs(self, batch: Batch) -> Batch:
         """Columns `log_probs` and, light, `entropy`: the mean over each row's tokens, in nats. Under the current weights."""
+        import torch
 
         def forward(microbatch: Microbatch) -> dict[str, torch.Tensor]:
             log_probs_R, entropy_R = self.model(microbatch.packed, temperature=self.temperature, with_entropy=True)
             return {"log_probs": log_probs_R, "entropy": entropy_R}
 
         columns = self.core.evaluate(batch, forward)
-        return Batch.from_columns({"log_probs": columns["log_probs"], "entropy": row_means(columns["entropy"])})
+        entropy_B = ops.row_means(*map(torch.from_numpy, (columns["entropy"].values, columns["entropy"].lengths)))
+        return Batch.from_columns({"log_probs": columns["log_probs"], "entropy": entropy_B.numpy()})
 
     @remote("split_by_data_rank")
     def update(self, batch: Batch, *, loss: Loss) -> Metrics:
@@ -103,11 +104,3 @@ class ActorWorker(Worker):
         Every rank calls it, since merging adapters is collective. Tensors share memory with the model where nothing is merged.
         """
         return self.core.named_tensors()
-
-
-def row_means(values: Ragged) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """The mean of each row, 0 where a row has no tokens: shape [B], float32."""
-    rows = np.repeat(np.arange(len(values)), values.lengths)
-    sums = np.bincount(rows, weights=values.values.astype(np.float64), minlength=len(values))
-    means: np.ndarray[tuple[int], np.dtype[np.float32]] = (sums / np.maximum(values.lengths, 1)).astype(np.float32)
-    return means

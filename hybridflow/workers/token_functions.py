@@ -42,8 +42,8 @@ class TokenAdvantages:
         if "reference_log_probs" in batch:
             log_probs_T, reference_T = (_tensor(batch, name) for name in (self.log_probs, "reference_log_probs"))
             kl_T = ops.kl_estimate(log_probs_T, reference_T, self.kl_estimator)
-            light["kl"] = _row_means(kl_T, offsets_B1).numpy()
-            rewards_T = rewards_T - self.kl_coefficient * kl_T
+            light["kl"] = ops.row_means(kl_T, offsets_B1.diff()).numpy()
+            rewards_T = ops.kl_in_reward(rewards_T, kl_T, self.kl_coefficient)
         advantages_T, returns_T = ops.gae(rewards_T, _tensor(batch, "values"), offsets_B1, gamma=self.gamma, lam=self.lam)
         if self.whiten:
             advantages_T = ops.whiten(advantages_T, lambda sums: _sum_over_ranks(sums, context))
@@ -57,14 +57,6 @@ def _tensor(batch: Batch, name: str) -> torch.Tensor:
     import torch
 
     return torch.tensor(batch.tokens(name).values)  # a copy: shards are read-only, and torch has no read-only tensors
-
-
-def _row_means(values_T: torch.Tensor, offsets_B1: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    lengths_B = offsets_B1.diff()
-    rows_T = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B)
-    return torch.zeros(len(lengths_B)).index_add_(0, rows_T, values_T) / lengths_B.clamp(min=1)
 
 
 def _sum_over_ranks(sums: torch.Tensor, context: RankContext) -> torch.Tensor:

@@ -85,3 +85,8 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
 
 def test_every_name_of_the_package_can_be_had():
     assert all(getattr(ops, name) is not None for name in dir(ops))
+
+
+def test_the_mean_of_a_row_without_tokens_is_zero() -> None:
+    means_B = ops.row_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2, 0, 1]))
+    assert means_B.tolist() == [2.0, 0.0, 5.0]
