@@ -56,11 +56,15 @@ COLUMNS = {
     "log_probs": Column(
         "response token", "float32", "actor.log_probs", "Under the policy before this step's updates, in nats."
     ),
+    "entropy": Column("row", "float32", "actor.log_probs", "Mean entropy per response token, in nats.", light=True),
     "reference_log_probs": Column("response token", "float32", "reference.log_probs", "Under the reference policy, in nats."),
     "values": Column("response token", "float32", "critic.values", "Expected return before the token, in reward units."),
     # From the estimate of advantages.
-    "advantages": Column("response token", "float32", "actor.compute(Advantages)", "Advantage of each token."),
-    "returns": Column("response token", "float32", "actor.compute(Advantages)", "Target of the critic."),
+    "advantages": Column("response token", "float32", "critic.compute(TokenAdvantages)", "Advantage of each token."),
+    "returns": Column("response token", "float32", "critic.compute(TokenAdvantages)", "Target of the critic, in reward units."),
+    "kl": Column(
+        "row", "float32", "critic.compute(TokenAdvantages)", "Mean KL to the reference per token, in nats.", light=True
+    ),
     "advantage": Column("row", "float32", "the algorithm", "One advantage for all tokens of the response.", light=True),
 }
 

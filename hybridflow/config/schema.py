@@ -107,7 +107,7 @@ class TrainingConfig:
     learning_rate: float = 1e-6
     """Peak rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the rate after warm-up, over the updates of the run."""
+    """Course of the rate after warm-up, over the steps of the run."""
     warmup_steps: int = 0
     """Steps of the run (not updates) over which the rate rises from zero."""
     min_learning_rate_ratio: float = 0.0
