@@ -147,7 +147,7 @@ def _phases(metrics: Metrics) -> Iterator[str]:
 def _speed(metrics: Metrics) -> Iterator[str]:
     forms: tuple[tuple[str, Callable[[float], str]], ...] = (
         ("tokens_per_second", lambda value: f"{value:,.0f} tok/s"),
-        ("mfu", lambda value: f"mfu {value:.1%}"),
+        ("actor/mfu", lambda value: f"mfu {value:.1%}"),
         ("memory/peak_allocated_gib", lambda value: f"{value:.1f} GiB"),
     )
     for name, form in forms:

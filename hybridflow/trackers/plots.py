@@ -300,7 +300,7 @@ SPEED = (
         title="Model FLOPs utilisation in training",
         unit="share of the GPU's peak",
         axis="from zero",
-        lines=(Line("mfu", "utilisation", "tab:green"),),
+        lines=(Line("actor/mfu", "actor", "tab:green"), Line("critic/mfu", "critic", "tab:orange")),
     ),
     Panel(
         title="GPU memory of the fullest rank",

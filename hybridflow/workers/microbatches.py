@@ -38,6 +38,8 @@ class Microbatches:
         self.batch, self.context = batch, context
         self.prompt, self.response = batch.tokens("prompt"), batch.tokens("response")
         tokens_B = self.prompt.lengths + self.response.lengths
+        self.num_tokens = int(tokens_B.sum())
+        """Prompt and response tokens of the rows that this rank, or those that share its rows, work on."""
         budget = tokens_per_microbatch * context.layout.sequence
         parts = token_budget_parts(tokens_B, budget)
         num_parts, self.counts = self._agree(len(parts))

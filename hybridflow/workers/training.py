@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ from hybridflow.ops.reduce import TokenMetric, accumulate, to_metrics, token_wei
 from hybridflow.parallel import fsdp
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.microbatches import Microbatch, Microbatches
+from hybridflow.workers.utilisation import flops_per_token, peak_flops, utilisation
 
 CPU = torch.device("cpu")
 Outputs = dict[str, torch.Tensor]
@@ -75,6 +77,7 @@ class TrainingCore:
         self.optimizer = make_optimizer(model, config)
         self.has_adapters = any(".lora_" in name for name, _ in model.named_parameters())
         self.learning_rate = config.learning_rate
+        self.peak_flops, self.flops_per_token = peak_flops(context.device), flops_per_token(model)
         self.offload()
 
     def begin_step(self, step: int, total_steps: int) -> None:
@@ -95,8 +98,10 @@ class TrainingCore:
         """
         microbatches = Microbatches(batch, self.context, tokens_per_microbatch=self.config.tokens_per_microbatch)
         with self._on_device(with_optimizer=True):
+            started = time.perf_counter()
             metrics = self._accumulate_gradients(microbatches, loss, forward)
             norm = self._apply_gradients()
+            seconds = time.perf_counter() - started
         is_skipped = not math.isfinite(norm)
         counted = {
             "grad_norm": Metric(norm),
@@ -105,6 +110,9 @@ class TrainingCore:
             # One rank counts for all, since what ranks count is added up.
             "skipped_updates": Metric(float(is_skipped and self.context.rank == 0), kind="sum"),
         }
+        if self.peak_flops is not None:
+            flops = self.flops_per_token * microbatches.num_tokens / self.context.layout.sequence
+            counted["mfu"] = utilisation(flops, seconds, self.peak_flops)
         return (to_metrics(metrics) + Metrics(counted)).prefixed(self.context.role)
 
     def _accumulate_gradients(

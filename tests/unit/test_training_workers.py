@@ -50,6 +50,16 @@ def train(config: Config, *, updates: int = 3, loss: PolicyLoss = LOSS) -> tuple
     return actor, metrics
 
 
+def test_utilisation_counts_the_tokens_and_weights_of_an_update(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridflow.workers.training.peak_flops", lambda device: 1e9)
+    ticks = iter([10.0, 12.0])
+    actor = actor_of(training_config(model_path))
+    monkeypatch.setattr("hybridflow.workers.training.time.perf_counter", lambda: next(ticks))
+    metrics = actor.update(random_batch([(3, 5), (1, 1)], seed=0), loss=LOSS)
+    num_weights = sum(weight.numel() for weight in actor.model.parameters())
+    assert metrics["actor/mfu"] == pytest.approx(6 * num_weights * 10 / (2.0 * 1e9))
+
+
 def assert_same_training(found: tuple[ActorWorker, list[Metrics]], expected: tuple[ActorWorker, list[Metrics]]) -> None:
     for one, other in zip(found[1], expected[1], strict=True):
         assert one["actor/loss"] == pytest.approx(other["actor/loss"], rel=1e-5)
