@@ -47,7 +47,8 @@ def training_sampling(config: Config) -> Sampling:
 
 
 def validation_sampling(config: Config) -> Sampling:
-    """How responses are drawn in validation: `validation.*`, the ends of responses as in training, no log-probabilities."""
+    """How responses are drawn in validation: `validation.*`, with the stop strings and tokens of training; the end of sequence
+    always ends them."""
     return Sampling(
         temperature=config.validation.temperature,
         top_p=config.validation.top_p,
