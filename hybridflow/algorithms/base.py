@@ -53,11 +53,12 @@ class Algorithm(ABC):
 
     @classmethod
     def roles(cls, run: RunConfig) -> tuple[str, ...]:
-        """The roles to be created: the annotated attributes, less `unused_roles`."""
+        """The roles to be created: the annotated attributes without a value, less `unused_roles`."""
         declared: dict[str, None] = {}
         for base in reversed(cls.__mro__):
             if issubclass(base, Algorithm) and base is not Algorithm:
-                declared |= dict.fromkeys(inspect.get_annotations(base))
+                # An annotation with a value, such as `config_class`, is an attribute of the class and no role.
+                declared |= {name: None for name in inspect.get_annotations(base) if name not in vars(base)}
         unused = cls.unused_roles(run) | {"config"}
         return tuple(role for role in declared if role not in unused)
 

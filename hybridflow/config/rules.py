@@ -167,6 +167,7 @@ RULES: tuple[Rule, ...] = (
     rules_files.checkpoint_exists,
     rules_placement.pools_are_well_formed,
     rules_placement.roles_have_pools,
+    rules_placement.roles_have_workers,
     rules_placement.ranks_divide,
     rules_placement.slots_suffice,
 )

@@ -38,6 +38,14 @@ def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake
             yield Mistake(f"placement.roles.{role}", f"{problem}. Add the pool there, or place the role on another")
 
 
+def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """Every role that the algorithm declares is a built-in one, or has a class."""
+    for role in roles:
+        if role not in registry.ROLES and role not in config.placement.workers:
+            problem = f"is missing: {config.algorithm.name} declares the role {role!r}{nearest(role, registry.ROLES) or '.'}"
+            yield Mistake(f"placement.workers.{role}", f"{problem} Name its class as my_package.module:Class")
+
+
 def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """Ranks that work as one fit into the ranks of their pool, and those of an engine into a node."""
     sizes = parsed_pools(config)

@@ -18,7 +18,7 @@ from hybridflow.data.prepare import PreparedRow, write_parquet
 
 HERE = Path(__file__).parent
 UNREPEATABLE = ("time", "tokens_per_second", "mfu", "seconds/", "memory/", "controller/")
-"""What metrics that differ from run to run begin with: they measure the machine, not the training."""
+"""What metrics that differ from run to run begin with: they measure the machine, not the training. So does `sync/seconds`."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,15 @@ def metrics_of(run_folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def repeatable(lines: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """The metrics that two runs of the same training have in common."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(UNREPEATABLE) and "/seconds" not in name}
-        for line in lines
-    ]
+def differences(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> list[str]:
+    """Where the metrics of two runs differ, apart from those that measure the machine."""
+    found = [f"{len(ours)} lines and {len(theirs)}"] if len(ours) != len(theirs) else []
+    for our_line, their_line in zip(ours, theirs, strict=False):
+        for name in sorted(our_line.keys() | their_line.keys()):
+            is_repeatable = not name.startswith(UNREPEATABLE) and "/seconds" not in name
+            if is_repeatable and our_line.get(name) != their_line.get(name):
+                found.append(f"step {their_line['step']}: {name} is {our_line.get(name)} and {their_line.get(name)}")
+    return found
 
 
 def state_digests(checkpoint: Path) -> dict[str, str]:

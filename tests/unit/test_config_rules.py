@@ -317,3 +317,12 @@ def test_a_key_with_a_mistake_of_type_is_not_judged_again(tmp_path: Path) -> Non
     assert only_mistake(tmp_path, "model.path=5") == (
         "model.path: found 5 (integer); needed: text. Quote it to have it read as text"
     )
+
+
+def test_a_role_that_only_the_algorithm_knows_needs_a_class(tmp_path: Path) -> None:
+    overrides = [*right_run(tmp_path), "algorithm=examples.extend.brevity_judge:JudgedRLOO"]
+    assert mistakes_of(overrides) == [
+        "placement.workers.judge: is missing: examples.extend.brevity_judge:JudgedRLOO declares the role 'judge'. "
+        "Name its class as my_package.module:Class"
+    ]
+    assert mistakes_of([*overrides, "placement.workers.judge=examples.extend.brevity_judge:JudgeWorker"]) == []
