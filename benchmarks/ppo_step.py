@@ -57,6 +57,7 @@ COMMON = {
     "rollout.ignore_eos": "true",
     "validation.before_training": "false",
     "validation.every_steps": 0,
+    "checkpoint.every_steps": 0,
     "checkpoint.save_last": "false",
     "trackers.names": "[console]",
     "reward.path": HERE / "parity_reward.py",

@@ -173,7 +173,7 @@ KEYS: Mapping[str, Translation] = {
     f"{ROLLOUT}.response_length": to("data.max_response_tokens"),
     f"{ROLLOUT}.enforce_eager": to("rollout.enforce_eager"),
     f"{ROLLOUT}.enable_chunked_prefill": to("rollout.engine_options.enable_chunked_prefill"),
-    f"{ROLLOUT}.free_cache_engine": by("`rollout.sleep`: auto or never", values.cache_is_freed),
+    f"{ROLLOUT}.free_cache_engine": by("`rollout.sleep`", values.cache_is_freed),
     f"{ROLLOUT}.load_format": nothing("the engine gets its weights from the trainer"),
     f"{ROLLOUT}.calculate_log_probs": nothing("set algorithm.old_log_probs: rollout to use the engine's"),
     f"{ROLLOUT}.log_prob_use_dynamic_bsz": BY_TOKENS,

@@ -65,9 +65,18 @@ class GroupFuture:
         """
         with self._lock:
             if not self._result:
-                call = self._call if isinstance(self._call, Call) else self._call.result(timeout_s)
-                self._result.append(self._dispatcher.collect(call, timeout_s))
+                self._result.append(self._dispatcher.collect(self._sent(timeout_s), timeout_s))
             return self._result[0]
+
+    def _sent(self, timeout_s: float | None) -> Call:
+        if isinstance(self._call, Call):
+            return self._call
+        limit_s = timeout_s if timeout_s is not None else self._dispatcher.timeout_s
+        try:
+            return self._call.result(limit_s)
+        except TimeoutError:
+            waiting = f"a call of {self._dispatcher.role} still waits for its arguments after {limit_s:g} s"
+            raise CallTimeoutError(f"{waiting}; they are results of calls that have not ended. Raise run.timeout_s?") from None
 
     def done(self) -> bool:
         """Whether every rank has answered."""
@@ -158,7 +167,7 @@ class GroupDispatcher:
         return dict(zip(references, answers, strict=True))
 
     def _died(self, call: Call, references: Mapping[int, ray.ObjectRef[Answer]], error: Exception) -> WorkerDiedError:
-        rank = next(rank for rank, reference in references.items() if _has_died(reference))
+        rank = next((rank for rank, reference in references.items() if _has_died(reference)), next(iter(references)))
         return WorkerDiedError(
             role=self.role,
             rank=rank,

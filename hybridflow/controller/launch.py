@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from hybridflow.config.schema import Config
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import RolePlace, device_type, local_cpu_slots, places, start_pool
-from hybridflow.errors import PlacementError, WorkerError
+from hybridflow.errors import CallTimeoutError, PlacementError, WorkerError
 from hybridflow.workers.base import Worker
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def launched(config: Config) -> Iterator[Launched]:
             members = [place for place in placed.values() if place.pool == name]
             pools[name], group = start_pool(name, members[0].size, device, _environment(config))
             reserved.append(group)
-            _connect(pools[name], members)
+            _connect(pools[name], members, config.run.timeout_s)
         groups = {place.role: _create(config, place, pools[place.pool], log) for place in placed.values()}
         yield Launched(groups, placed, log)
         for worker in groups.values():
@@ -144,30 +145,42 @@ def launched(config: Config) -> Iterator[Launched]:
             remove_placement_group(group)
 
 
-def _connect(pool: Pool, members: list[RolePlace]) -> None:
+def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
         meeting_place: str = ray.get([process.meeting_place.remote() for process in pool.processes[:1]])[0]
-        _get_all([process.connect.remote(meeting_place) for process in pool.processes])
+        joining: list[ray.ObjectRef[None]] = [process.connect.remote(meeting_place, timeout_s) for process in pool.processes]
+        _wait_for(joining, pool, doing=f"pool '{pool.name}': joining its ranks", timeout_s=timeout_s)
 
 
 def _create(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker:
     """Build the workers of a role, all ranks at once, and the controller's stand-in for them."""
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
     logger.info("building %s on pool '%s' (%d ranks)", place.role, place.pool, place.size.num_ranks)
-    _get_all([process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes])
+    building: list[ray.ObjectRef[None]] = [
+        process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes
+    ]
+    _wait_for(building, pool, doing=f"building role '{place.role}'", timeout_s=config.run.timeout_s)
     return place.worker_class.group(GroupDispatcher(place.role, pool, layout, timeout_s=config.run.timeout_s, log=log))
 
 
-def _get_all(references: list[ray.ObjectRef[None]]) -> None:
-    """Wait for all; the first failure is raised at once, not when the slowest rank is done."""
-    pending = list(references)
+def _wait_for(references: Sequence[ray.ObjectRef[None]], pool: Pool, *, doing: str, timeout_s: float) -> None:
+    """Wait for all ranks; the first failure is raised at once, not when the slowest rank is done."""
+    rank_of = {reference: rank for rank, reference in enumerate(references)}
+    pending, deadline = list(references), time.monotonic() + timeout_s
     while pending:
-        ready, pending = ray.wait(pending, num_returns=1)
+        ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        late = ", ".join(f"rank {rank_of[reference]} (node {pool.nodes[rank_of[reference]]})" for reference in pending)
+        if not ready:
+            raise CallTimeoutError(f"{doing} has not ended after {timeout_s:g} s (run.timeout_s) on {late}")
         try:
             ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, WorkerError) else error) from None
+        except ray.exceptions.RayActorError as error:
+            rank = rank_of[ready[0]]
+            died = f"the process of rank {rank} died (killed, out of memory, or its node {pool.nodes[rank]} was lost)"
+            raise PlacementError(f"{doing} failed: {died}. Ray says: {error}") from None
 
 
 def _environment(config: Config) -> dict[str, str]:

@@ -30,7 +30,7 @@ class Loop:
     def __init__(self, config: Config, launched: Launched, algorithm: Algorithm, *, total_steps: int):
         self.config, self.launched, self.algorithm, self.total_steps = config, launched, algorithm, total_steps
         self.store = CheckpointStore(config.run.folder, keep=config.checkpoint.keep)
-        self.weights = WeightSync(launched)
+        self.weights = WeightSync(launched, lets_sleep=config.rollout.sleep)
         self.seconds_saving = Metrics()
 
     def run(self) -> None:
@@ -56,14 +56,16 @@ class Loop:
         started = time.perf_counter()
         self.launched.log.drain()
         self.algorithm.step = step
-        for worker in self.launched.groups.values():
-            worker.begin_step.start(step, self.total_steps)
+        begun = [worker.begin_step.start(step, self.total_steps) for worker in self.launched.groups.values()]
         prompts = self.launched.data.next_batch(step)
         synced = self.weights.sync()
         batch = self.algorithm.collect(prompts)
+        self.weights.sleep()
         compared = self.compare_sides(batch)
         learned = self.algorithm.learn(batch)
         self.weights.is_stale = True
+        for call in begun:
+            call.result()  # long done; what a role raised there is raised here
         measured = [learned, synced, *([agreement_metrics(batch.join(compared.result()))] if compared else [])]
         seconds = time.perf_counter() - started
         return Metrics.merged([*measured, *batch_metrics(batch, seconds, learned), self.launched.log.drain()])
@@ -115,6 +117,8 @@ class Loop:
             worker.restore(str(source / role))
         self.algorithm.load_state_dict({name: float(str(value)) for name, value in state.algorithm.items()})
         logger.info("resumed from %s, after step %d of %d", source, state.step, self.total_steps)
+        if state.step >= self.total_steps:
+            logger.info("nothing is left to train; raise run.total_steps or run.total_epochs to go on")
         return state.step
 
     def is_due(self, step: int, every_steps: int, *, and_last: bool) -> bool:

@@ -97,7 +97,12 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
             environment=dict(environment),
         )
         processes.append(_start_rank(place, group, resources))
-    return Pool(name, processes, ray.get([process.node.remote() for process in processes])), group
+    try:
+        nodes: list[str] = ray.get([process.node.remote() for process in processes])
+    except ray.exceptions.RayError as error:
+        remove_placement_group(group)
+        raise PlacementError(f"the processes of pool '{name}' could not be started: {error}") from error
+    return Pool(name, processes, nodes), group
 
 
 def _start_rank(place: RankPlace, group: PlacementGroup, resources: Mapping[str, float]) -> ActorHandle[RankProcess]:

@@ -101,8 +101,8 @@ class RankProcess:
         """Name and address of the machine."""
         return f"{socket.gethostname()} {ray.util.get_node_ip_address()}"
 
-    def connect(self, meeting_place: str) -> None:
-        """Join torch.distributed's group of the pool; returns when all ranks have."""
+    def connect(self, meeting_place: str, timeout_s: float) -> None:
+        """Join torch.distributed's group of the pool; returns when all ranks have. Collectives may take `timeout_s`."""
         import torch
 
         from hybridflow.parallel.mesh import init_process_group
@@ -115,6 +115,7 @@ class RankProcess:
             world_size=self.place.num_ranks,
             init_method=meeting_place,
             device=torch.device(self.place.device_type),
+            timeout_s=timeout_s,
         )
         self.has_process_group = True
 

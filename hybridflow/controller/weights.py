@@ -9,20 +9,31 @@ from hybridflow.metrics import Metrics
 class WeightSync:
     """Brings the actor's weights to the engines whenever they have changed."""
 
-    def __init__(self, launched: Launched):
+    def __init__(self, launched: Launched, *, lets_sleep: bool):
         self.actor, self.rollout = launched.actor, launched.rollout
         self.is_needed = self.actor is not None and self.rollout is not None
         self.is_colocated = self.is_needed and launched.places["actor"].pool == launched.places["rollout"].pool
         self.is_open = False
         self.is_stale = True
         """Whether the actor's weights may differ from the engines'. The loop sets it after each step."""
+        self.lets_sleep = lets_sleep
+        self.is_asleep = False
+
+    def sleep(self) -> None:
+        """Nothing is generated until the next sync: the engines give their memory to training, where that is configured."""
+        if self.lets_sleep and self.rollout is not None:
+            self.rollout.sleep.start()
+            self.is_asleep = True
 
     def sync(self) -> Metrics:
-        """Make the engines' weights those of the actor, if they are not. `sync/...` says what it took.
+        """Wake the engines, and make their weights those of the actor if they are not. `sync/...` says what it took.
 
         Raises:
             WeightMismatchError: an engine holds something else afterwards.
         """
+        if self.is_asleep and self.rollout is not None:
+            self.rollout.wake()
+            self.is_asleep = False
         if not self.is_needed or not self.is_stale:
             return Metrics()
         metrics = self._within_pool() if self.is_colocated else self._between_pools()

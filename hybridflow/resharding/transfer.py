@@ -208,6 +208,7 @@ class WeightSender:
         self.settings, self.store, self.rank, self.num_ranks = settings, store, rank, num_ranks
         self.shards: Shards | None = None
         self.group: Broadcaster | None = None
+        self.buffers: Buffers | None = None
 
     def connect(self, tensors: NamedTensors) -> None:
         """Publish names and shapes, and join the group of this rank with all receivers."""
@@ -229,7 +230,7 @@ class WeightSender:
             self.shards.fingerprints.begin()
         timeline = Timeline(self.settings.device)
         named = dict(tensors)
-        buffers = Buffers(self.shards.plan, self.settings.device, rows=1)
+        buffers = self.buffers = self.buffers or Buffers(self.shards.plan, self.settings.device, rows=1)
         under_way: list[Arriving] = []
         for index, bucket in enumerate(self.shards.plan.buckets):
             if len(under_way) == 2:
@@ -256,6 +257,7 @@ class WeightReceiver:
             store.put("num_receivers", str(num_ranks))
         self.num_ranks = num_ranks
         self.plan: Plan | None = None
+        self.buffers: Buffers | None = None
         self.groups: list[Broadcaster] = []
         self.arrivals: Arrivals | None = None
 
@@ -277,7 +279,7 @@ class WeightReceiver:
         if self.settings.verify:
             self.arrivals.begin(target.held_weights())
         timeline = Timeline(self.settings.device)
-        buffers = Buffers(self.plan, self.settings.device, rows=self.plan.num_shards)
+        buffers = self.buffers = self.buffers or Buffers(self.plan, self.settings.device, rows=self.plan.num_shards)
         deliver = Delivery(self.plan, self.arrivals, timeline, part="transfer")
         target.load_weights(deliver.tensors(lambda index, bucket: receive(bucket, buffers.of(index, bucket), self.groups)))
         timeline.mark("load")
