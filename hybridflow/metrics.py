@@ -73,6 +73,15 @@ class Metrics(Mapping[str, float]):
                 merged[name] = merged[name].merge(metric) if name in merged else metric
         return Metrics(merged)
 
+    def renamed(self, old_prefix: str, new_prefix: str) -> Metrics:
+        """The same metrics; names that begin with `old_prefix` begin with `new_prefix` instead."""
+        return Metrics(
+            {
+                new_prefix + name.removeprefix(old_prefix) if name.startswith(old_prefix) else name: metric
+                for name, metric in self._metrics.items()
+            }
+        )
+
     def prefixed(self, prefix: str) -> Metrics:
         """The same metrics with `prefix/` before each name."""
         return Metrics({f"{prefix}/{name}": metric for name, metric in self._metrics.items()})

@@ -69,6 +69,9 @@ class Config:
     """Steps at the start in which only the critic learns."""
     old_log_probs: Literal["actor", "rollout"] = "actor"
     """Denominator of the ratio: recomputed by the actor, or as the engine returned them (saves a forward pass)."""
+    importance_cap: Annotated[float, POSITIVE] | None = None
+    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, usually 2); null for no
+    weights."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """How token losses become one number."""
 
@@ -87,8 +90,7 @@ class PPO(Algorithm):
     def __init__(self, run: RunConfig, groups: Mapping[str, Worker]):
         super().__init__(run, groups)
         c = self.config
-        adaptive = c.kl_controller == "adaptive"
-        self.kl = ops.AdaptiveKL(c.kl_coefficient, c.kl_target, c.kl_horizon) if adaptive else ops.FixedKL(c.kl_coefficient)
+        self.kl = ops.kl_controller(c.kl_controller, c.kl_coefficient, target=c.kl_target, horizon=c.kl_horizon)
 
     def collect(self, prompts: Batch) -> Batch:
         rows = prompts.repeat(self.config.responses_per_prompt)
@@ -112,28 +114,27 @@ class PPO(Algorithm):
 
     def advantages(self) -> TokenAdvantages:
         """GAE over token rewards that carry the KL penalty, computed where the values are."""
-        c = self.config
         return TokenAdvantages(
-            gamma=c.gamma,
-            lam=c.gae_lambda,
-            whiten=c.whiten_advantages,
-            kl_coefficient=self.kl.coefficient if c.kl_in == "reward" else 0.0,
-            kl_estimator=c.kl_estimator,
-            log_probs="log_probs" if c.old_log_probs == "actor" else "rollout_log_probs",
+            gamma=self.config.gamma,
+            lam=self.config.gae_lambda,
+            whiten=self.config.whiten_advantages,
+            kl_coefficient=self.kl.coefficient if self.config.kl_in == "reward" else 0.0,
+            kl_estimator=self.config.kl_estimator,
+            log_probs="log_probs" if self.config.old_log_probs == "actor" else "rollout_log_probs",
         )
 
     def policy_loss(self) -> ops.PolicyLoss:
         """The clipped surrogate, with the KL to the reference in it where `kl_in` says so."""
-        c = self.config
         return ops.PolicyLoss(
-            clip=c.clip,
-            dual_clip=c.dual_clip,
-            entropy_coefficient=c.entropy_coefficient,
-            kl_coefficient=c.kl_coefficient if c.kl_in == "loss" else 0.0,
-            kl_estimator=c.kl_estimator,
-            old_log_probs="log_probs" if c.old_log_probs == "actor" else "rollout_log_probs",
-            aggregation=c.loss_aggregation,
+            clip=self.config.clip,
+            dual_clip=self.config.dual_clip,
+            entropy_coefficient=self.config.entropy_coefficient,
+            kl_coefficient=self.config.kl_coefficient if self.config.kl_in == "loss" else 0.0,
+            kl_estimator=self.config.kl_estimator,
+            old_log_probs="log_probs" if self.config.old_log_probs == "actor" else "rollout_log_probs",
+            aggregation=self.config.loss_aggregation,
             max_tokens=self.run.data.max_response_tokens,
+            correction=ops.importance_correction(self.config.importance_cap),
         )
 
     def steer_kl(self, batch: Batch) -> Metrics:
@@ -163,7 +164,8 @@ class PPO(Algorithm):
         mistakes = check_prompts_per_update(run, options.prompts_per_update)
         if options.kl_in == "loss" and options.kl_estimator == "k1":
             mistakes.append(Mistake("algorithm.kl_estimator", "k1 has a gradient of zero on average in the loss. Use k2 or k3"))
+        if options.importance_cap and options.old_log_probs == "rollout":
+            mistakes.append(Mistake("algorithm.importance_cap", "weighs against the actor's; set old_log_probs: actor"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
-            problem = "adaptive steers the KL in the reward; set kl_in: reward, or fixed"
-            mistakes.append(Mistake("algorithm.kl_controller", problem))
+            mistakes.append(Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
         return mistakes

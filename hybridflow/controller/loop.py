@@ -62,7 +62,7 @@ class Loop:
         batch = self.algorithm.collect(prompts)
         self.weights.sleep()
         compared = self.compare_sides(batch)
-        learned = self.algorithm.learn(batch)
+        learned = self.algorithm.learn(batch).renamed("actor/agreement_", "agreement/")
         self.weights.is_stale = True
         for call in begun:
             call.result()  # long done; what a role raised there is raised here
@@ -71,7 +71,10 @@ class Loop:
         return Metrics.merged([*measured, *batch_metrics(batch, seconds, learned), self.launched.log.drain()])
 
     def compare_sides(self, batch: Batch) -> Future[Batch] | None:
-        """Start to compare the engine's log-probabilities with the trainer's, where the batch has both."""
+        """Start to compare the engine's log-probabilities with the trainer's, where the batch has both.
+
+        Where collection leaves the trainer's out, since the step has one update, the loss of that update compares them.
+        """
         actor = self.launched.actor
         if actor is None or "log_probs" not in batch or "rollout_log_probs" not in batch:
             return None

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from hybridflow.ops.advantages import token_rewards as token_rewards
     from hybridflow.ops.advantages import whiten as whiten
     from hybridflow.ops.correction import ImportanceCorrection as ImportanceCorrection
+    from hybridflow.ops.correction import importance_correction as importance_correction
     from hybridflow.ops.kl import AdaptiveKL as AdaptiveKL
     from hybridflow.ops.kl import FixedKL as FixedKL
     from hybridflow.ops.kl import KLController as KLController
+    from hybridflow.ops.kl import kl_controller as kl_controller
     from hybridflow.ops.kl import kl_estimate as kl_estimate
     from hybridflow.ops.log_probs import LinearLogProbs as LinearLogProbs
     from hybridflow.ops.log_probs import linear_log_probs as linear_log_probs
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "advantages": ("gae", "group_normalized", "kl_in_reward", "leave_one_out", "token_rewards", "whiten"),
-    "correction": ("ImportanceCorrection",),
-    "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_estimate"),
+    "correction": ("ImportanceCorrection", "importance_correction"),
+    "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_controller", "kl_estimate"),
     "log_probs": ("LinearLogProbs", "linear_log_probs"),
     "losses": ("Loss", "NextTokenLoss", "PolicyLoss", "TokenBatch", "ValueLoss", "explained_variance"),
     "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "to_metrics", "token_weights"),

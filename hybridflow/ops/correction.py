@@ -15,6 +15,16 @@ from hybridflow.ops.kl import MAX_LOG_RATIO
 from hybridflow.ops.reduce import TokenMetric, repeat_rows, row_sums
 
 
+def importance_correction(
+    cap: float | None, level: Literal["token", "sequence"] = "token", mask: tuple[float, float] | None = None
+) -> ImportanceCorrection | None:
+    """The correction that options of an algorithm describe; None where `cap` is None."""
+    if cap is None:
+        return None
+    below, above = mask or (None, None)
+    return ImportanceCorrection(level=level, cap=cap, mask_below=below, mask_above=above)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportanceCorrection:
     """Weights policy / engine for the policy loss, bounded above.

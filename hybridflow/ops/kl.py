@@ -83,3 +83,8 @@ class AdaptiveKL(KLController):
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.coefficient = state["coefficient"]
+
+
+def kl_controller(kind: Literal["fixed", "adaptive"], coefficient: float, *, target: float, horizon: float) -> KLController:
+    """The controller that options of an algorithm describe."""
+    return AdaptiveKL(coefficient, target, horizon) if kind == "adaptive" else FixedKL(coefficient)

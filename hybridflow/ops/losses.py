@@ -97,7 +97,7 @@ class PolicyLoss:
         names: list[str] = [self.advantage]
         names += [self.old_log_probs] if self.old_log_probs != "current" else []
         names += ["reference_log_probs"] if self.kl_coefficient else []
-        names += ["rollout_log_probs"] if self.correction else []
+        names += ["rollout_log_probs"] if self.correction or self.old_log_probs == "current" else []
         return tuple(dict.fromkeys(names))
 
     @property
@@ -109,6 +109,8 @@ class PolicyLoss:
         log_probs_T, weights_T = batch.log_probs_T, batch.weights_T
         old_T = log_probs_T.detach() if self.old_log_probs == "current" else batch.columns[self.old_log_probs]
         loss_T, metrics = self.surrogate(log_probs_T, old_T, batch.columns[self.advantage])
+        if self.old_log_probs == "current":
+            metrics |= agreement_metrics(old_T, batch.columns["rollout_log_probs"])
         if self.correction is not None:
             correction_T, correction_metrics = self.correction.weights(
                 old_T, batch.columns["rollout_log_probs"], batch.lengths_B
@@ -154,6 +156,22 @@ class PolicyLoss:
             metrics["dual_clip_fraction"] = TokenMetric.mean((advantage_T < 0) & (loss_T > bound_T))
             loss_T = torch.where(advantage_T < 0, torch.minimum(loss_T, bound_T), loss_T)
         return loss_T, metrics
+
+
+def agreement_metrics(log_probs_T: Tensor, rollout_T: Tensor) -> dict[str, TokenMetric]:
+    """How far the engine's log-probabilities are from the trainer's, in nats, without waiting for the device.
+
+    As `ops.agreement.log_prob_agreement`, but for the 99th percentile, which is that of each microbatch.
+    """
+    difference_T = log_probs_T.float() - rollout_T.float()
+    distance_T = difference_T.abs()
+    p99 = distance_T.kthvalue(-(-99 * len(distance_T) // 100)).values
+    return {
+        "agreement_mean": TokenMetric.mean(distance_T),
+        "agreement_p99": TokenMetric.mean(p99.expand_as(distance_T)),
+        "agreement_max": TokenMetric.max(distance_T),
+        "agreement_k3": TokenMetric.mean(torch.expm1(difference_T) - difference_T),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ class RunningRows:
         is_done = row["is_stopped"] | (row["num_generated"] >= row["max_tokens"])
         if not is_done.any():
             return [], None
-        responses = [self._response(slot) for slot in np.flatnonzero(is_done)]
+        responses = [self._response(int(slot)) for slot in np.flatnonzero(is_done)]
         self.count -= len(responses)
         targets = np.flatnonzero(is_done[: self.count])
         sources = self.count + np.flatnonzero(~is_done[self.count :])

@@ -159,11 +159,15 @@ def test_metrics_say_what_was_clipped():
 def test_the_current_policy_as_the_old_one_gives_the_plain_policy_gradient():
     log_probs_T = torch.tensor([-1.0, -2.0], requires_grad=True)
     loss = ops.PolicyLoss(old_log_probs="current", advantage="advantage")
-    value, metrics = loss(batch_of([2], log_probs_T=log_probs_T, advantage=torch.tensor([3.0, -1.0])))
+    columns = {"advantage": torch.tensor([3.0, -1.0]), "rollout_log_probs": torch.tensor([-1.5, -2.0])}
+    value, metrics = loss(batch_of([2], log_probs_T=log_probs_T, **columns))
     value.backward()
-    assert loss.columns == ("advantage",)
+    assert loss.columns == ("advantage", "rollout_log_probs")
     assert log_probs_T.grad is not None
     assert log_probs_T.grad.tolist() == [-1.5, 0.5]  # -A / 2 tokens
+    found = ops.to_metrics(metrics)
+    # The engine is 0.5 nats off at the first token and exact at the second.
+    assert (found["agreement_mean"], found["agreement_max"], found["agreement_p99"]) == (0.25, 0.5, 0.5)
     assert ops.to_metrics(metrics)["clip_fraction"] == 0.0
 
 
