@@ -43,6 +43,7 @@ def random_batch(lengths: Sequence[tuple[int, int]], *, seed: int = 0) -> Batch:
             "returns": numbers(0.5, 1.0),
             "values": numbers(0.0, 0.3),
             "advantage": rng.standard_normal(len(prompts)).astype(np.float32),
+            "rollout_log_probs": numbers(-4.0, 0.5),
         }
     )
 
