@@ -30,7 +30,8 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
+        if self._task is not None:  # stopping a bar that never started prints an empty line
+            self._bar.stop()
 
     def advance(self, rows: int) -> None:
         """`rows` more are done."""
