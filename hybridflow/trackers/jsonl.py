@@ -43,13 +43,18 @@ class JsonlTracker(Tracker):
 
 
 def drop_later_lines(path: Path, resume_step: int) -> None:
-    """Leave only whole lines of steps up to `resume_step`; none of them for a new run, whose `resume_step` is 0.
+    """Leave only whole lines of steps up to `resume_step`, since later ones will be taken again.
 
-    The lines that go are of steps that will be taken again, or of another run in the same folder.
+    For a new run, whose `resume_step` is 0, the file of another run in the same folder is put aside, with the time of its last
+    line in its name.
     """
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if resume_step and _step_of(line) <= resume_step]
+    if resume_step == 0:
+        ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.replace(path.with_name(f"{path.stem}.until-{ended}{path.suffix}"))
+        return
+    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= resume_step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

@@ -74,6 +74,8 @@ def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path):
     log_steps(tmp_path, range(4), resume_step=0)
     log_steps(tmp_path, [0], resume_step=0)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
+    (aside,) = tmp_path.glob("metrics.until-*.jsonl")
+    assert len(aside.read_text().splitlines()) == 4
 
 
 def test_samples_are_kept_as_they_are(tmp_path: Path):
