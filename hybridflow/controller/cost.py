@@ -12,6 +12,9 @@ import ray
 from hybridflow.metrics import Metric, Metrics
 
 
+SECONDS_WORTH_LOGGING = 1e-4
+
+
 class _Sizer(pickle.Pickler):
     """Pickles to measure; a reference to the object store counts as the few bytes that it is."""
 
@@ -63,9 +66,10 @@ class CallLog:
                 self.memory[name] = max(self.memory.get(name, 0.0), peak)
 
     def drain(self) -> Metrics:
-        """The sums as metrics; the log starts from zero."""
+        """The sums as metrics; the log starts from zero. Calls that did no work to speak of are left out."""
         with self.lock:
-            metrics = {f"seconds/{name}": Metric(seconds, kind="sum") for name, seconds in self.seconds.items()}
+            phases = {name: seconds for name, seconds in self.seconds.items() if seconds > SECONDS_WORTH_LOGGING}
+            metrics = {f"seconds/{name}": Metric(seconds, kind="sum") for name, seconds in phases.items()}
             metrics["controller/bytes_per_step"] = Metric(self.num_bytes, kind="sum")
             metrics["controller/calls"] = Metric(self.num_calls, kind="sum")
             metrics["controller/milliseconds_per_step"] = Metric(self.own_seconds * 1e3, kind="sum")
