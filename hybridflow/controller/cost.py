@@ -11,7 +11,6 @@ import ray
 
 from hybridflow.metrics import Metric, Metrics
 
-
 SECONDS_WORTH_LOGGING = 1e-4
 
 
