@@ -18,11 +18,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file; docs/configuration.md lists every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, for example actor.learning_rate=1e-6")
     parser.add_argument("--dry-run", action="store_true", help="check and print the configuration and placement, start nothing")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # options may stand between the overrides
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 the run failed, 2 the configuration has mistakes."""
+    """Run the command; returns the exit code: 0 done, 1 the run failed, 2 the configuration has mistakes, 130 Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     options = parse(arguments)
     try:
@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HybridflowError as error:
         sys.stderr.write(f"\nThe run failed.\n{error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. The same command continues from the newest checkpoint.\n")
+        return 130
     return 0
 
 

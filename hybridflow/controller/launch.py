@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,20 +25,25 @@ from hybridflow.workers.base import Worker
 
 if TYPE_CHECKING:
     from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.data import DataWorker
+    from hybridflow.workers.data import DataSummary, DataWorker
     from hybridflow.workers.reward import RewardWorker
     from hybridflow.workers.rollout import RolloutWorker
 
 logger = logging.getLogger("hybridflow")
 
+JOIN_TIMEOUT_S = 10.0
+Jobs = dict["ray.ObjectRef[None]", str]
+"""Calls that are under way, with words for what is being done where."""
+
 
 @dataclass(frozen=True)
 class Launched:
-    """A run's groups, by role, and what their calls cost."""
+    """A run's groups, by role, what their calls cost, and what the data group has found in the files."""
 
     groups: dict[str, Worker]
     places: dict[str, RolePlace]
     log: CallLog
+    dataset: DataSummary
 
     @property
     def data(self) -> DataWorker:
@@ -102,6 +108,8 @@ def cluster(config: Config) -> Iterator[None]:
         return
     address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
     logger.info(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
+    if address:
+        _check_reachable(address)
     try:
         if address:
             ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
@@ -119,6 +127,20 @@ def cluster(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+def _check_reachable(address: str) -> None:
+    """Knock at a `host:port`, since Ray itself tries for many minutes. Other addresses, such as `auto`, Ray resolves."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise PlacementError(
+            f"no Ray cluster answers at {address}: {error}. Check run.ray_address (or RAY_ADDRESS), start the cluster with "
+            "`ray start --head`, or leave the address out to start one on this machine"
+        ) from error
+
+
 @contextmanager
 def launched(config: Config) -> Iterator[Launched]:
     """Every role of the algorithm on its pool; all processes end with the block."""
@@ -133,8 +155,14 @@ def launched(config: Config) -> Iterator[Launched]:
             pools[name], group = start_pool(name, members[0].size, device, _environment(config))
             reserved.append(group)
             _connect(pools[name], members, config.run.timeout_s)
-        groups = {place.role: _create(config, place, pools[place.pool], log) for place in placed.values()}
-        yield Launched(groups, placed, log)
+        # Pools build at the same time; within one, roles follow each other in this order.
+        building = {place.role: _start_building(config, place, pools[place.pool]) for place in placed.values()}
+        groups = {place.role: _group(config, place, pools[place.pool], log) for place in placed.values()}
+        _wait_for(building.pop("data"), config.run.timeout_s)
+        # Mistakes in the data are told while models still load.
+        dataset = _opened(groups["data"], algorithm_class(config))
+        _wait_for({reference: doing for jobs in building.values() for reference, doing in jobs.items()}, config.run.timeout_s)
+        yield Launched(groups, placed, log, dataset)
         for worker in groups.values():
             worker.close()
     finally:
@@ -149,38 +177,50 @@ def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
         meeting_place: str = ray.get([process.meeting_place.remote() for process in pool.processes[:1]])[0]
-        joining: list[ray.ObjectRef[None]] = [process.connect.remote(meeting_place, timeout_s) for process in pool.processes]
-        _wait_for(joining, pool, doing=f"pool '{pool.name}': joining its ranks", timeout_s=timeout_s)
+        joining = [process.connect.remote(meeting_place, timeout_s) for process in pool.processes]
+        _wait_for(_named(f"joining the ranks of pool '{pool.name}'", pool, joining), timeout_s)
 
 
-def _create(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker:
-    """Build the workers of a role, all ranks at once, and the controller's stand-in for them."""
+def _start_building(config: Config, place: RolePlace, pool: Pool) -> Jobs:
+    """Let all ranks build their worker of a role."""
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
     logger.info("building %s on pool '%s' (%d ranks)", place.role, place.pool, place.size.num_ranks)
-    building: list[ray.ObjectRef[None]] = [
-        process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes
-    ]
-    _wait_for(building, pool, doing=f"building role '{place.role}'", timeout_s=config.run.timeout_s)
+    started = [process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes]
+    return _named(f"building role '{place.role}'", pool, started)
+
+
+def _named(doing: str, pool: Pool, references: Sequence[ray.ObjectRef[None]]) -> Jobs:
+    return {ref: f"{doing} on rank {rank} (node {pool.nodes[rank]})" for rank, ref in enumerate(references)}
+
+
+def _opened(data: Worker, algorithm: type[Algorithm]) -> DataSummary:
+    from hybridflow.workers.data import DataWorker
+
+    assert isinstance(data, DataWorker)
+    return data.open(algorithm.rows)
+
+
+def _group(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker:
+    """The controller's stand-in for the workers of a role."""
+    layout = place.worker_class.layout_of(config, place.size.num_ranks)
     return place.worker_class.group(GroupDispatcher(place.role, pool, layout, timeout_s=config.run.timeout_s, log=log))
 
 
-def _wait_for(references: Sequence[ray.ObjectRef[None]], pool: Pool, *, doing: str, timeout_s: float) -> None:
-    """Wait for all ranks; the first failure is raised at once, not when the slowest rank is done."""
-    rank_of = {reference: rank for rank, reference in enumerate(references)}
-    pending, deadline = list(references), time.monotonic() + timeout_s
+def _wait_for(jobs: Jobs, timeout_s: float) -> None:
+    """Wait for all; the first failure is raised at once, not when the slowest rank is done."""
+    pending, deadline = list(jobs), time.monotonic() + timeout_s
     while pending:
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        late = ", ".join(f"rank {rank_of[reference]} (node {pool.nodes[rank_of[reference]]})" for reference in pending)
         if not ready:
-            raise CallTimeoutError(f"{doing} has not ended after {timeout_s:g} s (run.timeout_s) on {late}")
+            late = "; ".join(jobs[reference] for reference in pending)
+            raise CallTimeoutError(f"not done after run.timeout_s={timeout_s:g}: {late}")
         try:
             ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, WorkerError) else error) from None
         except ray.exceptions.RayActorError as error:
-            rank = rank_of[ready[0]]
-            died = f"the process of rank {rank} died (killed, out of memory, or its node {pool.nodes[rank]} was lost)"
-            raise PlacementError(f"{doing} failed: {died}. Ray says: {error}") from None
+            died = "the process died (killed, out of memory, or its node was lost)"
+            raise PlacementError(f"{jobs[ready[0]]}: {died}. Ray says: {error}") from None
 
 
 def _environment(config: Config) -> dict[str, str]:

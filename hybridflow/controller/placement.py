@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from hybridflow.controller.rank_process import RankPlace, RankProcess
 from hybridflow.errors import PlacementError
 from hybridflow.workers.base import Worker
 
+logger = logging.getLogger("hybridflow")
+
+QUICK_PLACEMENT_S = 5.0
 # Long enough for a cluster that adds nodes on demand, short enough to say what is missing.
 PLACEMENT_TIMEOUT_S = 120.0
 
@@ -83,6 +87,8 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
     resources = {"CPU": 1.0} if size.is_cpu or device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
     bundles = [{kind: amount * size.ranks_per_node for kind, amount in resources.items()} for _ in range(size.nodes)]
     group = placement_group(bundles, strategy="STRICT_SPREAD" if size.nodes > 1 else "PACK", name=f"hybridflow-{name}")
+    if not group.wait(QUICK_PLACEMENT_S):
+        logger.info("pool '%s' waits for %s on %d node(s) of the cluster", name, _amounts(size, resources), size.nodes)
     if not group.wait(PLACEMENT_TIMEOUT_S):
         remove_placement_group(group)
         raise PlacementError(_shortage(name, size, resources))
@@ -115,12 +121,16 @@ def _start_rank(place: RankPlace, group: PlacementGroup, resources: Mapping[str,
     return cast("ActorHandle[RankProcess]", actor_class.remote(place))
 
 
+def _amounts(size: PoolSize, resources: Mapping[str, float]) -> str:
+    """What a pool takes of each node."""
+    return " and ".join(f"{amount * size.ranks_per_node:g} {kind}s" for kind, amount in resources.items())
+
+
 def _shortage(name: str, size: PoolSize, resources: Mapping[str, float]) -> str:
-    asked = " and ".join(f"{amount * size.ranks_per_node:g} {kind}s" for kind, amount in resources.items())
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     found = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
     return (
-        f"pool '{name}' asks for {size.nodes} node(s) with {asked} each. After {PLACEMENT_TIMEOUT_S:g} s the cluster had not "
-        f"given them; it has {len(nodes)} node(s): {found} (some may be in use). Make placement.pools.{name} smaller, add "
-        "nodes, or raise placement.cpu_slots where the cluster is started on this machine."
+        f"pool '{name}' asks for {size.nodes} node(s) with {_amounts(size, resources)} each. After {PLACEMENT_TIMEOUT_S:g} s "
+        f"the cluster had not given them; it has {len(nodes)} node(s): {found} (some may be in use). Make "
+        f"placement.pools.{name} smaller, add nodes, or raise placement.cpu_slots where the cluster is started on this machine."
     )

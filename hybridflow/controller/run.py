@@ -11,6 +11,7 @@ from hybridflow.config.schema import Config
 from hybridflow.controller.launch import algorithm_class, all_roles, cluster, launched
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import placement_lines
+from hybridflow.errors import ConfigError, Mistake
 
 logger = logging.getLogger("hybridflow")
 
@@ -23,14 +24,13 @@ def run(config: Config) -> None:
     """
     started = time.perf_counter()
     folder = Path(config.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(resolved_yaml(config))
     with cluster(config):
         for line in placement_lines(config, all_roles(config)):
             logger.info(line)
+        prepare_folder(folder, config)
         with launched(config) as groups:
             algorithm = algorithm_class(config)(config, groups.groups)
-            data = groups.data.open(algorithm.rows)
+            data = groups.dataset
             total_steps = config.run.total_steps or config.run.total_epochs * data.steps_per_epoch
             logger.info(
                 "%d training and %d validation prompts; %d steps", data.num_prompts, data.num_validation_prompts, total_steps
@@ -38,3 +38,16 @@ def run(config: Config) -> None:
             logger.info("ready for the first step after %.1f s", time.perf_counter() - started)
             Loop(config, groups, algorithm, total_steps=total_steps).run()
     logger.info("done: everything is in %s", folder)
+
+
+def prepare_folder(folder: Path, config: Config) -> None:
+    """Make the run's folder, with the resolved configuration in it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(resolved_yaml(config))
+    except OSError as error:
+        raise ConfigError([Mistake("run.folder", f"{folder} cannot be written: {error.strerror}. Choose another")]) from error

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.ray.pausing_workers import MARKER
+from tests.ray.processes import training, wait_until
 from tests.ray.runs import Toy, differences, metrics_of, state_digests, trained
 
 NUM_STEPS = 9
@@ -25,10 +19,6 @@ TRAINING = (
     "checkpoint.save_last=true",
 )
 LAST = f"checkpoints/step_{NUM_STEPS:06d}"
-RUN_ID = "HYBRIDFLOW_TEST_RUN"
-"""Marks the environment, and with it every process, of a run that will be killed."""
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Two idle processes of Ray's own that look for the rest of a killed cluster for a minute before they end."""
 
 
 @pytest.fixture(scope="module")
@@ -69,47 +59,9 @@ def test_every_step_changes_the_digests(uninterrupted: Path) -> None:
 
 
 def kill_where_it_pauses(toy: Toy, folder: Path, overrides: list[str]) -> None:
-    """Start the command, SIGKILL the driver where a worker pauses, and wait until nothing of the run is left."""
-    run_id = uuid.uuid4().hex
-    log = folder / "killed.log"
-    with log.open("w") as output:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "hybridflow.train", str(toy.config), f"run.folder={folder}", *overrides],
-            env={**os.environ, RUN_ID: run_id},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            wait_until((folder / MARKER).exists, lambda: f"the run did not come to its pause:\n{log.read_text()}")
-            assert len(processes_of(run_id)) > 5, "Ray's processes and those of the ranks carry the mark"
-        finally:
-            driver.send_signal(signal.SIGKILL)
-            driver.wait()
-    wait_until(lambda: not working(run_id), lambda: f"processes outlived their driver: {working(run_id)}", timeout_s=30)
-    for process in processes_of(run_id):
-        os.kill(process, signal.SIGKILL)
-
-
-def wait_until(condition: Callable[[], bool], problem: Callable[[], str], *, timeout_s: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, problem()
-        time.sleep(0.05)
-
-
-def working(run_id: str) -> list[str]:
-    """Command lines of the run's processes that hold memory or compute."""
-    return [command for command in processes_of(run_id).values() if not command.startswith(AGENTS)]
-
-
-def processes_of(run_id: str) -> dict[int, str]:
-    """Process id -> command line of every process whose environment has the mark."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{RUN_ID}={run_id}".encode() in (process / "environ").read_bytes():
-                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
-        except OSError:
-            continue  # it has ended, or is somebody else's
-    return found
+    """Start the command, SIGKILL the driver where a worker pauses, and see that nothing of the run goes on without it."""
+    with training([str(toy.config), f"run.folder={folder}", *overrides], folder / "killed.log") as run:
+        run.wait_for(folder / MARKER)
+        assert sum("RankProcess" in command for command in run.working()) == 2
+        run.kill()
+        wait_until(lambda: not run.working(), lambda: f"outlived the driver: {run.working()}", timeout_s=30)

@@ -1,0 +1,25 @@
+"""Parts that fail in the middle of a run."""
+
+from __future__ import annotations
+
+from hybridflow.algorithms.base import Algorithm
+from hybridflow.batch import Batch
+from hybridflow.metrics import Metrics
+from hybridflow.workers.actor import ActorWorker
+from hybridflow.workers.reward import RewardWorker
+from hybridflow.workers.rollout import RolloutWorker
+
+
+class DividesByZero(Algorithm):
+    """Fails on the controller, while its groups are busy."""
+
+    actor: ActorWorker
+    rollout: RolloutWorker
+    reward: RewardWorker
+
+    def collect(self, prompts: Batch) -> Batch:
+        self.rollout.generate.start(prompts)
+        raise ZeroDivisionError("one response to no prompts")
+
+    def learn(self, batch: Batch) -> Metrics:
+        return Metrics()

@@ -1,0 +1,88 @@
+"""Runs as processes of their own, which can be killed and must leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MARK = "HYBRIDFLOW_TEST_RUN"
+"""In the environment, and with it in that of every process that a run starts."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Two idle processes of Ray's own that look for the rest of a killed cluster for a minute before they end."""
+
+
+@dataclass
+class TrainingProcess:
+    """`python -m hybridflow.train` with everything that it has started."""
+
+    arguments: Sequence[str]
+    log: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        with self.log.open("w") as output:
+            self.driver = subprocess.Popen(
+                [sys.executable, "-m", "hybridflow.train", *self.arguments],
+                env={**os.environ, MARK: self.mark},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def wait_for(self, file: Path) -> None:
+        """Wait until the run has written this file."""
+        wait_until(lambda: file.exists() or self.driver.poll() is not None, lambda: f"no {file}:\n{self.log.read_text()}")
+        assert file.exists(), f"the run ended without {file}:\n{self.log.read_text()}"
+
+    def wait(self) -> int:
+        """Wait until the command has ended; returns its exit code."""
+        return self.driver.wait(timeout=120)
+
+    def kill(self) -> None:
+        """SIGKILL the command's own process, and no other."""
+        self.driver.kill()
+        self.driver.wait()
+
+    def working(self) -> list[str]:
+        """Command lines of the processes that compute or hold memory."""
+        return [command for command in self.processes().values() if not command.startswith(AGENTS)]
+
+    def processes(self) -> dict[int, str]:
+        """Process id -> command line of all that have the mark."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={self.mark}".encode() in (process / "environ").read_bytes():
+                    found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue  # it has ended, or is somebody else's
+        return found
+
+
+@contextmanager
+def training(arguments: Sequence[str], log: Path) -> Iterator[TrainingProcess]:
+    """A run as a process. Nothing that it has started is left after the block."""
+    process = TrainingProcess(arguments, log)
+    try:
+        yield process
+    finally:
+        for number in process.processes():
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        process.driver.wait()
+
+
+def wait_until(condition: Callable[[], bool], problem: Callable[[], str], *, timeout_s: float = 90.0) -> None:
+    """Wait for a condition; fails with the text of `problem` when it does not come."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, problem()
+        time.sleep(0.05)
