@@ -223,7 +223,7 @@ def explained_variance(metrics: Mapping[str, float], prefix: str = "") -> float:
     """1 - Var(returns - values) / Var(returns) over everything that `metrics` of a `ValueLoss` have counted.
 
     1 is a perfect critic, 0 one that knows the mean only. `prefix` stands before the metrics' names, such as `critic/`. NaN
-    where the returns vary by no more than float32 rounding, or have a standard deviation under 1e-4: no critic is judged by those.
+    where the returns vary by no more than float32 rounding, or by less than 1e-4 (standard deviation).
     """
     of = {name: metrics[f"{prefix}{name}"] for name in ("returns", "returns_sq", "value_error", "value_error_sq")}
     variance = of["returns_sq"] - of["returns"] ** 2
