@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybridflow import export, train
 from hybridflow.config.load import load_config
 from tests.ray.runs import Toy, metrics_of, trained
+from tests.toy import make_tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
 REAL_DATA = REPOSITORY.parent / "shared/data"
@@ -94,6 +96,18 @@ def test_an_adaptive_kl_coefficient_rises_while_the_kl_is_above_its_target(toy: 
     # Ziegler et al. 2019, arXiv:1909.08593, section 2.2: error clipped to 0.2, times 8 rows of a horizon of 100. Step 1 has
     # the reference's own policy and a KL of 0, so the error is -0.2; from step 2 on the KL is far above the target.
     assert coefficients == pytest.approx([0.1, 0.1 * (1 - 0.2 * 8 / 100), 0.1 * (1 - 0.2 * 8 / 100) * (1 + 0.2 * 8 / 100)])
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="NOT RUN: needs vLLM")
+def test_ppo_trains_with_vllm_in_its_process(toy: Toy, cluster: None, tmp_path: Path) -> None:
+    # vLLM's attention on a CPU wants heads of 32 dimensions.
+    model = make_tiny_model(tmp_path / "model", num_attention_heads=2, num_key_value_heads=1)
+    settings = ("rollout.engine=vllm", "rollout.cpu_cache_gib=0.25", f"model.path={model}")
+    lines = trained(toy, tmp_path / "run", *settings)
+    assert all(line["agreement/max"] < 1e-4 for line in lines)
+    assert lines[1]["kl/mean"] != 0, "the second step generated with the weights of the first"
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,3 +225,30 @@ def test_closing_ends_the_engine_and_fails_what_was_not_answered() -> None:
     assert engine.is_closed
     with pytest.raises(EngineError, match="was closed"):
         thread.submit([request(1)])
+
+
+class NotesThreads(CountingEngine):
+    """Notes how many threads OpenMP would use in the thread that steps it, before torch has run anything there."""
+
+    def add(self, request: Request) -> None:
+        self.num_threads = openmp_threads()
+        super().add(request)
+
+
+def openmp_threads() -> int:
+    """What OpenMP's own library says of this thread; torch would change it by being asked."""
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in Path(line).name}
+    libraries = [ctypes.CDLL(path) for path in sorted(paths) if "libgomp" in path or "libiomp" in path]
+    return int(libraries[0].omp_get_max_threads())
+
+
+def test_the_engine_runs_on_as_many_threads_as_its_process_was_given() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 5)
+    try:
+        thread = EngineThread(engine := NotesThreads())
+        thread.generate([request(1)])
+        thread.close()
+        assert engine.num_threads == openmp_threads() == before + 5
+    finally:
+        torch.set_num_threads(before)
