@@ -225,6 +225,11 @@ def _prepare_process(spec: EngineSpec) -> None:
     if dist.is_initialized():
         os.environ["RANK"] = str(dist.get_rank())
         os.environ["LOCAL_RANK"] = str(spec.device.index or 0)
+        # vLLM's ranks meet on the CPU in shared memory under this name; without it, two runs on one machine, or a run and
+        # what a killed one left behind, would meet too.
+        first_pid = torch.tensor([os.getpid()])
+        dist.broadcast(first_pid, src=0)
+        os.environ["VLLM_DIST_IDENT"] = f"hybridflow-{first_pid.item()}"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
