@@ -98,9 +98,9 @@ class EngineThread:
     def _run(self) -> None:
         if self._engine.spec.device.type == "cuda":
             torch.cuda.set_device(self._engine.spec.device)  # the current device belongs to a thread
-        # So does OpenMP's number of threads, which a new thread takes from OMP_NUM_THREADS, not from set_num_threads; vLLM's
-        # kernels on the CPU plan with the one and run with the other.
-        torch.set_num_threads(torch.get_num_threads())
+        # So does OpenMP's number of threads, which a new thread takes from OMP_NUM_THREADS until torch, at its first call,
+        # hands it that of the process; vLLM's kernels on the CPU plan with the one and run with the other.
+        torch.get_num_threads()
         try:
             while self._wait_for_work():
                 if self._unanswered:  # none where all that was submitted was refused
