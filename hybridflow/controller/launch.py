@@ -227,4 +227,7 @@ def _environment(config: Config) -> dict[str, str]:
     """What every rank's process is started with."""
     environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": str(config.run.seed)}
     # Threads that wait for others spin by default, and take the cores from the ranks beside them.
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | environment
+    environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
+    # How many threads add up a sum changes its last digits: a number that the user gives holds on every machine.
+    num_threads = os.environ.get("OMP_NUM_THREADS", "")
+    return environment | ({"OMP_NUM_THREADS": num_threads} if num_threads.isdigit() and int(num_threads) else {})

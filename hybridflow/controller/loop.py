@@ -107,22 +107,33 @@ class Loop:
         Raises:
             CheckpointError: the checkpoint is damaged, or is of another number of roles.
         """
-        source = {"auto": self.store.latest(), "never": None}.get(
-            self.config.checkpoint.resume, Path(self.config.checkpoint.resume)
-        )
+        source = self.resume_source()
         if source is None:
             return 0
         self.store.verify(source)
         state = self.store.read_state(source)
         for role, worker in self.launched.groups.items():
             if not (source / role).is_dir():
-                raise CheckpointError(f"{source} has no state of role '{role}'; it was written by a run with other roles")
+                raise CheckpointError(
+                    f"{source} has no state of role '{role}'; it was written by a run with other roles. To start from its "
+                    "weights alone, export them and give that folder as the model's path"
+                )
             worker.restore(str(source / role))
         self.algorithm.load_state_dict({name: float(str(value)) for name, value in state.algorithm.items()})
         logger.info("resumed from %s, after step %d of %d", source, state.step, self.total_steps)
         if state.step >= self.total_steps:
             logger.info("nothing is left to train; raise run.total_steps or run.total_epochs to go on")
         return state.step
+
+    def resume_source(self) -> Path | None:
+        """The checkpoint that `checkpoint.resume` names, None where there is none. Others are not looked at."""
+        match self.config.checkpoint.resume:
+            case "auto":
+                return self.store.latest()
+            case "never":
+                return None
+            case path:
+                return Path(path)
 
     def is_due(self, step: int, every_steps: int, *, and_last: bool) -> bool:
         """Whether something that happens every `every_steps` steps (0: never) is due after `step`."""

@@ -108,7 +108,9 @@ class RankProcess:
         from hybridflow.parallel.mesh import init_process_group
 
         if self.place.device_type == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.place.ranks_per_node))
+            # Ray sets OMP_NUM_THREADS in every worker, so only what the run was started with counts.
+            share = max(1, (os.cpu_count() or 1) // self.place.ranks_per_node)
+            torch.set_num_threads(int(self.place.environment.get("OMP_NUM_THREADS", share)))
         os.environ["LOCAL_RANK"] = str(self.place.rank % self.place.ranks_per_node)
         init_process_group(
             rank=self.place.rank,
