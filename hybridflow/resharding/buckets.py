@@ -1,97 +1,113 @@
-"""Flat buckets: which rows of which tensor stand where in the buffers that travel. Pure Python.
+"""Flat buckets: which block of which tensor travels from whom to whom, and where it stands in the buffers. Pure Python.
 
-A bucket of n shards is a buffer of shape [n, shard_elements]. Row s holds the rows that rank s trains of every tensor of
-the bucket, one tensor after the other at the same offsets in every row, so that one all-gather fills it and a tensor is
-one strided view of it. Rows of short or empty chunks are padded at their end.
+A bucket is a few tensors that travel together. Each trainer rank (a shard) has some rows of every tensor; each engine
+rank wants a box of it, and engine ranks that want the same boxes want the same part. What one shard has of one part is a
+segment: a flat run of elements, block after block in the order of the tensors, that travels as one message.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
 
-from hybridflow.resharding.layout import chunk
+from hybridflow.resharding.layout import Box, shard_box
 
 ALIGNMENT_BYTES = 16
-"""Every tensor starts at a multiple of this, so that its bits can be read as wider words."""
+"""Every block starts at a multiple of this, so that its bits can be read as wider words."""
+Part = Mapping[str, Box]
+"""What an engine reads of the tensors that it does not read whole, by name."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one tensor in a bucket."""
+    """A tensor of a bucket."""
 
     name: str
     shape: tuple[int, ...]
-    offset: int
-    """Elements before it in each shard's row."""
-    num_shards: int
+    boxes: tuple[Box, ...]
+    """What each part has of it."""
 
-    @property
-    def num_rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def row_elements(self) -> int:
-        return prod(self.shape[1:])
-
-    @property
-    def shard_elements(self) -> int:
-        """Elements of a full chunk, as many as every shard's row reserves."""
-        return -(-self.num_rows // self.num_shards) * self.row_elements
-
-    def rows(self, shard: int) -> tuple[int, int]:
-        """First and last row (exclusive) of the tensor that `shard` trains."""
-        return chunk(self.num_rows, self.num_shards, shard)
+    def block(self, shard: int, num_shards: int, part: int) -> Box | None:
+        """What shard number `shard` has of `part`."""
+        held = shard_box(self.shape, num_shards, shard)
+        return held.intersect(self.boxes[part]) if held is not None else None
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Tensors that travel together."""
+class Block:
+    """A block of a tensor and its place in a flat run of elements."""
 
-    slots: tuple[Slot, ...]
-    shard_elements: int
-    """Elements of each shard's row, padding included."""
-    num_shards: int
+    slot: Slot
+    box: Box
+    offset: int
 
-    @property
-    def num_elements(self) -> int:
-        return self.shard_elements * self.num_shards
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks one after the other."""
+
+    blocks: tuple[Block, ...]
+    num_elements: int
+    """With the gaps that alignment leaves."""
+
+    @staticmethod
+    def of(blocks: Sequence[tuple[Slot, Box]], alignment: int) -> Segment:
+        """Every block at a multiple of `alignment` elements."""
+        placed: list[Block] = []
+        filled = 0
+        for slot, box in blocks:
+            placed.append(Block(slot, box, filled))
+            filled += -(-box.num_elements // alignment) * alignment
+        return Segment(tuple(placed), filled)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything both ends must agree on: made once from names and shapes."""
+    """Everything both ends must agree on: made once from names, shapes and parts."""
 
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[tuple[Slot, ...], ...]
     num_shards: int
+    part_of: tuple[int, ...]
+    """Number of the part that each engine rank reads."""
     dtype: str
     """`bfloat16` or `float32`: of the weights as they travel."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
         """All tensors in the order in which they arrive."""
-        return tuple(slot for bucket in self.buckets for slot in bucket.slots)
+        return tuple(slot for bucket in self.buckets for slot in bucket)
 
-    def to_json(self) -> str:
-        """For the other end."""
-        buckets = [
-            [[slot.name, list(slot.shape), slot.offset] for slot in bucket.slots] + [bucket.shard_elements]
-            for bucket in self.buckets
-        ]
-        return json.dumps({"num_shards": self.num_shards, "dtype": self.dtype, "buckets": buckets})
+    @property
+    def num_parts(self) -> int:
+        return max(self.part_of) + 1
 
-    @staticmethod
-    def from_json(text: str | bytes) -> Plan:
-        """The plan that `to_json` wrote."""
-        read = json.loads(text)
-        num_shards = read["num_shards"]
-        buckets = tuple(
-            Bucket(tuple(Slot(name, tuple(shape), offset, num_shards) for name, shape, offset in slots), size, num_shards)
-            for *slots, size in read["buckets"]
-        )
-        return Plan(buckets, num_shards, read["dtype"])
+    @property
+    def _alignment(self) -> int:
+        return ALIGNMENT_BYTES // itemsize(self.dtype)
+
+    def segment(self, bucket: int, shard: int, part: int) -> Segment:
+        """What one shard has of one part of a bucket."""
+        blocks = [(slot, slot.block(shard, self.num_shards, part)) for slot in self.buckets[bucket]]
+        return Segment.of([(slot, box) for slot, box in blocks if box is not None], self._alignment)
+
+    def assembled(self, bucket: int, part: int) -> Segment:
+        """All of one part of a bucket, tensor after tensor."""
+        return Segment.of([(slot, slot.boxes[part]) for slot in self.buckets[bucket]], self._alignment)
+
+    @cached_property
+    def boxes(self) -> dict[tuple[str, Box], int]:
+        """The distinct boxes that are read, numbered in the order of tensors and parts."""
+        distinct = dict.fromkeys((slot.name, box) for slot in self.slots for box in slot.boxes)
+        return {key: number for number, key in enumerate(distinct)}
+
+    def bytes_missing(self, part: int, shard: int | None) -> int:
+        """The fewest bytes that an engine rank can receive: its part, less what the same process trains as `shard`."""
+        missing = 0
+        for slot in self.slots:
+            own = slot.block(shard, self.num_shards, part) if shard is not None else None
+            missing += slot.boxes[part].num_elements - (own.num_elements if own is not None else 0)
+        return missing * itemsize(self.dtype)
 
 
 def itemsize(dtype: str) -> int:
@@ -99,21 +115,30 @@ def itemsize(dtype: str) -> int:
     return {"bfloat16": 2, "float32": 4}[dtype]
 
 
-def plan_buckets(shapes: Iterable[tuple[str, tuple[int, ...]]], *, num_shards: int, dtype: str, bucket_bytes: int) -> Plan:
-    """Tensors in their order, as many to a bucket as fit `bucket_bytes`; a larger tensor gets its own."""
-    alignment = ALIGNMENT_BYTES // itemsize(dtype)
-    most = bucket_bytes // itemsize(dtype) // num_shards
-    buckets: list[Bucket] = []
-    slots: list[Slot] = []
+def plan_buckets(
+    shapes: Sequence[tuple[str, tuple[int, ...]]], parts: Sequence[Part], *, num_shards: int, dtype: str, bucket_bytes: int
+) -> Plan:
+    """Tensors in their order, as many to a bucket as fit `bucket_bytes` of an engine rank; a larger one gets its own.
+
+    `parts` has one entry for each engine rank.
+    """
+    distinct = list({tuple(sorted(part.items())): part for part in parts}.values())
+    buckets: list[list[Slot]] = [[]]
     filled = 0
     for name, shape in shapes:
-        slot = Slot(name, shape, filled, num_shards)
-        size = -(-slot.shard_elements // alignment) * alignment
-        if slots and filled + size > most:
-            buckets.append(Bucket(tuple(slots), filled, num_shards))
-            slots, filled, slot = [], 0, Slot(name, shape, 0, num_shards)
-        slots.append(slot)
+        whole = Box.whole(shape)
+        slot = Slot(name, shape, tuple(part.get(name, whole) for part in distinct))
+        size = max(_bytes_received(slot, part, num_shards, dtype) for part in range(len(distinct)))
+        if buckets[-1] and filled + size > bucket_bytes:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(slot)
         filled += size
-    if slots:
-        buckets.append(Bucket(tuple(slots), filled, num_shards))
-    return Plan(tuple(buckets), num_shards, dtype)
+    return Plan(tuple(map(tuple, buckets)), num_shards, tuple(distinct.index(part) for part in parts), dtype)
+
+
+def _bytes_received(slot: Slot, part: int, num_shards: int, dtype: str) -> int:
+    """What `slot` takes of the buffer of a rank that reads `part`, with the gaps."""
+    alignment = ALIGNMENT_BYTES // itemsize(dtype)
+    blocks = [slot.block(shard, num_shards, part) for shard in range(num_shards)]
+    return sum(-(-block.num_elements // alignment) * ALIGNMENT_BYTES for block in blocks if block is not None)

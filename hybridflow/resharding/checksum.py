@@ -8,9 +8,9 @@ copied to the host but these numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +18,20 @@ import torch
 
 from hybridflow.resharding.replay import Replay
 
+K = TypeVar("K", bound=Hashable)
+"""What names a tensor."""
 WORDS_AT_ONCE = 1 << 23
 """Words multiplied at a time: bounds the temporary to 64 MiB."""
 
 
-class Fingerprints:
+class Fingerprints(Generic[K]):
     """Fingerprints of a fixed list of tensors, which are shown to it one at a time, whole or in parts of their rows."""
 
-    def __init__(self, shapes: Sequence[tuple[str, tuple[int, ...]]], *, dtype: torch.dtype, device: torch.device):
+    def __init__(self, shapes: Sequence[tuple[K, tuple[int, ...]]], *, dtype: torch.dtype, device: torch.device):
         self.names = tuple(name for name, _ in shapes)
         rows = np.array([_matrix_shape(shape)[0] for _, shape in shapes], np.int64)
         ends = np.cumsum(rows)
-        self._starts: Mapping[str, int] = dict(zip(self.names, (ends - rows).tolist(), strict=True))
+        self._starts: Mapping[K, int] = dict(zip(self.names, (ends - rows).tolist(), strict=True))
         self._ends, self._starts_on_device = torch.from_numpy(ends).to(device), torch.from_numpy(ends - rows).to(device)
         row_of = np.arange(rows.sum()) - np.repeat(ends - rows, rows)
         self._row_weights = torch.from_numpy(odd_numbers(int(rows.max(initial=0)), stream=1)[row_of]).to(device)
@@ -37,8 +39,8 @@ class Fingerprints:
         self._column_weights = torch.from_numpy(odd_numbers(widest, stream=2)).to(device)
         self._row_sums = torch.zeros(int(rows.sum()), dtype=torch.int64, device=device)
         self._dtype = dtype
-        self._seen: set[str] = set()
-        self._replays: dict[tuple[str, ...], Replay] = {}
+        self._seen: set[K] = set()
+        self._replays: dict[tuple[K, ...], Replay] = {}
 
     def begin(self) -> None:
         """Forget what was shown."""
@@ -46,16 +48,16 @@ class Fingerprints:
         self._seen.clear()
 
     @property
-    def unseen(self) -> tuple[str, ...]:
+    def unseen(self) -> tuple[K, ...]:
         """Tensors not shown since `begin`."""
         return tuple(name for name in self.names if name not in self._seen)
 
-    def add(self, name: str, tensor: torch.Tensor, *, first_row: int = 0) -> None:
+    def add(self, name: K, tensor: torch.Tensor, *, first_row: int = 0) -> None:
         """Show a tensor, or consecutive rows of it that begin at `first_row`."""
         self._check(name, tensor)
         self._sum_rows(name, tensor, first_row)
 
-    def add_all(self, parts: Sequence[tuple[str, torch.Tensor, int]]) -> None:
+    def add_all(self, parts: Sequence[tuple[K, torch.Tensor, int]]) -> None:
         """Show many (name, tensor, first row) at once. Cheap where the same ones, at the same addresses, come every time."""
         for name, tensor, _ in parts:
             self._check(name, tensor)
@@ -67,12 +69,12 @@ class Fingerprints:
         replay = self._replays.setdefault(tuple(name for name, _, _ in parts), Replay())
         replay.run(sum_all, [tensor for _, tensor, _ in parts])
 
-    def _check(self, name: str, tensor: torch.Tensor) -> None:
+    def _check(self, name: K, tensor: torch.Tensor) -> None:
         assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}, fingerprints are of {self._dtype}"
         self._seen.add(name)
 
     @torch.no_grad()
-    def _sum_rows(self, name: str, tensor: torch.Tensor, first_row: int) -> None:
+    def _sum_rows(self, name: K, tensor: torch.Tensor, first_row: int) -> None:
         if not tensor.numel():
             return
         words_RC = _words(tensor)
@@ -93,35 +95,6 @@ class Fingerprints:
         running = torch.cumsum(self._row_sums * self._row_weights, dim=0)
         running = torch.cat([running.new_zeros(1), running])
         return running[self._ends] - running[self._starts_on_device]
-
-
-@dataclass(frozen=True)
-class Region:
-    """The part of a tensor that one tensor rank of an engine holds."""
-
-    dim: int
-    start: int
-    length: int
-
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The region, as a view."""
-        return whole.narrow(self.dim, self.start, self.length)
-
-
-def region_held(shape: Sequence[int], held_shape: Sequence[int], *, tensor_rank: int, num_tensor_ranks: int) -> Region | None:
-    """Which region of a tensor of `shape` rank `tensor_rank` of an engine holds, told by the shape of its part; None for
-    the whole. Where parts are larger than an even cut (fewer key-value heads than ranks), neighbours hold the same part;
-    a part that is smaller is the last one, cut short (a vocabulary that is padded to an even cut).
-    """
-    if tuple(shape) == tuple(held_shape):
-        return None
-    dims = [dim for dim, (size, held) in enumerate(zip(shape, held_shape, strict=True)) if size != held]
-    assert len(dims) == 1, f"an engine that holds {tuple(held_shape)} of {tuple(shape)} cuts more than one dim"
-    size, length = shape[dims[0]], held_shape[dims[0]]
-    if length * num_tensor_ranks < size:
-        return Region(dims[0], size - length, length)
-    sharing = num_tensor_ranks * length // size
-    return Region(dims[0], tensor_rank // sharing * length, length)
 
 
 def odd_numbers(count: int, *, stream: int) -> npt.NDArray[np.int64]:

@@ -60,12 +60,35 @@ class Box:
         stop = tuple(map(min, self.stop, other.stop))
         return Box(start, stop) if all(low < high for low, high in zip(start, stop, strict=True)) else None
 
+    def between(self, dim: int, low: int, high: int) -> Box:
+        """This box with other bounds along `dim`."""
+        start = (*self.start[:dim], low, *self.start[dim + 1 :])
+        return Box(start, (*self.stop[:dim], high, *self.stop[dim + 1 :]))
+
     def part(self, dim: int, num_parts: int, index: int) -> Box:
         """Chunk `index` of this box along `dim`."""
         low, high = chunk(self.stop[dim] - self.start[dim], num_parts, index)
-        offset = self.start[dim]
-        start = (*self.start[:dim], offset + low, *self.start[dim + 1 :])
-        return Box(start, (*self.stop[:dim], offset + high, *self.stop[dim + 1 :]))
+        return self.between(dim, self.start[dim] + low, self.start[dim] + high)
+
+    def within(self, outer: Box) -> Box:
+        """The same block, counted from the start of `outer`."""
+        return Box(
+            tuple(here - there for here, there in zip(self.start, outer.start, strict=True)),
+            tuple(here - there for here, there in zip(self.stop, outer.start, strict=True)),
+        )
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """To index a tensor with."""
+        return tuple(map(slice, self.start, self.stop))
+
+
+def shard_box(shape: tuple[int, ...], num_shards: int, shard: int) -> Box | None:
+    """What FSDP2 gives shard number `shard`: rows of dim 0, or None for none. A number without dims is the first shard's."""
+    if not shape:
+        return Box((), ()) if shard == 0 else None
+    box = Box.whole(shape).part(0, num_shards, shard)
+    return box if box.num_elements else None
 
 
 class WeightLayout(Protocol):
@@ -97,8 +120,7 @@ class FsdpLayout:
         return range(self.first_rank, self.first_rank + self.num_ranks)
 
     def box(self, tensor: TensorSpec, rank: int) -> Box | None:
-        box = Box.whole(tensor.shape).part(0, self.num_ranks, rank - self.first_rank)
-        return box if box.num_elements else None
+        return shard_box(tensor.shape, self.num_ranks, rank - self.first_rank)
 
     def replica(self, rank: int) -> int:
         return 0

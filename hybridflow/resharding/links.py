@@ -1,9 +1,9 @@
-"""How a bucket's shards reach the rank that assembles them: from this process, by an all-gather among ranks that both
-train and generate, or by broadcasts from a pool that trains to a pool that generates."""
+"""How a bucket's segments reach the ranks that read them: by an all-gather or by messages among ranks that both train and
+generate, or by broadcasts from a pool that trains to a pool that generates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol, cast
@@ -18,7 +18,6 @@ except ImportError:  # torch before 2.13 knows the same function by its older na
     from torch.distributed import all_gather_into_tensor as all_gather_single
 
 from hybridflow.errors import EngineError
-from hybridflow.resharding.buckets import Bucket, Slot
 
 
 class Work(Protocol):
@@ -38,40 +37,48 @@ class Broadcaster(Protocol):
 
 
 @dataclass
-class Arriving:
-    """A bucket under way."""
+class UnderWay:
+    """Messages of one bucket that were started."""
 
-    flat: torch.Tensor
-    """Shape [shards, shard_elements]; valid after `wait`."""
     works: list[Work] = field(default_factory=list)
     bytes_received: int = 0
 
     def wait(self) -> None:
-        """Make what follows see the bucket."""
+        """Make what follows see what was received, and leave what was sent."""
         for work in self.works:
             work.wait()
         self.works.clear()
 
-    def tensor(self, slot: Slot) -> torch.Tensor:
-        """The whole tensor of `slot`: a view where its rows stand in order, else a copy."""
-        padded = self.flat[:, slot.offset : slot.offset + slot.shard_elements].reshape(-1, *slot.shape[1:])
-        return padded[: slot.num_rows].view(slot.shape)
 
+def gather(segments: Sequence[torch.Tensor], own: int, group: dist.ProcessGroup) -> UnderWay:
+    """Every rank's segment to every rank, without waiting. On CUDA it runs in NCCL's own stream beside what follows.
 
-def gather(packed: torch.Tensor, into: torch.Tensor, group: dist.ProcessGroup) -> Arriving:
-    """All-gather of every rank's row, without waiting. On CUDA it runs in NCCL's own stream beside what follows."""
-    arriving = Arriving(into, bytes_received=packed.nbytes * (group.size() - 1))
-    work = all_gather_single(into.view(-1), packed, group=group, async_op=True)
+    `segments` are equally long neighbours in one buffer, that of this rank, number `own`, filled in.
+    """
+    length = len(segments[0])
+    into = segments[0].as_strided((length * len(segments),), (1,))
+    work = all_gather_single(into, segments[own], group=group, async_op=True)
     assert work is not None, "this rank is not in the group"
-    arriving.works.append(work)
-    return arriving
+    return UnderWay([work], (len(segments) - 1) * segments[0].nbytes)
 
 
-def receive(bucket: Bucket, into: torch.Tensor, groups: Sequence[Broadcaster]) -> Arriving:
-    """Every trainer's row, each from the group that it shares with all receivers, without waiting."""
-    assert len(groups) == bucket.num_shards, "one group per shard"
-    works = [group.broadcast(into[shard], 0) for shard, group in enumerate(groups)]
-    return Arriving(into, works, into.nbytes)
+def exchange(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], group: dist.ProcessGroup) -> UnderWay:
+    """One message to each rank of the group in `outgoing` and one from each in `incoming`, without waiting."""
+    operations = []
+    for rank in range(group.size()):
+        peer = dist.get_global_rank(group, rank)
+        if rank in outgoing:
+            operations.append(dist.P2POp(dist.isend, outgoing[rank], peer, group))
+        if rank in incoming:
+            operations.append(dist.P2POp(dist.irecv, incoming[rank], peer, group))
+    works = dist.batch_isend_irecv(operations) if operations else []
+    return UnderWay([*works], sum(segment.nbytes for segment in incoming.values()))
+
+
+def receive(segments: Sequence[torch.Tensor], groups: Sequence[Broadcaster]) -> UnderWay:
+    """Every trainer's segment, each from the group that it shares with the ranks that read the same, without waiting."""
+    works = [group.broadcast(segment, 0) for segment, group in zip(segments, groups, strict=True) if len(segment)]
+    return UnderWay(works, sum(segment.nbytes for segment in segments))
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,30 @@
-"""Carrying a sync out: trained shards into flat buckets, buckets to where the engine is, full tensors to the engine,
-and fingerprints of both ends compared.
+"""Carrying a sync out: trained shards into flat segments, segments to where the engine is, tensors to the engine, and
+fingerprints of both ends compared.
 
-While the engine loads one bucket the next one is on its way: its collective is started before the engine is given the
-first tensor, so two buckets exist at any time.
+While the engine loads one bucket the next one is on its way: its messages are started before the engine is given the first
+tensor, so two buckets exist at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from hybridflow.resharding.buckets import Bucket, Plan, Slot, plan_buckets
-from hybridflow.resharding.checksum import Fingerprints
-from hybridflow.resharding.links import Arriving, Broadcaster, TransferStore, gather, receive
-from hybridflow.resharding.replay import Replay
+from hybridflow.resharding.buckets import Part, Plan, plan_buckets
+from hybridflow.resharding.layout import Box
+from hybridflow.resharding.links import Broadcaster, TransferStore, UnderWay, exchange, gather, receive
+from hybridflow.resharding.pack import Assembler, NamedTensors, Packer, flat_runs, storage_bytes
 from hybridflow.resharding.timeline import Timeline
-from hybridflow.resharding.verify import DTYPES, Arrivals, HeldWeights, Place, compare
+from hybridflow.resharding.verify import DTYPES, HeldWeights, Place, Verifier
+from hybridflow.resharding.window import rehearse
 
-NamedTensors = Sequence[tuple[str, torch.Tensor]]
+Shapes = Sequence[tuple[str, tuple[int, ...]]]
 
 
 class WeightTarget(Protocol):
@@ -48,7 +50,10 @@ class SyncSettings:
     """Compare fingerprints after each sync."""
     device: torch.device
     place: Place
-    """For messages, and for which part of a weight the engine of this rank holds."""
+
+    def plan(self, shapes: Shapes, parts: Sequence[Part], num_shards: int) -> Plan:
+        """How weights of these shapes travel to ranks that read these parts."""
+        return plan_buckets(shapes, parts, num_shards=num_shards, dtype=self.dtype, bucket_bytes=self.bucket_bytes)
 
 
 @dataclass(frozen=True)
@@ -56,69 +61,16 @@ class SyncReport:
     """What one sync cost on one rank."""
 
     bytes_received: int = 0
-    """Over the wire, padding of uneven shards included."""
+    """From other processes, padding included."""
+    bytes_missing: int = 0
+    """The fewest that this rank could have received: what its engine reads and its trainer does not hold."""
     num_tensors: int = 0
+    buffer_bytes: int = 0
+    """Kept from sync to sync for what travels."""
     unreadable: tuple[str, ...] = ()
     """Tensors that the engine keeps in a form that cannot be compared bit by bit."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of `gather`, `transfer`, `load` and `checksum`, where they occur."""
-
-
-class Shards:
-    """One trainer rank's part of every tensor, ready to be packed."""
-
-    def __init__(self, plan: Plan, shard: int, settings: SyncSettings):
-        self.plan, self.shard, self.settings = plan, shard, settings
-        self.dtype = DTYPES[plan.dtype]
-        shapes = [(slot.name, slot.shape) for slot in plan.slots]
-        self.fingerprints = Fingerprints(shapes, dtype=self.dtype, device=settings.device) if settings.verify else None
-        self.packing = {bucket: Replay() for bucket in plan.buckets}
-
-    @torch.no_grad()
-    def pack(self, bucket: Bucket, tensors: dict[str, torch.Tensor], into: torch.Tensor, timeline: Timeline) -> None:
-        """Cast this rank's rows of a bucket into a flat row of shape [shard_elements]."""
-        rows = [self.rows(slot, tensors) for slot in bucket.slots]
-        views = [
-            into[slot.offset : slot.offset + part.numel()].view(part.shape)
-            for slot, part in zip(bucket.slots, rows, strict=True)
-        ]
-        self.packing[bucket].run(lambda: torch._foreach_copy_(views, rows), [into, *rows])
-        timeline.mark("gather")
-        self.show(list(zip(bucket.slots, views, strict=True)), timeline)
-
-    def show(self, packed: Sequence[tuple[Slot, torch.Tensor]], timeline: Timeline) -> None:
-        """Take fingerprints of what leaves."""
-        if self.fingerprints is None:
-            return
-        self.fingerprints.add_all([(slot.name, rows, slot.rows(self.shard)[0]) for slot, rows in packed])
-        timeline.mark("checksum")
-
-    @torch.no_grad()  # in which DTensor.to_local does not go through autograd, ten times slower
-    def rows(self, slot: Slot, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The rows of a tensor that this rank answers for; of a tensor that is whole on every rank, an equal share."""
-        tensor = tensors[slot.name]
-        start, stop = slot.rows(self.shard)
-        if not isinstance(tensor, DTensor):
-            return tensor[start:stop].detach() if slot.shape else tensor.detach()
-        assert all(placement == Shard(0) for placement in tensor.placements), f"{slot.name} is cut as {tensor.placements}"
-        local = tensor.to_local().detach()
-        assert len(local) == stop - start, f"{slot.name}: rank {self.shard} holds {len(local)} rows, not {stop - start}"
-        return local
-
-
-class Buffers:
-    """Two flat buffers that take turns, each as large as the largest bucket of its turn needs."""
-
-    def __init__(self, plan: Plan, device: torch.device, *, rows: int):
-        dtype = DTYPES[plan.dtype]
-        self.rows = rows
-        sizes = [max((bucket.shard_elements for bucket in plan.buckets[turn::2]), default=0) for turn in (0, 1)]
-        self.flat = [torch.empty(rows * size, dtype=dtype, device=device) for size in sizes]
-
-    def of(self, index: int, bucket: Bucket) -> torch.Tensor:
-        """The buffer of bucket number `index`: shape [rows, shard_elements]."""
-        flat = self.flat[index % 2][: self.rows * bucket.shard_elements]
-        return flat.view(self.rows, bucket.shard_elements)
 
 
 class ColocatedSync:
@@ -126,14 +78,9 @@ class ColocatedSync:
 
     def __init__(self, settings: SyncSettings, group: dist.ProcessGroup | None):
         self.settings, self.group = settings, group
-        self.shards: Shards | None = None
-        self.arrivals: Arrivals | None = None
-        self.buffers: tuple[Buffers, Buffers] | None = None
-
-    @property
-    def plan(self) -> Plan | None:
+        self.plan: Plan | None = None
         """How the weights travel; known after the first sync."""
-        return self.shards.plan if self.shards else None
+        self.shard, self.part = 0, 0
 
     def sync(self, tensors: NamedTensors, target: WeightTarget) -> SyncReport:
         """Give the engine the trainer's current weights. Every rank of the group calls this.
@@ -141,111 +88,150 @@ class ColocatedSync:
         Raises:
             WeightMismatchError: what the engine holds afterwards differs from what was trained.
         """
-        shards, arrivals = self._prepared(tensors, target)
+        if self.plan is None:
+            self.plan = self._prepare(tensors, target)
         timeline = Timeline(self.settings.device)
+        if self.packer.fingerprints is not None:
+            self.packer.fingerprints.begin()
+            self.verifier.begin()
         named = dict(tensors)
-        deliver = Delivery(shards.plan, arrivals, timeline, part="gather")
-        if shards.plan.num_shards == 1 and all(self._is_ready(tensor) for tensor in named.values()):
-            target.load_weights(self._as_they_are(shards, arrivals, named, timeline))
+        deliver = Delivery(self.assembler, self.verifier if self.settings.verify else None, timeline, part="gather")
+        if self._is_ready(named.values()):
+            target.load_weights(self._as_they_are(named, timeline))
         else:
-            target.load_weights(deliver.tensors(self._start(shards, named, timeline)))
+            target.load_weights(deliver.tensors(lambda bucket: self._start(bucket, named, timeline)))
         timeline.mark("load")
-        if shards.fingerprints is not None:
-            trained = _summed(shards.fingerprints, self.group if shards.plan.num_shards > 1 else None)
-            compare(trained, arrivals, target.held_weights(), self.settings.place)
+        if self.packer.fingerprints is not None:
+            trained = self.packer.fingerprints.finish()
+            if self.plan.num_shards > 1:
+                dist.all_reduce(trained, group=self.group)
+            self.verifier.compare(trained, target.held_weights())
             timeline.mark("checksum")
-        return SyncReport(deliver.bytes_received, len(named), arrivals.unreadable, timeline.seconds())
+        return SyncReport(
+            bytes_received=deliver.bytes_received,
+            bytes_missing=self.plan.bytes_missing(self.part, self.shard),
+            num_tensors=len(named),
+            buffer_bytes=self.buffer_bytes,
+            unreadable=self.verifier.unreadable,
+            seconds=timeline.seconds(),
+        )
 
-    def _prepared(self, tensors: NamedTensors, target: WeightTarget) -> tuple[Shards, Arrivals]:
-        if self.shards is None or self.arrivals is None:
-            is_cut = self.group is not None and any(isinstance(tensor, DTensor) for _, tensor in tensors)
-            shard, num_shards = (self.group.rank(), self.group.size()) if self.group is not None and is_cut else (0, 1)
-            plan = _plan(tensors, num_shards, self.settings)
-            self.shards = Shards(plan, shard, self.settings)
-            self.arrivals = Arrivals(plan, self.settings.device, self.settings.place)
-        if self.shards.fingerprints is not None:
-            self.shards.fingerprints.begin()
-            self.arrivals.begin(target.held_weights())
-        return self.shards, self.arrivals
+    def _prepare(self, tensors: NamedTensors, target: WeightTarget) -> Plan:
+        """Agree on the plan with the other ranks, and make the buffers."""
+        settings, num_shards = self.settings, 1
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
+        parts = [_part_read(target, shapes, settings)]
+        if self.group is not None and any(isinstance(tensor, DTensor) for _, tensor in tensors):
+            self.shard, num_shards = self.group.rank(), self.group.size()
+            parts *= num_shards
+            dist.all_gather_object(parts, parts[0], group=self.group)
+        plan = settings.plan(shapes, parts, num_shards)
+        self.part = plan.part_of[self.shard]
+        equal = plan.num_parts == 1
+        self.assembler = Assembler(plan, self.part, equal_lengths=equal, device=settings.device)
+        others = [part for part in range(plan.num_parts) if part != self.part]
+        lengths = [
+            [plan.segment(bucket, self.shard, part).num_elements for part in others] for bucket in range(len(plan.buckets))
+        ]
+        self.outgoing = flat_runs(lengths, turns=2, dtype=plan.dtype, device=settings.device)
+        self.buffer_bytes = self.assembler.buffer_bytes + storage_bytes(self.outgoing)
+        for bucket, runs in enumerate(self.outgoing):  # of its own part, a rank packs straight into what it receives
+            runs.insert(self.part, self.assembler.received[bucket][self.shard])
+        self.packer = Packer(plan, self.shard, self.outgoing, takes_fingerprints=settings.verify)
+        self.verifier = Verifier(plan, self.part, target.held_weights(), device=settings.device, place=settings.place)
+        return plan
 
-    def _is_ready(self, tensor: torch.Tensor) -> bool:
-        return tensor.dtype == DTYPES[self.settings.dtype] and tensor.device == self.settings.device
+    def _is_ready(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Whether the engine can copy straight from the trained tensors: one rank, one dtype, one device."""
+        settings = self.settings
+        assert self.plan is not None
+        return self.plan.num_shards == 1 and all(
+            tensor.dtype == DTYPES[settings.dtype] and tensor.device == settings.device for tensor in tensors
+        )
 
-    def _as_they_are(
-        self, shards: Shards, arrivals: Arrivals, tensors: dict[str, torch.Tensor], timeline: Timeline
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """One rank, one dtype, one device: the engine copies straight from the trained tensors."""
-        for slot in shards.plan.slots:
-            rows = shards.rows(slot, tensors)
+    def _as_they_are(self, tensors: Mapping[str, torch.Tensor], timeline: Timeline) -> Iterator[tuple[str, torch.Tensor]]:
+        assert self.plan is not None
+        for slot in self.plan.slots:
+            whole, _ = self.packer.rows(slot, tensors[slot.name])
+            held = whole[slot.boxes[self.part].slices]
             timeline.mark("load")
-            shards.show([(slot, rows)], timeline)
-            arrivals.show(slot.name, rows)
-            yield slot.name, rows
+            if self.packer.fingerprints is not None:
+                self.packer.fingerprints.add((slot.name, slot.boxes[self.part]), held)
+                self.verifier.show(slot.name, held)
+                timeline.mark("checksum")
+            yield slot.name, self.assembler.as_engine_reads(slot, held)
 
-    def _start(self, shards: Shards, tensors: dict[str, torch.Tensor], timeline: Timeline) -> Callable[[int, Bucket], Arriving]:
-        plan, device = shards.plan, self.settings.device
-        if self.buffers is None:  # kept, since the recorded launches hold their addresses
-            packing = Buffers(plan, device, rows=1)
-            self.buffers = packing, Buffers(plan, device, rows=plan.num_shards) if plan.num_shards > 1 else packing
-        packing, gathering = self.buffers
-
-        def start(index: int, bucket: Bucket) -> Arriving:
-            packed = packing.of(index, bucket)
-            shards.pack(bucket, tensors, packed[0], timeline)
-            if plan.num_shards == 1:
-                return Arriving(packed)
-            assert self.group is not None
-            return gather(packed[0], gathering.of(index, bucket), self.group)
-
-        return start
+    def _start(self, bucket: int, tensors: Mapping[str, torch.Tensor], timeline: Timeline) -> UnderWay:
+        """Pack a bucket and send it on its way."""
+        self.packer.pack(bucket, tensors, timeline)
+        plan, received = self.assembler.plan, self.assembler.received[bucket]
+        if plan.num_shards == 1:
+            return UnderWay()
+        assert self.group is not None
+        if plan.num_parts == 1:
+            return gather(received, self.shard, self.group)
+        others = [rank for rank in range(plan.num_shards) if rank != self.shard]
+        outgoing = {rank: self.outgoing[bucket][plan.part_of[rank]] for rank in others}
+        lengths = {rank: plan.segment(bucket, self.shard, plan.part_of[rank]).num_elements for rank in others}
+        return exchange(
+            {rank: segment[: lengths[rank]] for rank, segment in outgoing.items() if lengths[rank]},
+            {rank: received[rank] for rank in others if len(received[rank])},
+            self.group,
+        )
 
 
 class WeightSender:
-    """One trainer rank of a pool whose weights go to another pool. Each rank sends its own shards to all receivers, so
+    """One trainer rank of a pool whose weights go to another pool. Each rank sends its own rows to all receivers, so
     nothing is gathered on this side and the load is spread over all trainers."""
 
     def __init__(self, settings: SyncSettings, store: TransferStore, *, rank: int, num_ranks: int):
         self.settings, self.store, self.rank, self.num_ranks = settings, store, rank, num_ranks
-        self.shards: Shards | None = None
-        self.group: Broadcaster | None = None
-        self.buffers: Buffers | None = None
+        self.packer: Packer | None = None
+        self.outgoing: list[list[torch.Tensor]] = []
+        self.groups: list[Broadcaster] = []
+        """By part: this rank and the receivers that read it."""
 
-    def connect(self, tensors: NamedTensors) -> None:
-        """Publish names and shapes, and join the group of this rank with all receivers."""
+    def connect(self, tensors: NamedTensors) -> Packer:
+        """Publish names and shapes, learn what the receivers read, and join the groups of this rank with them."""
         is_cut = any(isinstance(tensor, DTensor) for _, tensor in tensors)
         assert is_cut or self.num_ranks == 1, "several ranks send, but hold whole tensors"
-        plan = _plan(tensors, self.num_ranks, self.settings)
-        self.shards = Shards(plan, self.rank, self.settings)
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
         if self.rank == 0:
-            self.store.put("plan", plan.to_json())
-        num_receivers = int(self.store.get("num_receivers"))
-        self.group = self.store.group(f"shard{self.rank}", 0, num_receivers + 1)
+            self.store.put("weights", json.dumps({"shapes": shapes, "num_shards": self.num_ranks}))
+        plan = self.settings.plan(shapes, _parts_from(self.store), self.num_ranks)
+        for part in range(plan.num_parts):
+            self.groups.append(self.store.group(f"shard{self.rank}part{part}", 0, 1 + plan.part_of.count(part)))
+        segments = [
+            [plan.segment(bucket, self.rank, part).num_elements for part in range(plan.num_parts)]
+            for bucket in range(len(plan.buckets))
+        ]
+        self.outgoing = flat_runs(segments, turns=2, dtype=plan.dtype, device=self.settings.device)
+        return Packer(plan, self.rank, self.outgoing, takes_fingerprints=self.settings.verify)
 
     def send(self, tensors: NamedTensors) -> SyncReport:
         """Send the current weights. Every rank of the pool calls this while every receiver receives."""
-        if self.shards is None or self.group is None:
-            self.connect(tensors)
-        assert self.shards is not None and self.group is not None
-        if self.shards.fingerprints is not None:
-            self.shards.fingerprints.begin()
+        packer = self.packer = self.packer or self.connect(tensors)
+        if packer.fingerprints is not None:
+            packer.fingerprints.begin()
         timeline = Timeline(self.settings.device)
         named = dict(tensors)
-        buffers = self.buffers = self.buffers or Buffers(self.shards.plan, self.settings.device, rows=1)
-        under_way: list[Arriving] = []
-        for index, bucket in enumerate(self.shards.plan.buckets):
+        under_way: list[UnderWay] = []
+        for bucket, segments in enumerate(self.outgoing):
             if len(under_way) == 2:
                 under_way.pop(0).wait()  # its buffer is packed again now
                 timeline.mark("transfer")
-            packed = buffers.of(index, bucket)
-            self.shards.pack(bucket, named, packed[0], timeline)
-            under_way.append(Arriving(packed, [self.group.broadcast(packed[0], 0)]))
-        for arriving in under_way:
-            arriving.wait()
+            packer.pack(bucket, named, timeline)
+            pairs = zip(segments, self.groups, strict=True)
+            under_way.append(UnderWay([group.broadcast(segment, 0) for segment, group in pairs if len(segment)]))
+        for messages in under_way:
+            messages.wait()
         timeline.mark("transfer")
-        if self.shards.fingerprints is not None:
-            self.group.broadcast(self.shards.fingerprints.finish(), 0).wait()
+        if packer.fingerprints is not None:
+            trained = packer.fingerprints.finish()
+            for group in self.groups:
+                group.broadcast(trained, 0).wait()
             timeline.mark("checksum")
-        return SyncReport(num_tensors=len(named), seconds=timeline.seconds())
+        return SyncReport(num_tensors=len(named), buffer_bytes=storage_bytes(self.outgoing), seconds=timeline.seconds())
 
 
 class WeightReceiver:
@@ -255,17 +241,28 @@ class WeightReceiver:
         self.settings, self.store, self.rank = settings, store, rank
         if rank == 0:
             store.put("num_receivers", str(num_ranks))
-        self.num_ranks = num_ranks
         self.plan: Plan | None = None
-        self.buffers: Buffers | None = None
         self.groups: list[Broadcaster] = []
-        self.arrivals: Arrivals | None = None
+        """By shard: the trainer rank and the receivers that read what this one reads."""
 
-    def connect(self) -> None:
-        """Learn names and shapes, and join a group with each sender."""
-        self.plan = plan = Plan.from_json(self.store.get("plan"))
-        self.groups = [self.store.group(f"shard{shard}", self.rank + 1, self.num_ranks + 1) for shard in range(plan.num_shards)]
-        self.arrivals = Arrivals(plan, self.settings.device, self.settings.place)
+    def connect(self, target: WeightTarget) -> Plan:
+        """Learn names and shapes, say what the engine reads of them, and join a group with each sender."""
+        weights = json.loads(self.store.get("weights"))
+        shapes = [(name, tuple(shape)) for name, shape in weights["shapes"]]
+        own = _part_read(target, shapes, self.settings)
+        boxes = {name: [box.start, box.stop] for name, box in own.items()}
+        self.store.put(f"part_of_receiver{self.rank}", json.dumps(boxes))
+        plan = self.settings.plan(shapes, _parts_from(self.store), weights["num_shards"])
+        part = plan.part_of[self.rank]
+        alike = [rank for rank, other in enumerate(plan.part_of) if other == part]
+        self.groups = [
+            self.store.group(f"shard{shard}part{part}", 1 + alike.index(self.rank), 1 + len(alike))
+            for shard in range(plan.num_shards)
+        ]
+        self.assembler = Assembler(plan, part, equal_lengths=False, device=self.settings.device)
+        held = target.held_weights()
+        self.verifier = Verifier(plan, part, held, device=self.settings.device, place=self.settings.place)
+        return plan
 
     def receive(self, target: WeightTarget) -> SyncReport:
         """Give the engine what the senders send.
@@ -273,67 +270,69 @@ class WeightReceiver:
         Raises:
             WeightMismatchError: what the engine holds afterwards differs from what was trained.
         """
-        if self.plan is None or self.arrivals is None:
-            self.connect()
-        assert self.plan is not None and self.arrivals is not None
+        if self.plan is None:
+            self.plan = self.connect(target)
         if self.settings.verify:
-            self.arrivals.begin(target.held_weights())
+            self.verifier.begin()
         timeline = Timeline(self.settings.device)
-        buffers = self.buffers = self.buffers or Buffers(self.plan, self.settings.device, rows=self.plan.num_shards)
-        deliver = Delivery(self.plan, self.arrivals, timeline, part="transfer")
-        target.load_weights(deliver.tensors(lambda index, bucket: receive(bucket, buffers.of(index, bucket), self.groups)))
+        deliver = Delivery(self.assembler, self.verifier if self.settings.verify else None, timeline, part="transfer")
+        target.load_weights(deliver.tensors(lambda bucket: receive(self.assembler.received[bucket], self.groups)))
         timeline.mark("load")
         if self.settings.verify:
-            trained = self._trained_fingerprints()
-            compare(trained, self.arrivals, target.held_weights(), self.settings.place)
+            self.verifier.compare(self._trained_fingerprints(len(self.plan.boxes)), target.held_weights())
             timeline.mark("checksum")
-        return SyncReport(deliver.bytes_received, len(self.plan.slots), self.arrivals.unreadable, timeline.seconds())
+        return SyncReport(
+            bytes_received=deliver.bytes_received,
+            bytes_missing=self.plan.bytes_missing(self.assembler.part, None),
+            num_tensors=len(self.plan.slots),
+            buffer_bytes=self.assembler.buffer_bytes,
+            unreadable=self.verifier.unreadable,
+            seconds=timeline.seconds(),
+        )
 
-    def _trained_fingerprints(self) -> torch.Tensor:
-        assert self.plan is not None
-        shape = (len(self.groups), len(self.plan.slots))
-        parts = torch.zeros(shape, dtype=torch.int64, device=self.settings.device)
-        for work in [group.broadcast(parts[shard], 0) for shard, group in enumerate(self.groups)]:
+    def _trained_fingerprints(self, num_boxes: int) -> torch.Tensor:
+        sums = torch.zeros(len(self.groups), num_boxes, dtype=torch.int64, device=self.settings.device)
+        for work in [group.broadcast(sums[shard], 0) for shard, group in enumerate(self.groups)]:
             work.wait()
-        return parts.sum(0)
+        return sums.sum(0)
 
 
 class Delivery:
     """Hands the tensors of arriving buckets out, one bucket ahead on the wire."""
 
-    def __init__(self, plan: Plan, arrivals: Arrivals, timeline: Timeline, *, part: str):
-        self.plan, self.arrivals, self.timeline, self.part = plan, arrivals, timeline, part
+    def __init__(self, assembler: Assembler, verifier: Verifier | None, timeline: Timeline, *, part: str):
+        self.assembler, self.verifier, self.timeline, self.part = assembler, verifier, timeline, part
         self.bytes_received = 0
 
-    def tensors(self, start: Callable[[int, Bucket], Arriving]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full tensors in the order of the plan; each is valid until the next one is asked for."""
-        buckets = self.plan.buckets
-        arriving = start(0, buckets[0])
-        for index, bucket in enumerate(buckets):
-            following = start(index + 1, buckets[index + 1]) if index + 1 < len(buckets) else None
+    def tensors(self, start: Callable[[int], UnderWay]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors in the order of the plan, as the engine reads them; each is valid until the next one is asked for."""
+        last = len(self.assembler.received) - 1
+        arriving = start(0)
+        for bucket in range(last + 1):
+            following = start(bucket + 1) if bucket < last else UnderWay()
             arriving.wait()
             self.bytes_received += arriving.bytes_received
+            held = self.assembler.assemble(bucket)
             self.timeline.mark(self.part)
-            for slot in bucket.slots:
-                whole = arriving.tensor(slot)
-                if whole.data_ptr() != arriving.flat.data_ptr() + slot.offset * whole.element_size():
-                    self.timeline.mark(self.part)
-                if self.arrivals.show(slot.name, whole):
+            for slot, tensor in held:
+                if self.verifier is not None and self.verifier.show(slot.name, tensor):
                     self.timeline.mark("checksum")
-                yield slot.name, whole
+                yield slot.name, self.assembler.as_engine_reads(slot, tensor)
             self.timeline.mark("load")
-            if following is not None:
-                arriving = following
+            arriving = following
 
 
-def _plan(tensors: NamedTensors, num_shards: int, settings: SyncSettings) -> Plan:
-    shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
-    return plan_buckets(shapes, num_shards=num_shards, dtype=settings.dtype, bucket_bytes=settings.bucket_bytes)
+def _part_read(target: WeightTarget, shapes: Shapes, settings: SyncSettings) -> Part:
+    """What the engine of this rank reads of the tensors that it does not read whole."""
+    if not settings.place.is_cut:
+        return {}
+    return rehearse(target.load_weights, shapes, dtype=DTYPES[settings.dtype], device=settings.device)
 
 
-def _summed(fingerprints: Fingerprints, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Fingerprints of whole tensors, from those of every rank's rows."""
-    sums = fingerprints.finish()
-    if group is not None:
-        dist.all_reduce(sums, group=group)
-    return sums
+def _parts_from(store: TransferStore) -> list[Part]:
+    """What each receiver reads, once all have said so."""
+    read = [json.loads(store.get(f"part_of_receiver{rank}")) for rank in range(int(store.get("num_receivers")))]
+    return [
+        {name: Box(tuple(start), tuple(stop)) for name, (start, stop) in cast(dict[str, list[list[int]]], part).items()}
+        for part in read
+    ]

@@ -178,7 +178,8 @@ class Engine(ABC):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights by full tensors under their Hugging Face names, and forget cached prefixes.
 
-        Tensors may be views of a buffer that is reused once the iterator advances.
+        Tensors may be views of a buffer that is reused once the iterator advances. Of those that an engine with tensor
+        parallelism cuts by one slice, later loads may hold that slice only (resharding/window.py).
 
         Raises:
             EngineError: requests are unfinished; a weight is unknown or has another shape; or some were not given.

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
+from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.sampling_params import RequestOutputKind
 
 from hybridflow.errors import EngineError
+from hybridflow.parallel.layout import Layout
 from hybridflow.registry import nearest
 from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
 from hybridflow.rollout.expected_weights import ExpectedWeights
@@ -32,6 +35,7 @@ logger = logging.getLogger("hybridflow")
 
 MOST_ELEMENTS_READ_BACK = 1 << 18
 """Of a weight that the CPU kernels have packed: reading it back is a matrix product, which larger ones are not worth."""
+SHARED_MEMORY = Path("/dev/shm")
 FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -50,7 +54,7 @@ class VllmEngine(Engine):
             "vLLM: loading %s, %s", spec.model, "eager" if arguments["enforce_eager"] else "compiling, capturing CUDA graphs"
         )
         _prepare_process(spec)
-        with _kept_random_state():  # vLLM seeds the generators of the whole process
+        with _kept_random_state(), _groups_of(spec.layout):  # vLLM seeds the generators of the whole process
             self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         _quieten()
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
@@ -166,6 +170,7 @@ class VllmEngine(Engine):
 
     def wake(self) -> None:
         if self.spec.can_sleep and self.spec.device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM maps its memory anew, past torch's allocator and what that keeps unused
             self.engine.wake_up()
 
     def close(self) -> None:
@@ -225,12 +230,38 @@ def _prepare_process(spec: EngineSpec) -> None:
     if dist.is_initialized():
         os.environ["RANK"] = str(dist.get_rank())
         os.environ["LOCAL_RANK"] = str(spec.device.index or 0)
-        # vLLM's ranks meet on the CPU in shared memory under this name; without it, two runs on one machine, or a run and
-        # what a killed one left behind, would meet too.
-        first_pid = torch.tensor([os.getpid()])
-        dist.broadcast(first_pid, src=0)
-        os.environ["VLLM_DIST_IDENT"] = f"hybridflow-{first_pid.item()}"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+@contextmanager
+def _groups_of(layout: Layout) -> Iterator[None]:
+    """Have an engine that is built in this block make its groups of the ranks that our layout gives it.
+
+    vLLM numbers the ranks of an engine one after the other and has no option for another order.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    make_group = parallel_state.init_model_parallel_group
+    ranks = sorted(range(dist.get_world_size()), key=lambda rank: (layout.data_rank(rank), layout.tensor_rank(rank)))
+    # Ranks of an engine on the CPU meet in shared memory under this name, which vLLM makes from the address of the process
+    # group and so leaves empty here: two runs on one machine, or a run and what a killed one left behind, would meet too.
+    first_pid = torch.tensor([os.getpid()])
+    dist.broadcast(first_pid, src=0)
+    meeting_name = f"hybridflow-{first_pid.item()}"
+
+    def make_group_of_ours(group_ranks: list[list[int]], *args: object, **kwargs: object) -> object:
+        os.environ["VLLM_DIST_IDENT"] = meeting_name
+        return make_group([[ranks[number] for number in group] for group in group_ranks], *args, **kwargs)
+
+    parallel_state.init_model_parallel_group = make_group_of_ours
+    try:
+        yield
+    finally:
+        parallel_state.init_model_parallel_group = make_group
+    dist.barrier()
+    for memory in SHARED_MEMORY.glob(f"{meeting_name}-*"):  # all have opened it; vLLM leaves it behind at the end
+        memory.unlink(missing_ok=True)
 
 
 def _quieten() -> None:

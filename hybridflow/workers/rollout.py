@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from hybridflow import registry
 from hybridflow.batch import Batch, Ragged
+from hybridflow.config.pools import parse_pool
+from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config
 from hybridflow.errors import ConfigError, Mistake
 from hybridflow.parallel.layout import Layout
@@ -85,7 +87,10 @@ class RolloutWorker(Worker):
             divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
             problem = f"found {tensor}, which does not divide the {num_ranks} ranks of the pool. Use one of {divisors}"
             raise ConfigError([Mistake("rollout.tensor_parallel", problem)])
-        return Layout(data=num_ranks // tensor, tensor=tensor)
+        per_node = parse_pool(config.placement.pools[pool_of("rollout", config)]).ranks_per_node
+        # The paper's groups (section 5.3): what a rank trains then lies inside what it generates with, on one node.
+        interval = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1
+        return Layout(data=num_ranks // tensor, tensor=tensor, tensor_interval=interval)
 
     @remote("split_by_data_rank")
     def generate(self, batch: Batch, *, sampling: Sampling | None = None) -> Batch:

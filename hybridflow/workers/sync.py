@@ -58,8 +58,13 @@ class RolloutSync:
         if self.colocated is None:
             self.colocated = ColocatedSync(sync_settings(self.config, self.context), self.context.group)
         with self.engine.paused() as engine:
+            if self.context.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # what came before has been reported with the calls that took it
             report = self.colocated.sync(actor.named_tensors(), engine)
             metrics = as_metrics(report)
+            if self.context.device.type == "cuda":
+                peak_gib = torch.cuda.max_memory_allocated() / 2**30
+                metrics += Metrics({"sync/peak_allocated_gib": Metric(peak_gib, kind="max")})
             self.num_syncs += 1
             is_due = self.num_syncs <= PROBED_SYNCS or report.unreadable
             if is_due and self.config.rollout.verify_weights and isinstance(actor, ScoresRows):
@@ -123,13 +128,12 @@ def sync_settings(config: Config, context: RankContext) -> SyncSettings:
     dtype = config.rollout.dtype
     if dtype == "auto":
         dtype = "bfloat16" if context.device.type == "cuda" else "float32"
-    layout = context.layout
     return SyncSettings(
         dtype=dtype,
         bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
         verify=config.rollout.verify_weights,
         device=context.device,
-        place=Place(context.role, context.rank, layout.tensor_rank(context.rank), layout.tensor),
+        place=Place(context.role, context.rank, is_cut=context.layout.tensor > 1),
     )
 
 
@@ -138,6 +142,8 @@ def as_metrics(report: SyncReport, *, prefix: str = "sync/") -> Metrics:
     metrics = {f"{prefix}seconds_{part}": Metric(seconds, kind="max") for part, seconds in report.seconds.items()}
     metrics[f"{prefix}seconds"] = Metric(sum(report.seconds.values()), kind="max")
     metrics[f"{prefix}bytes_received"] = Metric(float(report.bytes_received))
+    metrics[f"{prefix}bytes_missing"] = Metric(float(report.bytes_missing))
+    metrics[f"{prefix}buffer_gib"] = Metric(report.buffer_bytes / 2**30, kind="max")
     metrics[f"{prefix}tensors_unreadable"] = Metric(float(len(report.unreadable)), kind="max")
     return Metrics(metrics)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,19 +16,20 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig
+from hybridflow.config.schema import Config, DataConfig, ModelConfig, PlacementConfig, RolloutConfig
 from hybridflow.errors import WeightMismatchError
-from hybridflow.resharding.layout import FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout
+from hybridflow.resharding.layout import Box, FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout
 from hybridflow.resharding.links import host_transfer, join_transfer
 from hybridflow.resharding.schedule import schedule
-from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings, WeightReceiver, WeightSender
+from hybridflow.resharding.transfer import ColocatedSync, SyncSettings, WeightReceiver, WeightSender
 from hybridflow.resharding.verify import Place
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.rollout import RolloutWorker
+from tests.toy import make_tiny_model
 
 CPU = torch.device("cpu")
-EVEN = {"embed": (96, 16), "q": (48, 48), "norm": (48,), "down": (48, 96)}
+EVEN = {"embed": (96, 16), "q": (48, 48), "norm": (96,), "down": (48, 96)}
 """Cut without padding by 2, 3 and 4 ranks: chunks are multiples of 16 bytes."""
 UNEVEN = {"embed": (7, 5), "scale": (1,), "bias": (3,), "q": (8, 8), "conv": (5, 3, 2), "large": (131, 9)}
 """Short and empty chunks, rows of odd bytes, and a tensor larger than a bucket."""
@@ -49,17 +52,27 @@ class FakeEngine:
 
 
 class TensorParallelEngine(FakeEngine):
-    """Holds a half of the rows of q and of the columns of down."""
+    """One of two tensor ranks: a half of the rows of q, of the columns of down, of the vocabulary; and it may be wrong."""
 
-    def __init__(self, tensor_rank: int):
-        super().__init__(EVEN | {"q": (24, 48), "down": (48, 48)})
-        self.tensor_rank = tensor_rank
+    DIMS: ClassVar[dict[str, int]] = {"q": 0, "down": 1, "embed": 0}
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], tensor_rank: int, *, doubles: str = ""):
+        super().__init__(shapes)
+        self.tensor_rank, self.doubles = tensor_rank, doubles
+        for name in self.DIMS:
+            self.weights[name] = self.part(name, self.weights[name]).clone()
+
+    def part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        dim = self.DIMS.get(name)
+        if dim is None:
+            return tensor
+        first = -(-tensor.shape[dim] // 2)
+        return tensor.narrow(dim, 0, first) if self.tensor_rank == 0 else tensor.narrow(dim, first, tensor.shape[dim] - first)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        dims = {"q": 0, "down": 1}
-        super().load_weights(
-            (name, tensor.chunk(2, dims[name])[self.tensor_rank] if name in dims else tensor) for name, tensor in weights
-        )
+        super().load_weights((name, self.part(name, tensor)) for name, tensor in weights)
+        if self.doubles:
+            self.weights[self.doubles].mul_(2)
 
 
 def whole_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
@@ -72,8 +85,8 @@ def sharded(tensors: dict[str, torch.Tensor], num_ranks: int) -> list[tuple[str,
     return [(name, distribute_tensor(tensor, mesh, [Shard(0)])) for name, tensor in tensors.items()]
 
 
-def settings(rank: int, *, tensor_rank: int = 0, num_tensor_ranks: int = 1) -> SyncSettings:
-    place = Place("rollout", rank, tensor_rank, num_tensor_ranks)
+def settings(rank: int, *, is_cut: bool = False) -> SyncSettings:
+    place = Place("rollout", rank, is_cut=is_cut)
     return SyncSettings(dtype="bfloat16", bucket_bytes=2048, verify=True, device=CPU, place=place)
 
 
@@ -130,32 +143,67 @@ def sync_with_a_forgetful_second_rank(rank: int, num_ranks: int) -> None:
         sync.sync(tensors, engine)
 
 
-def sync_to_tensor_parallel_engines(rank: int, num_ranks: int) -> None:
-    tensors = sharded(whole_tensors(EVEN, 0), num_ranks)
-    engine = TensorParallelEngine(rank)
-    ColocatedSync(settings(rank, tensor_rank=rank, num_tensor_ranks=2), dist.group.WORLD).sync(tensors, engine)
-    assert torch.equal(engine.weights["down"], whole_tensors(EVEN, 0)["down"].bfloat16().chunk(2, 1)[rank])
-    swapped = TensorParallelEngine(1 - rank)
-    with pytest.raises(WeightMismatchError, match=r"2 of 4 tensors differ .*: q, down"):
-        ColocatedSync(settings(rank, tensor_rank=rank, num_tensor_ranks=2), dist.group.WORLD).sync(tensors, swapped)
+class Halves:
+    """The layout of tensor-parallel engines on `num_ranks` ranks; the tensor rank of each is `tensor_rank_of[rank]`."""
+
+    def __init__(self, tensor_rank_of: list[int]):
+        self.tensor_rank_of = tensor_rank_of
+
+    @property
+    def ranks(self) -> range:
+        return range(len(self.tensor_rank_of))
+
+    def box(self, tensor: TensorSpec, rank: int) -> Box | None:
+        dim = TensorParallelEngine.DIMS.get(tensor.name)
+        whole = Box.whole(tensor.shape)
+        return whole if dim is None else whole.part(dim, 2, self.tensor_rank_of[rank])
+
+    def replica(self, rank: int) -> int:
+        return rank
+
+
+def sync_to_tensor_parallel_engines(rank: int, num_ranks: int, *, tensor_rank_of: list[int]) -> None:
+    sync = ColocatedSync(settings(rank, is_cut=True), dist.group.WORLD)
+    engine = TensorParallelEngine(EVEN, tensor_rank_of[rank])
+    for seed in (0, 1):
+        tensors = whole_tensors(EVEN, seed)
+        report = sync.sync(sharded(tensors, num_ranks), engine)
+        assert_holds(engine, {name: engine.part(name, tensor) for name, tensor in tensors.items()})
+        assert report.unreadable == ()
+        specs = [TensorSpec(name, shape, itemsize=2) for name, shape in EVEN.items()]
+        predicted = schedule(FsdpLayout(num_ranks=num_ranks), Halves(tensor_rank_of), specs).bytes_received(rank)
+        assert report.bytes_received == report.bytes_missing == predicted
+    wrong = TensorParallelEngine(EVEN, tensor_rank_of[rank], doubles="down")
+    with pytest.raises(WeightMismatchError, match=r"1 of 4 tensors differ .*: down"):
+        ColocatedSync(settings(rank, is_cut=True), dist.group.WORLD).sync(sharded(tensors, num_ranks), wrong)
+
+
+def sync_uneven_to_tensor_parallel_engines(rank: int, num_ranks: int) -> None:
+    shapes = UNEVEN | {"down": (3, 11)}
+    sync, engine = ColocatedSync(settings(rank, is_cut=True), dist.group.WORLD), TensorParallelEngine(shapes, rank % 2)
+    for seed in (0, 1):
+        tensors = whole_tensors(shapes, seed)
+        sync.sync(sharded(tensors, num_ranks), engine)
+        assert_holds(engine, {name: engine.part(name, tensor) for name, tensor in tensors.items()})
 
 
 def sync_what_a_rank_altered_on_the_way(rank: int, num_ranks: int) -> None:
     """Rank 1 sends other rows of `large` than it trains: every rank must notice."""
 
     class Altering(ColocatedSync):
-        def _start(self, shards, tensors, timeline):
-            if rank == 1:
-                show = shards.show
+        def _start(self, bucket, tensors, timeline):
+            pack = self.packer.pack
 
-                def show_then_alter(packed, timeline):
-                    show(packed, timeline)
-                    for slot, rows in packed:
-                        if slot.name == "large":
-                            rows.mul_(2)
+            def pack_then_alter(bucket, tensors, timeline):
+                pack(bucket, tensors, timeline)
+                if rank == 1 and self.plan.buckets[bucket][0].name == "large":
+                    self.assembler.received[bucket][1].mul_(2)
 
-                shards.show = show_then_alter
-            return super()._start(shards, tensors, timeline)
+            self.packer.pack = pack_then_alter
+            try:
+                return super()._start(bucket, tensors, timeline)
+            finally:
+                self.packer.pack = pack
 
     with pytest.raises(WeightMismatchError, match=rf"1 of 6 tensors .* rollout rank {rank}: large"):
         Altering(settings(rank), dist.group.WORLD).sync(sharded(whole_tensors(UNEVEN, 0), num_ranks), FakeEngine(UNEVEN))
@@ -174,20 +222,32 @@ def test_a_mismatch_names_tensor_and_rank_on_the_rank_that_has_it(tmp_path: Path
     on_ranks(2, sync_with_a_forgetful_second_rank, tmp_path)
 
 
-def test_tensor_parallel_engines_are_compared_by_their_parts(tmp_path: Path):
-    on_ranks(2, sync_to_tensor_parallel_engines, tmp_path)
+@pytest.mark.parametrize(
+    "tensor_rank_of", [[0, 1], [0, 1, 0, 1], [0, 0, 1, 1]], ids=["one engine", "consecutive groups", "groups at interval 2"]
+)
+def test_tensor_parallel_engines_receive_what_the_schedule_lists_and_hold_their_parts(
+    tmp_path: Path, tensor_rank_of: list[int]
+):
+    on_ranks(len(tensor_rank_of), partial(sync_to_tensor_parallel_engines, tensor_rank_of=tensor_rank_of), tmp_path)
+
+
+def test_uneven_shards_arrive_at_tensor_parallel_engines(tmp_path: Path):
+    on_ranks(3, sync_uneven_to_tensor_parallel_engines, tmp_path)
 
 
 def test_weights_altered_on_the_way_are_noticed_on_every_rank(tmp_path: Path):
     on_ranks(2, sync_what_a_rank_altered_on_the_way, tmp_path)
 
 
-def sync_workers(rank: int, num_ranks: int, *, model: str) -> None:
-    """Real workers: an actor cut over the ranks, an engine on each. The probe compares log-probabilities."""
+def sync_workers(rank: int, num_ranks: int, *, model: str, engine: str = "torch", tensor_parallel: int = 1) -> None:
+    """Real workers: an actor and engines, both cut over the ranks. The probe compares log-probabilities."""
     config = Config(
         model=ModelConfig(path=model),
         data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),
-        rollout=RolloutConfig(engine="torch", max_requests=4, cpu_cache_gib=0.1, sync_bucket_mib=1),
+        rollout=RolloutConfig(
+            engine=engine, tensor_parallel=tensor_parallel, max_requests=4, cpu_cache_gib=0.1, sync_bucket_mib=1
+        ),
+        placement=PlacementConfig(pools={"main": f"1x{num_ranks}"}),
     )
     roles: dict[str, Worker] = {}
     for role, kind in (("actor", ActorWorker), ("rollout", RolloutWorker)):
@@ -203,7 +263,10 @@ def sync_workers(rank: int, num_ranks: int, *, model: str) -> None:
         metrics = rollout.sync_weights()
         assert rollout.weight_sync.probe_difference is not None and rollout.weight_sync.probe_difference < 1e-4
         assert metrics["sync/tensors_unreadable"] == 0
-        assert metrics["sync/bytes_received"] > 0
+        weight_bytes = sum(tensor.numel() * 4 for _, tensor in actor.named_tensors())
+        others = (num_ranks - 1) / num_ranks
+        assert metrics["sync/bytes_received"] == metrics["sync/bytes_missing"] <= others * weight_bytes
+        assert tensor_parallel == 1 or metrics["sync/bytes_received"] < 0.75 * others * weight_bytes
     rollout.close()
 
 
@@ -211,7 +274,17 @@ def test_engines_agree_with_an_actor_that_is_cut_over_two_ranks(tmp_path: Path, 
     on_ranks(2, partial(sync_workers, model=tiny_model), tmp_path)
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="NOT RUN: vLLM is not installed")
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_vllm_engines_cut_in_two_agree_with_an_actor_that_is_cut_over_all_ranks(tmp_path: Path, num_ranks: int):
+    model = make_tiny_model(tmp_path / "model", hidden_size=128)
+    on_ranks(num_ranks, partial(sync_workers, model=str(model), engine="vllm", tensor_parallel=2), tmp_path)
+
+
 NUM_SYNCS = 3
+SENT = UNEVEN | {"down": (3, 11)}
 
 
 def _train(rank: int, num_trainers: int, folder: str) -> None:
@@ -226,7 +299,7 @@ def _train(rank: int, num_trainers: int, folder: str) -> None:
         store = join_transfer(_wait_for(address), device=CPU, timeout_s=60)
     sender = WeightSender(settings(rank), store, rank=rank, num_ranks=num_trainers)
     for seed in range(NUM_SYNCS):
-        sender.send(sharded(whole_tensors(UNEVEN, seed), num_trainers))
+        sender.send(sharded(whole_tensors(SENT, seed), num_trainers))
     _wait_for(Path(folder, "received"))  # the meeting place lives here
     dist.barrier()
     dist.destroy_process_group()
@@ -235,17 +308,19 @@ def _train(rank: int, num_trainers: int, folder: str) -> None:
 def _generate(rank: int, num_receivers: int, folder: str) -> None:
     """A rollout rank, which knows nothing of the weights beforehand; the last sync meets a forgetful engine."""
     store = join_transfer(_wait_for(Path(folder, "address")), device=CPU, timeout_s=60)
-    receiver = WeightReceiver(settings(rank), store, rank=rank, num_ranks=num_receivers)
-    engine = FakeEngine(UNEVEN)
-    reports: list[SyncReport] = []
+    is_cut = num_receivers > 2  # two engines of two tensor ranks
+    receiver = WeightReceiver(settings(rank, is_cut=is_cut), store, rank=rank, num_ranks=num_receivers)
+    engine = TensorParallelEngine(SENT, rank % 2) if is_cut else FakeEngine(SENT)
     for seed in range(NUM_SYNCS - 1):
-        reports.append(receiver.receive(engine))
-        assert_holds(engine, whole_tensors(UNEVEN, seed))
-    assert receiver.plan is not None
-    on_the_wire = sum(bucket.num_elements * 2 for bucket in receiver.plan.buckets)
-    assert [report.bytes_received for report in reports] == [on_the_wire] * (NUM_SYNCS - 1)
+        report = receiver.receive(engine)
+        expected = whole_tensors(SENT, seed)
+        parts = {name: engine.part(name, tensor) for name, tensor in expected.items()} if is_cut else expected
+        assert_holds(engine, parts)
+        assert report.bytes_missing == sum(tensor.numel() * 2 for tensor in parts.values())
+        # Over it by at most 14 bytes of alignment for each block of each of up to three senders.
+        assert 0 <= report.bytes_received - report.bytes_missing <= 14 * 3 * len(SENT)
     engine.forgets = "conv"
-    with pytest.raises(WeightMismatchError, match=rf"1 of 6 tensors differ .* rollout rank {rank}: conv"):
+    with pytest.raises(WeightMismatchError, match=rf"1 of 7 tensors differ .* rollout rank {rank}: conv"):
         receiver.receive(engine)
     if rank == 0:
         Path(folder, "received").write_text("done")
@@ -267,7 +342,7 @@ def _trainer_or_receiver(rank: int, num_trainers: int, num_receivers: int, folde
         _generate(rank - num_trainers, num_receivers, folder)
 
 
-@pytest.mark.parametrize(("num_trainers", "num_receivers"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("num_trainers", "num_receivers"), [(1, 1), (2, 2), (2, 4)])
 def test_weights_reach_the_engines_of_another_pool(tmp_path: Path, num_trainers: int, num_receivers: int):
     arguments = (num_trainers, num_receivers, str(tmp_path))
     start(_trainer_or_receiver, arguments, num_processes=num_trainers + num_receivers)

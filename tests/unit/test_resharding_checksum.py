@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridflow.resharding.checksum import Fingerprints, Region, odd_numbers, region_held
+from hybridflow.resharding.checksum import Fingerprints, odd_numbers
 
 CPU = torch.device("cpu")
 
@@ -94,24 +94,6 @@ def test_many_tensors_keep_their_own_numbers():
         together.add(name, tensors[name])
     assert together.finish().tolist() == [fingerprint(tensor) for tensor in tensors.values()]
     assert together.unseen == ()
-
-
-def test_the_region_of_a_tensor_rank_is_told_by_shapes():
-    assert region_held((8, 6), (8, 6), tensor_rank=1, num_tensor_ranks=2) is None
-    assert region_held((8, 6), (4, 6), tensor_rank=1, num_tensor_ranks=2) == Region(0, 4, 4)
-    assert region_held((8, 6), (8, 2), tensor_rank=2, num_tensor_ranks=3) == Region(1, 4, 2)
-
-
-def test_tensor_ranks_that_share_a_key_value_head_hold_the_same_region():
-    # 2 heads of 4 rows over 4 ranks: ranks 0 and 1 hold the first, ranks 2 and 3 the second.
-    regions = [region_held((8, 6), (4, 6), tensor_rank=rank, num_tensor_ranks=4) for rank in range(4)]
-    assert regions == [Region(0, 0, 4), Region(0, 0, 4), Region(0, 4, 4), Region(0, 4, 4)]
-
-
-def test_the_last_part_of_a_padded_vocabulary_is_shorter():
-    # 150 rows padded to 192 for 3 ranks: 64, 64 and 22 rows.
-    regions = [region_held((150, 6), (rows, 6), tensor_rank=rank, num_tensor_ranks=3) for rank, rows in enumerate([64, 64, 22])]
-    assert regions == [Region(0, 0, 64), Region(0, 64, 64), Region(0, 128, 22)]
 
 
 def test_a_part_without_rows_has_the_fingerprint_zero():
