@@ -109,8 +109,8 @@ class PolicyLoss:
         log_probs_T, weights_T = batch.log_probs_T, batch.weights_T
         old_T = log_probs_T.detach() if self.old_log_probs == "current" else batch.columns[self.old_log_probs]
         loss_T, metrics = self.surrogate(log_probs_T, old_T, batch.columns[self.advantage])
-        if self.old_log_probs == "current":
-            metrics |= agreement_metrics(old_T, batch.columns["rollout_log_probs"])
+        if self.old_log_probs != "log_probs":  # else the trainer's and the engine's are compared outside of the loss
+            metrics |= agreement_metrics(log_probs_T.detach(), batch.columns["rollout_log_probs"])
         if self.correction is not None:
             correction_T, correction_metrics = self.correction.weights(
                 old_T, batch.columns["rollout_log_probs"], batch.lengths_B

@@ -171,6 +171,14 @@ def test_the_current_policy_as_the_old_one_gives_the_plain_policy_gradient():
     assert ops.to_metrics(metrics)["clip_fraction"] == 0.0
 
 
+def test_the_engines_log_probabilities_as_the_old_ones_are_compared_with_the_trainers():
+    loss = ops.PolicyLoss(old_log_probs="rollout_log_probs", advantage="advantage")
+    columns = {"advantage": torch.tensor([3.0, -1.0]), "rollout_log_probs": torch.tensor([-1.5, -2.0])}
+    _, metrics = loss(batch_of([2], log_probs_T=torch.tensor([-1.0, -2.0]), **columns))
+    found = ops.to_metrics(metrics)
+    assert (found["agreement_mean"], found["agreement_max"]) == (0.25, 0.5)
+
+
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("log_ratio", [200.0, -200.0])
 def test_an_extreme_ratio_gives_finite_gradients(advantage: float, log_ratio: float):
