@@ -63,7 +63,6 @@ class Loop:
         self.weights.sleep()
         compared = self.compare_sides(batch)
         learned = self.algorithm.learn(batch).renamed("actor/agreement_", "agreement/")
-        self.weights.is_stale = True
         for call in begun:
             call.result()  # long done; what a role raised there is raised here
         measured = [learned, synced, *([agreement_metrics(batch.join(compared.result()))] if compared else [])]

@@ -14,8 +14,8 @@ class WeightSync:
         self.is_needed = self.actor is not None and self.rollout is not None
         self.is_colocated = self.is_needed and launched.places["actor"].pool == launched.places["rollout"].pool
         self.is_open = False
-        self.is_stale = True
-        """Whether the actor's weights may differ from the engines'. The loop sets it after each step."""
+        self.synced_updates: int | None = None
+        """Updates behind the weights that the engines have; None where they may have none."""
         self.lets_sleep = lets_sleep
         self.is_asleep = False
 
@@ -24,6 +24,7 @@ class WeightSync:
         if self.lets_sleep and self.rollout is not None:
             self.rollout.sleep.start()
             self.is_asleep = True
+            self.synced_updates = None  # an engine may drop its weights while it sleeps
 
     def sync(self) -> Metrics:
         """Wake the engines, and make their weights those of the actor if they are not. `sync/...` says what it took.
@@ -34,10 +35,13 @@ class WeightSync:
         if self.is_asleep and self.rollout is not None:
             self.rollout.wake()
             self.is_asleep = False
-        if not self.is_needed or not self.is_stale:
+        if self.actor is None or not self.is_needed:
+            return Metrics()
+        num_updates = self.actor.num_updates()
+        if num_updates == self.synced_updates:
             return Metrics()
         metrics = self._within_pool() if self.is_colocated else self._between_pools()
-        self.is_stale = False
+        self.synced_updates = num_updates
         return metrics
 
     def _within_pool(self) -> Metrics:

@@ -73,6 +73,12 @@ class ActorWorker(Worker):
 
         return self.core.update(batch, loss, forward)
 
+    @remote("rank_zero")
+    def num_updates(self) -> int:
+        """Updates since this worker was built; engines take the weights when it has changed. A subclass that changes weights
+        by other means than `core.update` counts those changes too."""
+        return self.core.num_updates
+
     @remote("one_to_all")
     def save(self, folder: str) -> None:
         """Weights, optimizer and random state, every rank its shares."""

@@ -77,6 +77,8 @@ class TrainingCore:
         self.optimizer = make_optimizer(model, config)
         self.has_adapters = any(".lora_" in name for name, _ in model.named_parameters())
         self.learning_rate = config.learning_rate
+        self.num_updates = 0
+        """Calls of `update`."""
         self.peak_flops, self.flops_per_token = peak_flops(context.device), flops_per_token(model)
         self.offload()
 
@@ -101,6 +103,7 @@ class TrainingCore:
             started = time.perf_counter()
             metrics = self._accumulate_gradients(microbatches, loss, forward)
             norm = self._apply_gradients()
+            self.num_updates += 1
             seconds = time.perf_counter() - started
         is_skipped = not math.isfinite(norm)
         counted = {

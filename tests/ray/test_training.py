@@ -83,6 +83,7 @@ def test_ppo_with_every_option_trains(toy: Toy, cluster: None, tmp_path: Path) -
     tokens = [2 * 8 * line["response/tokens_mean"] for line in lines]
     assert [line["critic/tokens"] for line in lines] == pytest.approx(tokens)
     assert "actor/tokens" not in lines[0], "the first step warms the critic up"
+    assert "sync/seconds" in lines[0] and "sync/seconds" not in lines[1], "engines have the weights that did not change"
     assert lines[1]["actor/tokens"] == pytest.approx(tokens[1])
     assert lines[1]["actor/kl_to_reference"] > 0
     assert lines[1]["actor/ratio_max"] > 1
