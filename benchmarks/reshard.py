@@ -37,7 +37,7 @@ def build(options: argparse.Namespace, rank: int, num_ranks: int) -> RolloutWork
         torch.device(options.device, int(os.environ.get("LOCAL_RANK", 0))) if options.device == "cuda" else torch.device("cpu")
     )
     address = f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{int(os.environ.get('MASTER_PORT', 29511)) + 1}"
-    init_process_group(rank=rank, world_size=num_ranks, init_method=address, device=device)
+    init_process_group(rank=rank, world_size=num_ranks, meeting_place=address, device=device)
     folder = options.folder / options.shape
     if rank == 0:
         make_model(folder, SHAPES[options.shape])

@@ -22,6 +22,8 @@ from hybridflow.errors import CallTimeoutError, WorkerDiedError, WorkerError
 from hybridflow.parallel.layout import Layout
 
 Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, Heavy]]"]
+DEATHS_SHOW_S = 5.0
+"""The time in which a process that has ended is found out, after a partner of it has failed."""
 
 
 @dataclass
@@ -36,6 +38,12 @@ class Pool:
     """Calls that wait for the results of others wait here; those behind them keep their order."""
     waiting: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def end(self) -> None:
+        """Kill the processes. Calls that wait are not sent any more."""
+        for process in self.processes:
+            ray.kill(process)
+        self.queue.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -161,20 +169,27 @@ class GroupDispatcher:
             late = [rank for rank, answer in references.items() if answer not in done]
             raise self._timed_out(call, late, timeout_s) from None
         except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, WorkerError) else error) from None
+            # What a rank says whose partner has gone, such as a closed connection, hides the cause.
+            ray.wait(list(references.values()), num_returns=len(references), timeout=DEATHS_SHOW_S, fetch_local=False)
+            cause = error.cause if isinstance(error.cause, WorkerError) else error
+            raise self._death(call, references) or cause from None
         except ray.exceptions.RayActorError as error:
-            raise self._died(call, references, error) from None
+            raise self._death(call, references) or error from None
         return dict(zip(references, answers, strict=True))
 
-    def _died(self, call: Call, references: Mapping[int, ray.ObjectRef[Answer]], error: Exception) -> WorkerDiedError:
-        rank = next((rank for rank, reference in references.items() if _has_died(reference)), next(iter(references)))
-        return WorkerDiedError(
-            role=self.role,
-            rank=rank,
-            node=self.pool.nodes[rank],
-            method=call.name.partition(".")[2],
-            cause=f"The process died before it answered (killed, out of memory, or its node was lost). Ray says: {error}",
-        )
+    def _death(self, call: Call, references: Mapping[int, ray.ObjectRef[Answer]]) -> WorkerDiedError | None:
+        """The first rank whose process has ended, as an error."""
+        for rank, reference in references.items():
+            if error := _death_of(reference):
+                died = "The process died before it answered (killed, out of memory, or its node was lost)"
+                return WorkerDiedError(
+                    role=self.role,
+                    rank=rank,
+                    node=self.pool.nodes[rank],
+                    method=call.name.partition(".")[2],
+                    cause=f"{died}. Ray says: {error}",
+                )
+        return None
 
     def _timed_out(self, call: Call, ranks: Sequence[int], timeout_s: float) -> CallTimeoutError:
         stuck = ", ".join(f"rank {rank} (node {self.pool.nodes[rank]})" for rank in sorted(ranks))
@@ -184,14 +199,14 @@ class GroupDispatcher:
         )
 
 
-def _has_died(reference: ray.ObjectRef[Answer]) -> bool:
+def _death_of(reference: ray.ObjectRef[Answer]) -> ray.exceptions.RayActorError | None:
     try:
         ray.get(reference, timeout=0)
-    except ray.exceptions.RayActorError:
-        return True
+    except ray.exceptions.RayActorError as error:
+        return error
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError):
-        return False
-    return False
+        return None
+    return None
 
 
 def _resolved(arguments: Arguments) -> Arguments:

@@ -1,13 +1,12 @@
-"""From a configuration to running groups: join or start Ray, start the pools, build the workers."""
+"""From a configuration to running groups: start the pools, build the workers."""
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,8 @@ from hybridflow.algorithms.base import Algorithm
 from hybridflow.config.schema import Config
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
-from hybridflow.controller.placement import RolePlace, device_type, local_cpu_slots, places, start_pool
-from hybridflow.errors import CallTimeoutError, PlacementError, WorkerError
+from hybridflow.controller.placement import RolePlace, device_type, places, start_pool
+from hybridflow.errors import CallTimeoutError, HybridflowError, PlacementError, WorkerError
 from hybridflow.workers.base import Worker
 
 if TYPE_CHECKING:
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hybridflow")
 
-JOIN_TIMEOUT_S = 10.0
+CLOSING_TIMEOUT_S = 5.0
+"""For what ranks do before they are killed, when the run has failed."""
 Jobs = dict["ray.ObjectRef[None]", str]
 """Calls that are under way, with words for what is being done where."""
 
@@ -95,53 +95,6 @@ def all_roles(config: Config) -> tuple[str, ...]:
 
 
 @contextmanager
-def cluster(config: Config) -> Iterator[None]:
-    """Ray, joined or started for the time of the block. A cluster that was started here is ended; a joined one stays.
-
-    Where this process is connected to Ray already (a notebook, a test), that connection is used and kept.
-
-    Raises:
-        PlacementError: the cluster cannot be reached, or none can be started.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
-    logger.info(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
-    if address:
-        _check_reachable(address)
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
-        else:
-            num_cpus = local_cpu_slots(config)
-            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.ERROR)
-    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-        doing = f"join the Ray cluster at {address!r}" if address else "start Ray on this machine"
-        raise PlacementError(
-            f"could not {doing}: {error}. Check run.ray_address, or start a cluster with `ray start --head`"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Knock at a `host:port`, since Ray itself tries for many minutes. Other addresses, such as `auto`, Ray resolves."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise PlacementError(
-            f"no Ray cluster answers at {address}: {error}. Check run.ray_address (or RAY_ADDRESS), start the cluster with "
-            "`ray start --head`, or leave the address out to start one on this machine"
-        ) from error
-
-
-@contextmanager
 def launched(config: Config) -> Iterator[Launched]:
     """Every role of the algorithm on its pool; all processes end with the block."""
     log = CallLog()
@@ -162,15 +115,28 @@ def launched(config: Config) -> Iterator[Launched]:
         # Mistakes in the data are told while models still load.
         dataset = _opened(groups["data"], algorithm_class(config))
         _wait_for({reference: doing for jobs in building.values() for reference, doing in jobs.items()}, config.run.timeout_s)
-        yield Launched(groups, placed, log, dataset)
+        try:
+            yield Launched(groups, placed, log, dataset)
+        except BaseException:
+            _close_quickly(groups)
+            raise
         for worker in groups.values():
             worker.close()
     finally:
         for pool in pools.values():
-            for process in pool.processes:
-                ray.kill(process)
+            pool.end()
         for group in reserved:
             remove_placement_group(group)
+
+
+def _close_quickly(groups: Mapping[str, Worker]) -> None:
+    """Close the workers that answer soon; what went wrong before is what the user is to read."""
+    deadline = time.monotonic() + CLOSING_TIMEOUT_S
+    with suppress(HybridflowError, ray.exceptions.RayError):
+        calls = [worker.close.start() for worker in groups.values()]
+        for call in calls:
+            with suppress(HybridflowError, ray.exceptions.RayError):
+                call.result(max(0.0, deadline - time.monotonic()))
 
 
 def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:

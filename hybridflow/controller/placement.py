@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -73,11 +74,6 @@ def device_type(config: Config) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
 
-def local_cpu_slots(config: Config) -> int:
-    """CPU slots of a cluster that is started on this machine."""
-    return config.placement.cpu_slots or max(os.cpu_count() or 1, 4)
-
-
 def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str, str]) -> tuple[Pool, PlacementGroup]:
     """Reserve the pool's slots and start a process on each.
 
@@ -101,6 +97,7 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
             ranks_per_node=size.ranks_per_node,
             device_type="cpu" if size.is_cpu else device,
             environment=dict(environment),
+            folder=os.getcwd(),
         )
         processes.append(_start_rank(place, group, resources))
     try:
@@ -108,6 +105,7 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
     except ray.exceptions.RayError as error:
         remove_placement_group(group)
         raise PlacementError(f"the processes of pool '{name}' could not be started: {error}") from error
+    logger.info("pool '%s': %s", name, ", ".join(f"{count} rank(s) on {node}" for node, count in Counter(nodes).items()))
     return Pool(name, processes, nodes), group
 
 

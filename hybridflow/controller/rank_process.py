@@ -78,6 +78,8 @@ class RankPlace:
     """`cuda` or `cpu`."""
     environment: dict[str, str]
     """Variables to set before anything is imported."""
+    folder: str
+    """Where the controller works: relative paths mean the same to the ranks, wherever this folder is on their machine too."""
 
 
 class RankProcess:
@@ -87,15 +89,17 @@ class RankProcess:
         # Ray's own check waits for process 1 as the parent, which it never is under systemd's user sessions and the like.
         end_with_parent()
         os.environ.update(place.environment)
+        if os.path.isdir(place.folder):
+            os.chdir(place.folder)
         self.place = place
         self.workers: dict[str, Worker] = {}
+        self.listening: socket.socket | None = None
         self.has_process_group = False
 
     def meeting_place(self) -> str:
-        """An address of this rank with a free port, `tcp://host:port`, for the ranks of the pool to meet at."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        """`host:port` of this rank, for the ranks of the pool to meet at. The port is this rank's from here on."""
+        self.listening = socket.create_server(("", 0))
+        return f"{ray.util.get_node_ip_address()}:{self.listening.getsockname()[1]}"
 
     def node(self) -> str:
         """Name and address of the machine."""
@@ -105,7 +109,7 @@ class RankProcess:
         """Join torch.distributed's group of the pool; returns when all ranks have. Collectives may take `timeout_s`."""
         import torch
 
-        from hybridflow.parallel.mesh import init_process_group
+        from hybridflow.parallel.mesh import init_process_group, meeting_store
 
         if self.place.device_type == "cpu":
             # Ray sets OMP_NUM_THREADS in every worker, so only what the run was started with counts.
@@ -115,7 +119,7 @@ class RankProcess:
         init_process_group(
             rank=self.place.rank,
             world_size=self.place.num_ranks,
-            init_method=meeting_place,
+            meeting_place=meeting_store(meeting_place, listening=self.listening, timeout_s=timeout_s),
             device=torch.device(self.place.device_type),
             timeout_s=timeout_s,
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.schema import Config
-from hybridflow.controller.launch import algorithm_class, all_roles, cluster, launched
+from hybridflow.controller.cluster import cluster, is_in_copied_folder
+from hybridflow.controller.launch import algorithm_class, all_roles, launched
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import placement_lines
 from hybridflow.errors import ConfigError, Mistake
@@ -44,8 +45,11 @@ def prepare_folder(folder: Path, config: Config) -> None:
     """Make the run's folder, with the resolved configuration in it.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written, or would not stay.
     """
+    if not folder.is_absolute() and is_in_copied_folder():
+        found = f"found {folder}, which would lie in the copy of the working folder that Ray made for this job and deletes"
+        raise ConfigError([Mistake("run.folder", f"{found}. Give an absolute path on a disk that all nodes share")])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(resolved_yaml(config))

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public; torch's stubs lag
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hybridflow.parallel.layout import Layout
 from hybridflow.parallel.sequence import SequenceGroup
 
 
+def meeting_store(address: str, *, listening: socket.socket | None, timeout_s: float) -> Store:
+    """The store at `host:port` by which ranks find each other. The rank whose socket is `listening` there serves it."""
+    host, _, port = address.rpartition(":")
+    return TCPStore(
+        host,
+        int(port),
+        is_master=listening is not None,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=None if listening is None else listening.detach(),
+    )
+
+
 def init_process_group(
-    *, rank: int, world_size: int, init_method: str, device: torch.device, timeout_s: float | None = None
+    *, rank: int, world_size: int, meeting_place: str | Store, device: torch.device, timeout_s: float | None = None
 ) -> None:
     """Join torch.distributed's default group: gloo on the CPU, and NCCL beside it for CUDA tensors.
 
-    `init_method` is `tcp://host:port`, the same on all ranks; returns when all have joined. A collective that takes longer
-    than `timeout_s` raises; None leaves torch's own limit.
+    `meeting_place` is the same on all ranks, a store or a URL that torch knows (`tcp://host:port`, `file:///path`); returns
+    when all have joined. A collective that takes longer than `timeout_s` raises; None leaves torch's own limit.
     """
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device.index or 0)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-        init_method=init_method,
+        init_method=meeting_place if isinstance(meeting_place, str) else None,
+        store=None if isinstance(meeting_place, str) else meeting_place,
         rank=rank,
         world_size=world_size,
         timeout=None if timeout_s is None else timedelta(seconds=timeout_s),

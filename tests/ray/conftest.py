@@ -35,8 +35,7 @@ def pool(cluster: None) -> Iterator[Pool]:
     """Two ranks without torch.distributed."""
     started, group = start_pool("main", parse_pool("1x2 cpu"), "cpu", {})
     yield started
-    for process in started.processes:
-        ray.kill(process)
+    started.end()
     ray.util.remove_placement_group(group)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.batch import Batch
 from hybridflow.metrics import Metrics
 from hybridflow.workers.actor import ActorWorker
+from hybridflow.workers.remote import remote
 from hybridflow.workers.reward import RewardWorker
 from hybridflow.workers.rollout import RolloutWorker
 
@@ -23,3 +27,19 @@ class DividesByZero(Algorithm):
 
     def learn(self, batch: Batch) -> Metrics:
         return Metrics()
+
+
+class SaysGoodbye(RewardWorker):
+    """Leaves a file in the run's folder when it is closed."""
+
+    @remote("one_to_all")
+    def close(self) -> None:
+        Path(self.config.run.folder, "closed").touch()
+
+
+class NeverCloses(RewardWorker):
+    """Would hold up whoever waits for it."""
+
+    @remote("one_to_all")
+    def close(self) -> None:
+        time.sleep(600)

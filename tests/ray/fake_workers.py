@@ -60,6 +60,14 @@ class EchoWorker(Worker):
             os._exit(1)
 
     @remote("one_to_all")
+    def lose_partner(self) -> None:
+        """The process of rank 1 ends; rank 0 raises before that is known, as a collective does."""
+        if self.context.rank == 1:
+            time.sleep(0.5)
+            os._exit(1)
+        raise ConnectionError("connection closed by peer")
+
+    @remote("one_to_all")
     def sleep(self, seconds: float) -> float:
         """When the call ended, in seconds of this machine's clock."""
         time.sleep(seconds)

@@ -168,6 +168,17 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     CheckpointStore.verify(small_disk / "run" / CHECKPOINT)
 
 
+@pytest.mark.parametrize("worker", ["SaysGoodbye", "NeverCloses"])
+def test_a_failed_run_closes_the_workers_that_answer_and_tells_what_failed_first(
+    toy: Toy, cluster: None, tmp_path: Path, worker: str
+) -> None:
+    algorithm, reward = (f"tests.ray.failing_parts:{name}" for name in ("DividesByZero", worker))
+    overrides = [f"run.folder={tmp_path}", f"algorithm={algorithm}", f"placement.workers.reward={reward}"]
+    with pytest.raises(ZeroDivisionError, match="one response to no prompts"):
+        train.main([str(toy.config), *overrides])
+    assert (tmp_path / "closed").exists() == (worker == "SaysGoodbye")
+
+
 @pytest.mark.slow
 def test_a_failure_of_the_algorithm_ends_every_process_of_the_run(toy: Toy, tmp_path: Path) -> None:
     arguments = [str(toy.config), f"run.folder={tmp_path / 'run'}", "algorithm=tests.ray.failing_parts:DividesByZero"]

@@ -1,13 +1,17 @@
 """Groups: what a call on the controller does on the ranks."""
 
+import socket
 import time
+from concurrent.futures import Future as ThreadFuture
 
 import numpy as np
 import pytest
+import ray
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.controller.group import GroupDispatcher, Pool, to_store
 from hybridflow.errors import CallTimeoutError, WorkerDiedError, WorkerError
+from hybridflow.workers.remote import CombinedFuture
 from tests.ray.conftest import make_group
 
 
@@ -69,6 +73,15 @@ def rename_doubled(batch: Batch, context: object) -> Batch:
     return Batch.from_columns({"response": batch.tokens("doubled")})
 
 
+def test_a_future_made_of_several_is_passed_on_without_waiting(pool: Pool) -> None:
+    group = make_group(pool)
+    parts = [group.double.start(rows([length])) for length in (3, 5)]
+    both = CombinedFuture(parts, Batch.concatenate)
+    again = group.compute.start(both.later, rename_doubled)
+    assert [len(row) for row in again.result().tokens("response")] == [3, 5]
+    assert both.done()
+
+
 def test_calls_behind_a_waiting_one_keep_their_order(pool: Pool) -> None:
     group = make_group(pool)
     doubled = group.double.start(rows([3]))
@@ -89,6 +102,27 @@ def test_the_first_failure_is_raised_at_once_with_its_traceback(pool: Pool) -> N
 def test_a_dead_worker_is_named(pool: Pool) -> None:
     with pytest.raises(WorkerDiedError, match=r"echo\.die_on_rank_one failed on rank 1"):
         make_group(pool).die_on_rank_one()
+
+
+def test_a_dead_worker_is_named_where_its_partner_fails_first(pool: Pool) -> None:
+    with pytest.raises(WorkerDiedError, match=r"echo\.lose_partner failed on rank 1"):
+        make_group(pool).lose_partner()
+
+
+def test_the_port_of_a_meeting_place_is_held(pool: Pool) -> None:
+    meeting_place = ray.get(pool.processes[0].meeting_place.remote())
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", int(meeting_place.rpartition(":")[2])))
+
+
+def test_calls_that_wait_when_a_pool_ends_are_dropped(pool: Pool) -> None:
+    group = make_group(pool)
+    never: ThreadFuture[object] = ThreadFuture()
+    pool.queue.submit(never.result, 30.0)  # in front of the call below
+    waiting = pool.queue.submit(group.rank)
+    pool.end()
+    assert waiting.cancelled()
+    never.set_result(None)
 
 
 def test_a_stuck_call_names_the_ranks_that_have_not_answered(pool: Pool) -> None:
