@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from hybridflow import registry
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.config.schema import Config
+from hybridflow.controller import planning
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import RolePlace, device_type, places, start_pool
@@ -32,7 +33,7 @@ logger = logging.getLogger("hybridflow")
 
 CLOSING_TIMEOUT_S = 5.0
 """For what ranks do before they are killed, when the run has failed."""
-Jobs = dict["ray.ObjectRef[None]", str]
+Jobs = dict["ray.ObjectRef[Any]", str]
 """Calls that are under way, with words for what is being done where."""
 
 
@@ -44,6 +45,8 @@ class Launched:
     places: dict[str, RolePlace]
     log: CallLog
     dataset: DataSummary
+    engine_sleeps: bool
+    """Whether engines give their memory to training: as configured, or as the plan decided."""
 
     @property
     def data(self) -> DataWorker:
@@ -109,14 +112,21 @@ def launched(config: Config) -> Iterator[Launched]:
             reserved.append(group)
             _connect(pools[name], members, config.run.timeout_s)
         # Pools build at the same time; within one, roles follow each other in this order.
-        building = {place.role: _start_building(config, place, pools[place.pool]) for place in placed.values()}
+        building = {"data": _start_building(config, placed["data"], pools[placed["data"].pool])}  # needs no plan
+        asked = planning.ask(config, placed, pools, device)
+        for name, references in asked.items():
+            _wait_for(_named("finding out what its GPU holds", pools[name], references), config.run.timeout_s)
+        plan = planning.decide(config, placed, asked)
+        for place in placed.values():
+            if place.role not in building:
+                building[place.role] = _start_building(plan.config_of(place.role), place, pools[place.pool])
         groups = {place.role: _group(config, place, pools[place.pool], log) for place in placed.values()}
         _wait_for(building.pop("data"), config.run.timeout_s)
         # Mistakes in the data are told while models still load.
         dataset = _opened(groups["data"], algorithm_class(config))
         _wait_for({reference: doing for jobs in building.values() for reference, doing in jobs.items()}, config.run.timeout_s)
         try:
-            yield Launched(groups, placed, log, dataset)
+            yield Launched(groups, placed, log, dataset, engine_sleeps=plan.engine_sleeps)
         except BaseException:
             _close_quickly(groups)
             raise
@@ -148,14 +158,14 @@ def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:
 
 
 def _start_building(config: Config, place: RolePlace, pool: Pool) -> Jobs:
-    """Let all ranks build their worker of a role."""
+    """Let all ranks build their worker of a role from `config`, in which the plan has settled what was left to it."""
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
     logger.info("building %s on pool '%s' (%d ranks)", place.role, place.pool, place.size.num_ranks)
     started = [process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes]
     return _named(f"building role '{place.role}'", pool, started)
 
 
-def _named(doing: str, pool: Pool, references: Sequence[ray.ObjectRef[None]]) -> Jobs:
+def _named(doing: str, pool: Pool, references: Sequence[ray.ObjectRef[Any]]) -> Jobs:
     return {ref: f"{doing} on rank {rank} (node {pool.nodes[rank]})" for rank, ref in enumerate(references)}
 
 

@@ -30,7 +30,7 @@ class Loop:
     def __init__(self, config: Config, launched: Launched, algorithm: Algorithm, *, total_steps: int):
         self.config, self.launched, self.algorithm, self.total_steps = config, launched, algorithm, total_steps
         self.store = CheckpointStore(config.run.folder, keep=config.checkpoint.keep)
-        self.weights = WeightSync(launched, lets_sleep=config.rollout.sleep)
+        self.weights = WeightSync(launched, lets_sleep=launched.engine_sleeps)
         self.seconds_saving = Metrics()
 
     def run(self) -> None:

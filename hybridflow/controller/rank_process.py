@@ -18,6 +18,7 @@ from hybridflow.errors import HybridflowError, WorkerError
 from hybridflow.orphan import end_with_parent
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.facts import RankFacts
 from hybridflow.workers.remote import RemoteMethod
 
 # Role, method, positional and keyword arguments. One argument of the Ray call, since each costs 0.1 ms.
@@ -124,6 +125,15 @@ class RankProcess:
             timeout_s=timeout_s,
         )
         self.has_process_group = True
+
+    def facts(self, config: Config, roles: frozenset[str]) -> RankFacts:
+        """What the plan needs to know: this rank's GPU, and the sizes of the models of `roles`, none of which is loaded."""
+        from hybridflow.workers.facts import rank_facts
+
+        try:
+            return rank_facts(config, roles)
+        except Exception as error:
+            raise self._named(" and ".join(sorted(roles)), "facts", error) from None
 
     def create(self, role: str, class_name: str, config: Config, layout: Layout) -> None:
         """Build this rank's worker of a role."""

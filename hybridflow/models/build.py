@@ -46,7 +46,7 @@ def build_policy(spec: ModelSpec) -> PolicyModel:
     ranks = sequence_group(spec.layout, spec.device.type)
     kernels = compiled_kernels() if spec.compile else EAGER
     model = PolicyModel(causal_lm, chunk_tokens=spec.chunk_tokens, kernels=kernels, sequence_group=ranks)
-    fsdp.shard(model, _layers(model), sharding=_sharding(spec))
+    fsdp.shard(model, decoder_layers(model), sharding=_sharding(spec))
     return model
 
 
@@ -54,7 +54,7 @@ def build_value_model(spec: ModelSpec) -> ValueModel:
     """A value model on the backbone of a causal language model, likewise."""
     causal_lm = _load(spec)
     model = ValueModel(causal_lm, sequence_group=sequence_group(spec.layout, spec.device.type))
-    fsdp.shard(model, _layers(model), in_float32=[model.value_head], sharding=_sharding(spec))
+    fsdp.shard(model, decoder_layers(model), in_float32=[model.value_head], sharding=_sharding(spec))
     return model
 
 
@@ -67,12 +67,12 @@ def _load(spec: ModelSpec) -> PreTrainedModel:
     if spec.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.compile:
-        for layer in _layers(causal_lm):
+        for layer in decoder_layers(causal_lm):
             layer.compile(dynamic=True)
     return causal_lm
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: what is gathered, checkpointed and compiled as one."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 

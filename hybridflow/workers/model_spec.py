@@ -21,15 +21,15 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def trained_model(config: Config, context: RankContext, path: str | None) -> ModelSpec:
     """A model that is trained: float32 master weights."""
-    adapters = None
-    if config.model.lora_rank > 0:
-        adapters = Adapters(
-            rank=config.model.lora_rank,
-            alpha=config.model.lora_alpha,
-            targets=config.model.lora_targets,
-            seed=config.run.seed,
-        )
-    return _spec(config, context, path, torch.float32, adapters)
+    return _spec(config, context, path, torch.float32, adapters_of(config))
+
+
+def adapters_of(config: Config) -> Adapters | None:
+    """The adapters that trained models get; None where all weights are trained."""
+    model = config.model
+    if model.lora_rank == 0:
+        return None
+    return Adapters(rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets, seed=config.run.seed)
 
 
 def frozen_model(config: Config, context: RankContext, path: str | None) -> ModelSpec:
@@ -50,7 +50,7 @@ def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.d
         device=context.device,
         compute_dtype=compute_dtype(config, context.device),
         chunk_tokens=config.model.logits_chunk_tokens,
-        gradient_checkpointing=config.model.gradient_checkpointing,
+        gradient_checkpointing=config.model.gradient_checkpointing is True,
         compile=config.model.compile,
         adapters=adapters,
     )

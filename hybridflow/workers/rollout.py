@@ -188,7 +188,7 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         options=dict(rollout.engine_options),
         tokenizer=config.model.tokenizer,
         trust_remote_code=config.model.trust_remote_code,
-        can_sleep=rollout.sleep,
+        can_sleep=rollout.sleep is True,
     )
 
 

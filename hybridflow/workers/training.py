@@ -190,17 +190,17 @@ class TrainingCore:
 
     def onload(self, *, with_optimizer: bool) -> None:
         """Bring to the device what is offloaded."""
-        if self.config.offload_parameters:
+        if self.config.offload_parameters is True:
             fsdp.move_model(self.model, self.context.device)
-        if with_optimizer and self.config.offload_optimizer:
+        if with_optimizer and self.config.offload_optimizer is True:
             fsdp.move_optimizer(self.optimizer, self.context.device)
 
     def offload(self) -> None:
         """Give back gathered weights, and what the configuration keeps in CPU memory while the role is idle."""
         fsdp.drop_gathered(self.model)
-        if self.config.offload_parameters:
+        if self.config.offload_parameters is True:
             fsdp.move_model(self.model, CPU)
-        if self.config.offload_optimizer:
+        if self.config.offload_optimizer is True:
             fsdp.move_optimizer(self.optimizer, CPU)
 
     @contextmanager
