@@ -204,7 +204,7 @@ def wanted(hint: object) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(member) for member in members)
     if origin is Literal:
-        return f"one of {_listed(members)}"
+        return f"one of {_listed(members)}" if len(members) > 1 else str(members[0])
     if origin is tuple and members[-1] is Ellipsis:
         return f"a list, each element {wanted(members[0])}"
     if origin is tuple:

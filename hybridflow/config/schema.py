@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 FilePath = Annotated[str, "path"]
 """A path, or a name that may be one: a leading `~` becomes the home folder when it is read."""
+Switch = bool | Literal["auto"]
+"""What costs time and saves GPU memory. auto leaves it to the plan (hybridflow/planner); on a CPU it is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,8 @@ class ModelConfig:
     """Of matrix products in training; auto is bfloat16 on CUDA and float32 on CPU. Master weights are always float32."""
     attention: Literal["auto", "flash_attn", "torch"] = "auto"
     """Packed attention; auto takes flash-attn where it is installed and the device is CUDA."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    gradient_checkpointing: Switch = "auto"
+    """Recompute activations in the backward pass instead of keeping them; auto for each model whose activations do not fit."""
     compile: bool = False
     """torch.compile the layers of training models: faster steps after a minute of compilation."""
     logits_chunk_tokens: int = 4096
@@ -120,10 +122,10 @@ class TrainingConfig:
     """Gradients are scaled down to this global L2 norm."""
     tokens_per_microbatch: int = 16384
     """Prompt and response tokens that go through a rank's model at once; a longer row goes alone."""
-    offload_parameters: bool = False
-    """Keep weights in CPU memory while the role is idle."""
-    offload_optimizer: bool = False
-    """Keep optimizer state in CPU memory while the role is idle."""
+    offload_parameters: Switch = "auto"
+    """Keep weights in CPU memory while the role is idle; auto where they do not fit."""
+    offload_optimizer: Switch = "auto"
+    """Keep optimizer state in CPU memory while the role does not learn; auto where it does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +136,8 @@ class ReferenceConfig:
     """Folder or hub name; null means `model.path`."""
     tokens_per_microbatch: int = 32768
     """Tokens that go through a rank's model at once."""
-    offload_parameters: bool = False
-    """Keep weights in CPU memory while the role is idle."""
+    offload_parameters: Switch = "auto"
+    """Keep weights in CPU memory while the role is idle; auto where they do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +172,9 @@ class RolloutConfig:
     """Key-value cache of vLLM on CPU."""
     enforce_eager: bool = False
     """No CUDA graphs: starts faster, generates slower."""
-    sleep: bool = False
-    """Free the engine's memory (cache and, on CUDA, weights) while training. Costs a second or two per step; for models that do
-    not fit beside the engine."""
+    sleep: Switch = "auto"
+    """Free the engine's memory (cache and, on CUDA, weights) while training. Costs a second or two per step; auto where models
+    do not fit beside the engine."""
     verify_weights: bool = True
     """After each sync, compare checksums of the trainer's and the engine's weights."""
     sync_bucket_mib: int = 512

@@ -165,7 +165,7 @@ def shared(target: str) -> Apply:
 
 def cache_is_freed(value: object, given: Given) -> Mapping[str, object]:
     """Freed where sizes require it, or never."""
-    return {"rollout.sleep": _is_true(value)}
+    return {"rollout.sleep": "auto" if _is_true(value) else False}
 
 
 def run_name(value: object, given: Given) -> Mapping[str, object]:

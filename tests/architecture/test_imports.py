@@ -50,6 +50,8 @@ WITHOUT_TORCH = (
     "hybridflow.metrics",
     "hybridflow.batch",
     "hybridflow.config.load",
+    "hybridflow.planner.measures",
+    "hybridflow.planner.needs",
     "hybridflow.algorithms.ppo",
     "hybridflow.algorithms.grpo",
     "hybridflow.algorithms.sft",

@@ -161,6 +161,7 @@ def test_no_key_of_ours_is_shadowed_by_one_of_verls() -> None:
         ("actor_rollout_ref.rollout.top_k=-1", "rollout.top_k", 0),
         ("actor_rollout_ref.rollout.val_kwargs.do_sample=False", "validation.temperature", 0.0),
         ("actor_rollout_ref.rollout.free_cache_engine=False", "rollout.sleep", False),
+        ("actor_rollout_ref.rollout.free_cache_engine=True", "rollout.sleep", "auto"),
         ("actor_rollout_ref.rollout.name=hf", "rollout.engine", "torch"),
         ("trainer.resume_mode=disable", "checkpoint.resume", "never"),
         ("custom_reward_function.reward_kwargs.weight=2", "reward.options", {"weight": 2}),

@@ -82,6 +82,18 @@ def test_what_saves_memory_changes_nothing(model_path: str, option: dict[str, ob
     assert_same_training(train(training_config(model_path, model=option)), train(training_config(model_path)))
 
 
+def test_switches_that_are_left_to_the_plan_are_off_where_none_was_made(model_path: str) -> None:
+    config = training_config(model_path)
+    assert (config.model.gradient_checkpointing, config.actor.offload_parameters) == ("auto", "auto")
+    worker = actor_of(config)
+    assert not worker.model.causal_lm.is_gradient_checkpointing
+    moved: list[object] = []
+    worker.model.to = moved.append  # type: ignore[method-assign, assignment]
+    worker.core.onload(with_optimizer=True)
+    worker.core.offload()
+    assert not moved
+
+
 def test_offloading_changes_nothing(model_path: str) -> None:
     offloaded = train(training_config(model_path, offload_parameters=True, offload_optimizer=True))
     assert_same_training(offloaded, train(training_config(model_path)))

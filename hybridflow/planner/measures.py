@@ -1,0 +1,151 @@
+"""Which measures a pool needs: the cheapest set with which everything fits, and the words that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+
+from hybridflow.errors import PlacementError
+from hybridflow.planner.memory import (
+    CHECKPOINTING,
+    GIB,
+    OPTIMIZER,
+    PARAMETERS,
+    SLEEP,
+    PoolNeeds,
+    peak,
+    phases,
+)
+
+COSTS = {
+    f"reference.{PARAMETERS}": "copied to the GPU once per step",
+    OPTIMIZER: "copied to the GPU and back in every update",
+    CHECKPOINTING: "recomputes the forward pass of every layer in every update",
+    SLEEP: "weights leave the GPU and the cache is rebuilt in every step",
+    PARAMETERS: "copied to the GPU and back in every pass and update",
+}
+MOST_RANKS_TRIED = 1024
+FREE_SHARE_EXPECTED = 0.95
+"""Of a GPU that nobody else uses, once a process has started on it."""
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """What was decided for a pool."""
+
+    needs: PoolNeeds
+    measures: frozenset[str]
+    """Those that are on, the user's own included."""
+
+    def lines(self) -> list[str]:
+        """For the log: what the pool takes at its peak, and each measure with its reason."""
+        needs, highest = self.needs, peak(self.needs, self.measures)
+        chosen = [measure for measure in candidates(needs) if measure in self.measures]
+        own = sorted(_switched_on(needs))
+        listed = ", ".join([*map(_shown, chosen), *(f"{_shown(measure)} (as configured)" for measure in own)])
+        sizes = f"{_gib(highest.total)} of {_gib(needs.gpu.total)} GiB at the peak ({highest.name})"
+        lines = [f"memory of pool '{needs.pool}' fits: {sizes}; {listed or 'nothing is offloaded, slept or recomputed'}"]
+        for model in needs.models:
+            optimizer = f" and {_gib(model.optimizer)} GiB of optimizer" if model.is_trained else ""
+            lines.append(f"  {model.role}: {_gib(model.weights)} GiB of weights{optimizer}")
+        if needs.engine is not None:
+            lines.append(f"  {needs.engine.role}: {_gib(needs.engine.share)} GiB of weights and cache")
+        return lines + [f"  {self._reason(measure)}" for measure in chosen]
+
+    def _reason(self, measure: str) -> str:
+        without = peak(self.needs, self.measures - {measure})
+        return (
+            f"{_shown(measure)}: {_cost(measure)}; without it '{without.name}' takes {_gib(without.total)} GiB, "
+            f"{_gib(self.needs.budget)} can be planned with"
+        )
+
+
+def candidates(needs: PoolNeeds) -> list[str]:
+    """The measures that are left to the plan, cheapest first. Their costs are judged, not measured: docs/memory.md."""
+    trained = [model.role for model in needs.models if model.is_trained]
+    measures = [f"{model.role}.{PARAMETERS}" for model in needs.models if not model.is_trained]
+    measures += [f"{role}.{OPTIMIZER}" for role in trained] + [f"{role}.{CHECKPOINTING}" for role in trained]
+    measures += [f"{needs.engine.role}.{SLEEP}"] if needs.engine is not None and trained else []
+    measures += [f"{role}.{PARAMETERS}" for role in trained]
+    return [measure for measure in measures if measure not in needs.fixed]
+
+
+def choose(needs: PoolNeeds) -> PoolPlan | None:
+    """The cheapest measures with which every phase fits; None where none do.
+
+    A dearer measure is taken only where no set of cheaper ones suffices: the sets are tried in the order of binary numbers
+    whose digits, from the lowest, are the candidates from the cheapest.
+    """
+    open_ones, own = candidates(needs), _switched_on(needs)
+    for number in range(2 ** len(open_ones)):
+        measures = own | {measure for digit, measure in enumerate(open_ones) if number >> digit & 1}
+        if peak(needs, measures).total <= needs.budget:
+            return PoolPlan(needs, measures)
+    return None
+
+
+def refusal(needs: PoolNeeds) -> str:
+    """Why a pool cannot hold its roles: every phase that does not fit with all measures on, and what can be changed."""
+    everything = _switched_on(needs) | set(candidates(needs))
+    size = f"{needs.num_ranks} rank(s) with {_gib(needs.gpu.total)} GiB, of which {_gib(needs.budget)} can be planned with"
+    tried = ", ".join(map(_shown, sorted(everything))) or "nothing"
+    lines = [f"Pool '{needs.pool}' has {size}. With {tried} on, it still needs more:"]
+    for phase in phases(needs, everything):
+        if phase.total > needs.budget:
+            lines.append(f"  {phase.name}: {_gib(phase.total)} GiB")
+            parts = sorted(phase.parts.items(), key=lambda part: -part[1])
+            lines += [f"    {_gib(taken):>7} GiB  {part}" for part, taken in parts]
+    if needs.gpu.free < FREE_SHARE_EXPECTED * needs.gpu.total:
+        lines.append(f"  Other processes hold {_gib(needs.gpu.total - needs.gpu.free)} GiB of the GPU.")
+    return "\n".join([*lines, f"  {_advice(needs, everything)}"])
+
+
+def _advice(needs: PoolNeeds, measures: Set[str]) -> str:
+    advice = ["lower tokens_per_microbatch or model.logits_chunk_tokens, set model.lora_rank"]
+    if needs.engine is not None:
+        advice.insert(0, "lower rollout.memory_fraction, place rollout on a pool of its own")
+    if off := [measure for measure, is_on in needs.fixed.items() if not is_on]:
+        advice.insert(0, f"leave to the plan (auto) what is switched off: {', '.join(map(_shown, off))}")
+    if ranks := _ranks_that_suffice(needs, measures):
+        advice.insert(0, f"use more ranks: {ranks} of this size suffice (placement.pools.{needs.pool})")
+    return f"What helps: {'; '.join(advice)}. To try nevertheless, set every switch to true or false: nothing is planned then."
+
+
+def _ranks_that_suffice(needs: PoolNeeds, measures: Set[str]) -> int | None:
+    num_ranks = needs.num_ranks * 2
+    while num_ranks <= MOST_RANKS_TRIED:
+        larger = replace(needs, models=tuple(replace(model, num_ranks=num_ranks) for model in needs.models))
+        if peak(larger, measures).total <= needs.budget:
+            return num_ranks
+        num_ranks *= 2
+    return None
+
+
+def choose_all(pools: list[PoolNeeds]) -> list[PoolPlan]:
+    """A plan for every pool.
+
+    Raises:
+        PlacementError: with every pool that cannot hold its roles, and what of them takes how much.
+    """
+    plans = [(needs, choose(needs)) for needs in pools]
+    if refused := [refusal(needs) for needs, plan in plans if plan is None]:
+        raise PlacementError("the GPUs cannot hold what is placed on them. Nothing was loaded.\n" + "\n".join(refused))
+    return [plan for _, plan in plans if plan is not None]
+
+
+def _switched_on(needs: PoolNeeds) -> frozenset[str]:
+    return frozenset(measure for measure, is_on in needs.fixed.items() if is_on)
+
+
+def _shown(measure: str) -> str:
+    """As the configuration has it: one key recomputes activations, decided for each role."""
+    role, _, key = measure.partition(".")
+    return f"model.{key} of {role}" if key == CHECKPOINTING else measure
+
+
+def _cost(measure: str) -> str:
+    return COSTS.get(measure) or COSTS[measure.partition(".")[2]]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"

@@ -1,0 +1,134 @@
+"""What the roles of a pool take of each of its GPUs, phase by phase, under given measures.
+
+A *measure* is a key of the configuration that is on, such as `actor.offload_optimizer`. `model.gradient_checkpointing`, one key
+for all models, is decided for each of them: `actor.gradient_checkpointing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
+
+from hybridflow.planner.sizes import MASTER_BYTES, ModelNeeds
+
+GIB = 2**30
+RESERVED_SHARE = 0.08
+"""Of the GPU, for what is not counted: NCCL, workspaces, and gaps that torch's allocator cannot use. Chosen, not measured; the
+recorded runs reserve 12 to 28 GiB beyond what they allocate where there is room, and give it back where there is none."""
+UNKNOWN_ROLE_SHARE = 0.05
+"""Of the GPU, for each role of the user's own, whose needs nobody stated."""
+ASLEEP_BYTES = 2 * GIB
+"""What an engine keeps while it sleeps beside what it says: CUDA graphs and workspaces. Assumed, not measured."""
+
+PARAMETERS, OPTIMIZER, CHECKPOINTING, SLEEP = "offload_parameters", "offload_optimizer", "gradient_checkpointing", "sleep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The smallest GPU of a pool, in bytes."""
+
+    total: int
+    free: int
+    """When its processes have started and nothing is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineNeeds:
+    """The engine of a pool that generates."""
+
+    role: str
+    share: int
+    """Weights and cache while awake."""
+    kept_asleep: int
+    """Of these, what sleeping does not free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolNeeds:
+    """Everything that the roles of a pool need of one of its GPUs."""
+
+    pool: str
+    num_ranks: int
+    gpu: Gpu
+    models: tuple[ModelNeeds, ...]
+    engine: EngineNeeds | None = None
+    sync_buffers: int = 0
+    """Buckets that weights travel in, kept between syncs."""
+    unknown_roles: tuple[str, ...] = ()
+    fixed: Mapping[str, bool] = field(default_factory=dict)
+    """Measures that the user has decided."""
+
+    @property
+    def budget(self) -> int:
+        """What can be planned with: free memory less a reserve."""
+        return self.gpu.free - int(self.gpu.total * RESERVED_SHARE)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A time of the step in which memory is at a peak, and what it consists of."""
+
+    name: str
+    parts: Mapping[str, int]
+    """Words -> bytes; what takes nothing is left out."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def phases(needs: PoolNeeds, measures: Set[str]) -> Iterator[Phase]:
+    """The peaks of a step: generation, the merging of adapters, each role's pass without gradients, each role's update.
+
+    Engines are awake from generation to the end of collection, where models compute without gradients, and may sleep while
+    roles learn. An offloaded role is back on the GPU while it computes; its optimizer only while it learns.
+    """
+    if needs.engine is not None:
+        yield _phase(needs, measures, "generation", {})
+    for model in needs.models:
+        if needs.sync_buffers and model.has_adapters and model.has_output_layer:
+            merging = {f"{model.role}: merged weights": model.parameters * MASTER_BYTES // model.num_ranks}
+            yield _phase(needs, measures, "weight sync", merging, active=model)
+        forward = {f"{model.role}: layers and logits": model.forward()}
+        yield _phase(needs, measures, f"{model.role} computes", forward, active=model)
+    for model in needs.models:
+        if model.is_trained:
+            is_checkpointed = f"{model.role}.{CHECKPOINTING}" in measures
+            backward = {
+                f"{model.role}: gradients": model.gradients,
+                f"{model.role}: layers, activations and logits": model.backward(is_checkpointed=is_checkpointed),
+            }
+            yield _phase(needs, measures, f"{model.role} learns", backward, active=model, learns=True)
+
+
+def _phase(
+    needs: PoolNeeds,
+    measures: Set[str],
+    name: str,
+    working: Mapping[str, int],
+    *,
+    active: ModelNeeds | None = None,
+    learns: bool = False,
+) -> Phase:
+    parts: dict[str, int] = {}
+    if needs.engine is not None:
+        engine = needs.engine
+        is_asleep = learns and f"{engine.role}.{SLEEP}" in measures
+        parts[f"{engine.role}: {'asleep' if is_asleep else 'weights and cache'}"] = (
+            min(engine.share, engine.kept_asleep + ASLEEP_BYTES) if is_asleep else engine.share
+        )
+    parts["weight sync: buckets"] = needs.sync_buffers
+    for model in needs.models:
+        is_active = model is active
+        is_here = is_active or f"{model.role}.{PARAMETERS}" not in measures
+        parts[f"{model.role}: weights"] = model.weights if is_here else 0
+        has_optimizer = (is_active and learns) or f"{model.role}.{OPTIMIZER}" not in measures
+        parts[f"{model.role}: optimizer"] = model.optimizer if has_optimizer else 0
+    for role in needs.unknown_roles:
+        parts[f"{role}: reserved, since its needs are not known"] = int(needs.gpu.total * UNKNOWN_ROLE_SHARE)
+    return Phase(name, {part: size for part, size in {**parts, **working}.items() if size})
+
+
+def peak(needs: PoolNeeds, measures: Set[str]) -> Phase:
+    """The phase that takes most; of a pool without models and engine, one that takes what is reserved for unknown roles."""
+    return max(phases(needs, measures), key=lambda phase: phase.total, default=_phase(needs, measures, "all", {}))

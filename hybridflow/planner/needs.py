@@ -1,0 +1,147 @@
+"""From a run's configuration to what the roles of a pool need, and back to a configuration in which all is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+
+from hybridflow.config.schema import Config, Switch
+from hybridflow.planner.memory import CHECKPOINTING, OPTIMIZER, PARAMETERS, SLEEP, EngineNeeds, Gpu, PoolNeeds
+from hybridflow.planner.sizes import ModelNeeds, ModelSize, Numerics
+
+TRAINED_ROLES = ("actor", "critic")
+FROZEN_ROLES = ("reference",)
+WITHOUT_OUTPUT_LAYER = ("critic",)
+WITHOUT_GPU = ("data", "reward")
+"""Roles that hold nothing on a GPU, wherever they are placed."""
+ENGINES_THAT_FREE_WEIGHTS = ("vllm",)
+"""Of an engine that is not named here, sleeping frees the cache alone."""
+NUM_BUCKETS = 2
+BYTES = {"bfloat16": 2, "float32": 4}
+DTYPE_ON_GPU = "bfloat16"
+"""What `auto` means for the dtypes of layers and engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolFacts:
+    """What is known of a pool once its processes have started."""
+
+    pool: str
+    roles: tuple[str, ...]
+    num_ranks: int
+    gpu: Gpu
+    sizes: Mapping[str, ModelSize]
+    """Of the models of `model_paths`, by role."""
+
+
+def model_paths(config: Config, roles: Set[str]) -> dict[str, str]:
+    """The model that each of `roles` starts from; roles without one are left out."""
+    own = {"actor": config.actor.path, "critic": config.critic.path, "reference": config.reference.path, "rollout": None}
+    return {role: path or config.model.path for role, path in own.items() if role in roles}
+
+
+def switches(config: Config) -> dict[str, Switch]:
+    """Every measure with what the configuration says about it."""
+    trained = {"actor": config.actor, "critic": config.critic}
+    return {
+        f"rollout.{SLEEP}": config.rollout.sleep,
+        f"reference.{PARAMETERS}": config.reference.offload_parameters,
+        **{f"{role}.{PARAMETERS}": section.offload_parameters for role, section in trained.items()},
+        **{f"{role}.{OPTIMIZER}": section.offload_optimizer for role, section in trained.items()},
+        **{f"{role}.{CHECKPOINTING}": config.model.gradient_checkpointing for role in trained},
+    }
+
+
+def has_open_switches(config: Config, roles: Set[str]) -> bool:
+    """Whether something about these roles is left to the plan."""
+    return any(value == "auto" for measure, value in switches(config).items() if measure.partition(".")[0] in roles)
+
+
+def pool_needs(config: Config, facts: PoolFacts, run_roles: Set[str]) -> PoolNeeds:
+    """What the roles of a pool need; `run_roles` are those of all pools."""
+    models = tuple(_model_needs(config, role, facts) for role in facts.roles if role in (*TRAINED_ROLES, *FROZEN_ROLES))
+    syncs = {"actor", "rollout"} <= run_roles
+    travelling = [facts.sizes[role] for role in ("actor", "rollout") if syncs and role in facts.sizes]
+    bucket = max(
+        (
+            max(config.rollout.sync_bucket_mib * 2**20, _engine_bytes(config) * size.vocabulary * size.hidden)
+            for size in travelling
+        ),
+        default=0,
+    )
+    return PoolNeeds(
+        pool=facts.pool,
+        num_ranks=facts.num_ranks,
+        gpu=facts.gpu,
+        models=models,
+        engine=_engine_needs(config, facts) if "rollout" in facts.roles else None,
+        sync_buffers=NUM_BUCKETS * bucket,
+        unknown_roles=tuple(role for role in facts.roles if role not in facts.sizes and role not in WITHOUT_GPU),
+        fixed={
+            measure: value
+            for measure, value in switches(config).items()
+            if value != "auto" and measure.partition(".")[0] in facts.roles
+        },
+    )
+
+
+def settled(config: Config, measures: Set[str], role: str = "") -> Config:
+    """`config` for the worker of `role`, with every switch on true or false: as the user set it, else by `measures`."""
+
+    def decided(measure: str) -> bool:
+        value = everything[measure]
+        return measure in measures if value == "auto" else value
+
+    everything = switches(config)
+    checkpointing = f"{role}.{CHECKPOINTING}"
+    is_checkpointed = decided(checkpointing) if checkpointing in everything else config.model.gradient_checkpointing is True
+    actor, critic = (
+        replace(section, offload_parameters=decided(f"{name}.{PARAMETERS}"), offload_optimizer=decided(f"{name}.{OPTIMIZER}"))
+        for name, section in (("actor", config.actor), ("critic", config.critic))
+    )
+    return replace(
+        config,
+        model=replace(config.model, gradient_checkpointing=is_checkpointed),
+        actor=actor,
+        critic=critic,
+        reference=replace(config.reference, offload_parameters=decided(f"reference.{PARAMETERS}")),
+        rollout=replace(config.rollout, sleep=decided(f"rollout.{SLEEP}")),
+    )
+
+
+def _model_needs(config: Config, role: str, facts: PoolFacts) -> ModelNeeds:
+    budgets = {
+        "actor": config.actor.tokens_per_microbatch,
+        "critic": config.critic.tokens_per_microbatch,
+        "reference": config.reference.tokens_per_microbatch,
+    }
+    longest_row = -(-config.max_model_tokens // config.model.sequence_parallel)  # goes alone where it exceeds the budget
+    dtype = config.model.compute_dtype
+    return ModelNeeds(
+        role=role,
+        size=facts.sizes[role],
+        num_ranks=facts.num_ranks,
+        is_trained=role in TRAINED_ROLES,
+        has_output_layer=role not in WITHOUT_OUTPUT_LAYER,
+        tokens=max(budgets[role], longest_row),
+        numerics=Numerics(
+            compute_bytes=BYTES[DTYPE_ON_GPU if dtype == "auto" else dtype],
+            is_compiled=config.model.compile,
+            chunk_tokens=config.model.logits_chunk_tokens,
+        ),
+    )
+
+
+def _engine_needs(config: Config, facts: PoolFacts) -> EngineNeeds:
+    rollout = config.rollout
+    weights = facts.sizes["rollout"].parameters * _engine_bytes(config) // rollout.tensor_parallel
+    frees_weights = rollout.engine in ENGINES_THAT_FREE_WEIGHTS
+    return EngineNeeds(
+        role="rollout",
+        share=int(rollout.memory_fraction * facts.gpu.total),
+        kept_asleep=0 if frees_weights else weights,
+    )
+
+
+def _engine_bytes(config: Config) -> int:
+    return BYTES[DTYPE_ON_GPU if config.rollout.dtype == "auto" else config.rollout.dtype]

@@ -1,0 +1,52 @@
+"""What the plan needs to know of a rank: its GPU, and the sizes of the models that its roles will load."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from hybridflow.config.schema import Config
+from hybridflow.planner.memory import Gpu
+from hybridflow.planner.needs import TRAINED_ROLES, model_paths
+from hybridflow.planner.sizes import ModelSize
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """Found on one rank."""
+
+    gpu: Gpu
+    sizes: dict[str, ModelSize]
+    """By role."""
+
+
+def rank_facts(config: Config, roles: Set[str]) -> RankFacts:
+    """The memory of this rank's GPU, which must exist, and the sizes of the models of `roles`; loads none of them.
+
+    Raises:
+        ModelError: a model cannot be found or trained.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return RankFacts(Gpu(total=total, free=free), model_sizes(config, roles))
+
+
+def model_sizes(config: Config, roles: Set[str]) -> dict[str, ModelSize]:
+    """The sizes of the models of `roles`, each role's with the adapters that it trains.
+
+    Raises:
+        ModelError: a model cannot be found or trained.
+    """
+    from hybridflow.models.sizes import model_size
+    from hybridflow.workers.model_spec import adapters_of
+
+    measured: dict[tuple[str, bool], ModelSize] = {}
+    sizes = {}
+    for role, path in model_paths(config, roles).items():
+        key = path, role in TRAINED_ROLES
+        if key not in measured:
+            adapters = adapters_of(config) if role in TRAINED_ROLES else None
+            measured[key] = model_size(path, adapters=adapters, trust_remote_code=config.model.trust_remote_code)
+        sizes[role] = measured[key]
+    return sizes

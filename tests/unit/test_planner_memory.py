@@ -1,0 +1,190 @@
+"""What stays on the GPU: invariants of the plan, and its words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hybridflow.config.schema import Config, ModelConfig, RolloutConfig, TrainingConfig
+from hybridflow.errors import PlacementError
+from hybridflow.planner.measures import candidates, choose, choose_all
+from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak, phases
+from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, settled
+from hybridflow.planner.sizes import ModelSize
+
+SIZE = ModelSize(  # Qwen2.5-7B
+    parameters=7_615_616_512,
+    trained_parameters=7_615_616_512,
+    output_parameters=544_997_376,
+    layer_parameters=233_057_792,
+    layers_parameters=6_525_618_176,
+    num_layers=28,
+    hidden=3584,
+    attention=3584,
+    feed_forward=18944,
+    vocabulary=152064,
+)
+PPO_ROLES = ("actor", "critic", "reference", "rollout")
+DEFAULTS = Config(model=ModelConfig(path="7b"), rollout=RolloutConfig(engine="vllm"))
+
+
+def gpu(gib: float) -> Gpu:
+    """One that nobody else uses; half a GiB goes to the process."""
+    return Gpu(total=int(gib * GIB), free=int((gib - 0.5) * GIB))
+
+
+def ppo(gib: float, *, ranks: int = 1, config: Config = DEFAULTS, roles: tuple[str, ...] = PPO_ROLES) -> PoolNeeds:
+    """PPO of a model of 7B on one pool."""
+    sizes = {role: SIZE for role in roles if role in PPO_ROLES}
+    facts = PoolFacts(pool="main", roles=roles, num_ranks=ranks, gpu=gpu(gib), sizes=sizes)
+    return pool_needs(config, facts, set(roles))
+
+
+def test_ppo_of_7b_with_a_critic_is_refused_on_one_gpu_of_80_gib() -> None:
+    with pytest.raises(PlacementError) as refused:
+        choose_all([ppo(79.2)])
+    message = str(refused.value)
+    assert "Pool 'main' has 1 rank(s) with 79.2 GiB" in message
+    assert "actor learns" in message and "critic learns" in message
+    assert "56.7 GiB  actor: optimizer" in message  # 8 bytes x 7.6e9
+    assert "4 of this size suffice (placement.pools.main)" in message
+    for advice in ("rollout.memory_fraction", "tokens_per_microbatch", "model.lora_rank"):
+        assert advice in message
+
+
+def test_ppo_of_7b_with_a_critic_fits_four_gpus_of_80_gib_with_measures() -> None:
+    plan = choose(ppo(79.2, ranks=4))
+    assert plan is not None
+    assert {"rollout.sleep", "actor.offload_optimizer", "actor.gradient_checkpointing"} <= plan.measures
+    assert peak(plan.needs, plan.measures).total <= plan.needs.budget
+
+
+def test_where_everything_fits_nothing_is_done() -> None:
+    plan = choose(ppo(1000.0))
+    assert plan is not None and plan.measures == frozenset()
+    assert plan.lines()[0].endswith("nothing is offloaded, slept or recomputed")
+
+
+def test_more_memory_never_makes_the_plan_dearer() -> None:
+    costs = []
+    for gib in range(60, 800, 10):
+        needs = ppo(gib, ranks=4)
+        plan = choose(needs)
+        cost = {measure: 2**digit for digit, measure in enumerate(candidates(needs))}
+        costs.append(float("inf") if plan is None else sum(cost[measure] for measure in plan.measures))
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == float("inf") and costs[-1] == 0 and len(set(costs)) > 5
+
+
+@pytest.mark.parametrize("gib", range(80, 320, 20))
+def test_no_measure_of_a_plan_could_be_left_out(gib: int) -> None:
+    needs = ppo(gib, ranks=4)
+    plan = choose(needs)
+    assert plan is not None
+    for measure in plan.measures:
+        assert peak(needs, plan.measures - {measure}).total > needs.budget
+
+
+def test_no_measure_makes_any_phase_larger() -> None:
+    needs = ppo(79.2, ranks=4)
+    before = [phase.total for phase in phases(needs, set())]
+    for measure in candidates(needs):
+        after = [phase.total for phase in phases(needs, {measure})]
+        assert all(now <= then for now, then in zip(after, before, strict=True)) and after != before, measure
+
+
+def test_what_the_user_has_decided_stays() -> None:
+    own = replace(
+        DEFAULTS,
+        rollout=replace(DEFAULTS.rollout, sleep=True),
+        actor=TrainingConfig(offload_optimizer=False),
+        model=replace(DEFAULTS.model, gradient_checkpointing=True),
+    )
+    for gib in (150.0, 1000.0):
+        plan = choose(ppo(gib, ranks=4, config=own))
+        assert plan is not None
+        assert {"rollout.sleep", "actor.gradient_checkpointing", "critic.gradient_checkpointing"} <= plan.measures
+        assert "actor.offload_optimizer" not in plan.measures
+        assert "rollout.sleep (as configured)" in plan.lines()[0]
+
+
+def test_a_switch_that_is_off_is_named_where_it_stands_in_the_way() -> None:
+    off = replace(DEFAULTS, rollout=replace(DEFAULTS.rollout, sleep=False))
+    assert choose(ppo(79.2, ranks=4)) is not None
+    with pytest.raises(PlacementError, match=r"leave to the plan \(auto\) what is switched off: rollout\.sleep"):
+        choose_all([ppo(79.2, ranks=4, config=off)])
+
+
+def test_every_pool_that_does_not_fit_is_listed() -> None:
+    learner = ppo(40.0, roles=("actor", "reference"))
+    engine = replace(ppo(40.0, roles=("rollout",)), pool="gen", gpu=Gpu(total=40 * GIB, free=10 * GIB))
+    with pytest.raises(PlacementError) as refused:
+        choose_all([learner, ppo(79.2, ranks=4), engine])
+    assert "Pool 'main' has 1 rank(s) with 40.0" in str(refused.value) and "Pool 'gen'" in str(refused.value)
+    assert "Other processes hold 30.0 GiB" in str(refused.value)
+
+
+def test_an_engine_alone_has_no_measures() -> None:
+    plan = choose(ppo(79.2, roles=("rollout",)))
+    assert plan is not None and not candidates(plan.needs) and peak(plan.needs, set()).name == "generation"
+
+
+def test_a_role_of_the_users_own_gets_a_reserve() -> None:
+    with_own, without = (ppo(100.0, roles=roles) for roles in (("rollout", "judge", "reward", "data"), ("rollout",)))
+    assert peak(with_own, set()).total - peak(without, set()).total == 5 * GIB  # 5 % of 100
+    assert "judge: reserved, since its needs are not known" in peak(with_own, set()).parts
+
+
+def test_an_engine_that_keeps_its_weights_frees_less() -> None:
+    other = replace(DEFAULTS, rollout=replace(DEFAULTS.rollout, engine="sglang"))
+    kept = []
+    for config in (DEFAULTS, other):
+        (learns,) = [phase for phase in phases(ppo(500.0, config=config), {"rollout.sleep"}) if phase.name == "actor learns"]
+        kept.append(learns.parts["rollout: asleep"])
+    assert kept[1] - kept[0] == SIZE.parameters * 2  # bfloat16
+
+
+def test_a_measure_is_given_with_its_reason() -> None:
+    plan = choose(ppo(150.0, ranks=4))
+    assert plan is not None
+    (line,) = [line for line in plan.lines() if "recomputes" in line and "of actor" in line]
+    assert line.startswith("  model.gradient_checkpointing of actor: recomputes")
+    assert "without it 'actor learns' takes" in line
+
+
+def test_settled_switches_are_true_or_false_for_each_role() -> None:
+    measures = {"rollout.sleep", "critic.gradient_checkpointing", "critic.offload_optimizer"}
+    actor, critic = (settled(DEFAULTS, measures, role) for role in ("actor", "critic"))
+    assert (actor.model.gradient_checkpointing, critic.model.gradient_checkpointing) == (False, True)
+    for config in (actor, critic):
+        assert (config.rollout.sleep, config.reference.offload_parameters) == (True, False)
+        assert (config.critic.offload_optimizer, config.critic.offload_parameters) == (True, False)
+        assert (config.actor.offload_optimizer, config.actor.offload_parameters) == (False, False)
+
+
+def test_settling_leaves_what_was_decided() -> None:
+    own = replace(DEFAULTS, actor=TrainingConfig(offload_parameters=True, offload_optimizer=False))
+    config = settled(own, {"actor.offload_optimizer"}, "actor")
+    assert (config.actor.offload_parameters, config.actor.offload_optimizer) == (True, False)
+
+
+def test_only_roles_with_a_switch_on_auto_are_planned() -> None:
+    assert has_open_switches(DEFAULTS, {"rollout"}) and not has_open_switches(DEFAULTS, {"data", "reward"})
+    assert not has_open_switches(replace(DEFAULTS, rollout=replace(DEFAULTS.rollout, sleep=False)), {"rollout"})
+
+
+def test_a_row_longer_than_a_microbatch_counts_whole() -> None:
+    long_rows = replace(DEFAULTS, data=replace(DEFAULTS.data, max_response_tokens=100_000))
+    (actor, *_) = ppo(79.2, config=long_rows).models
+    assert actor.tokens == 100_512
+
+
+def test_merging_adapters_is_a_peak_of_its_own() -> None:
+    adapted = replace(SIZE, trained_parameters=10_000_000)
+    facts = PoolFacts(
+        pool="main", roles=("actor", "rollout"), num_ranks=1, gpu=gpu(140.0), sizes={"actor": adapted, "rollout": SIZE}
+    )
+    needs = pool_needs(DEFAULTS, facts, {"actor", "rollout"})
+    (sync,) = [phase for phase in phases(needs, set()) if phase.name == "weight sync"]
+    assert sync.parts["actor: merged weights"] == 4 * SIZE.parameters
