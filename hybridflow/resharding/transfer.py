@@ -10,33 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from hybridflow.resharding.buckets import Part, Plan, plan_buckets
+from hybridflow.resharding.buckets import Part, Plan, Slot, plan_buckets
 from hybridflow.resharding.layout import Box
 from hybridflow.resharding.links import Broadcaster, TransferStore, UnderWay, exchange, gather, receive
 from hybridflow.resharding.pack import Assembler, NamedTensors, Packer, flat_runs, storage_bytes
+from hybridflow.resharding.recorded import CudaRecording, Loads, WeightTarget
 from hybridflow.resharding.timeline import Timeline
-from hybridflow.resharding.verify import DTYPES, HeldWeights, Place, Verifier
+from hybridflow.resharding.verify import DTYPES, Place, Verifier
 from hybridflow.resharding.window import rehearse
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
-
-
-class WeightTarget(Protocol):
-    """What a sync needs of an engine."""
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy full tensors under their Hugging Face names; each is valid until the next one is asked for."""
-        ...
-
-    def held_weights(self) -> HeldWeights:
-        """This rank's part of each weight that can be read back bit by bit, under its Hugging Face name."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +43,11 @@ class SyncSettings:
     def plan(self, shapes: Shapes, parts: Sequence[Part], num_shards: int) -> Plan:
         """How weights of these shapes travel to ranks that read these parts."""
         return plan_buckets(shapes, parts, num_shards=num_shards, dtype=self.dtype, bucket_bytes=self.bucket_bytes)
+
+    def loads(self, plan: Plan, verifier: Verifier, target: WeightTarget) -> Loads:
+        """How the engine loads: recorded where device and engine can and every weight is read back afterwards."""
+        is_recorded = self.device.type == "cuda" and target.can_replay_loads and not verifier.unreadable
+        return Loads(len(plan.buckets), CudaRecording if is_recorded else None)
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,9 @@ class ColocatedSync:
         deliver = Delivery(self.assembler, self.verifier if self.settings.verify else None, timeline, part="gather")
         if self._is_ready(named.values()):
             target.load_weights(self._as_they_are(named, timeline))
+            timeline.mark("load")
         else:
-            target.load_weights(deliver.tensors(lambda bucket: self._start(bucket, named, timeline)))
-        timeline.mark("load")
+            deliver.to(target, self.loads, lambda bucket: self._start(bucket, named, timeline))
         if self.packer.fingerprints is not None:
             trained = self.packer.fingerprints.finish()
             if self.plan.num_shards > 1:
@@ -139,6 +133,7 @@ class ColocatedSync:
             runs.insert(self.part, self.assembler.received[bucket][self.shard])
         self.packer = Packer(plan, self.shard, self.outgoing, takes_fingerprints=settings.verify)
         self.verifier = Verifier(plan, self.part, target.held_weights(), device=settings.device, place=settings.place)
+        self.loads = settings.loads(plan, self.verifier, target)
         return plan
 
     def _is_ready(self, tensors: Iterable[torch.Tensor]) -> bool:
@@ -262,6 +257,7 @@ class WeightReceiver:
         self.assembler = Assembler(plan, part, equal_lengths=False, device=self.settings.device)
         held = target.held_weights()
         self.verifier = Verifier(plan, part, held, device=self.settings.device, place=self.settings.place)
+        self.loads = self.settings.loads(plan, self.verifier, target)
         return plan
 
     def receive(self, target: WeightTarget) -> SyncReport:
@@ -276,8 +272,7 @@ class WeightReceiver:
             self.verifier.begin()
         timeline = Timeline(self.settings.device)
         deliver = Delivery(self.assembler, self.verifier if self.settings.verify else None, timeline, part="transfer")
-        target.load_weights(deliver.tensors(lambda bucket: receive(self.assembler.received[bucket], self.groups)))
-        timeline.mark("load")
+        deliver.to(target, self.loads, lambda bucket: receive(self.assembler.received[bucket], self.groups))
         if self.settings.verify:
             self.verifier.compare(self._trained_fingerprints(len(self.plan.boxes)), target.held_weights())
             timeline.mark("checksum")
@@ -304,8 +299,30 @@ class Delivery:
         self.assembler, self.verifier, self.timeline, self.part = assembler, verifier, timeline, part
         self.bytes_received = 0
 
-    def tensors(self, start: Callable[[int], UnderWay]) -> Iterator[tuple[str, torch.Tensor]]:
+    def to(self, target: WeightTarget, loads: Loads, start: Callable[[int], UnderWay]) -> None:
+        """Start each bucket, wait for it, and load it."""
+        if loads.are_recorded(target):
+            for bucket, _ in self._arrived(start):
+                loads.replay(bucket)
+                self.timeline.mark("load")
+            target.forget_prefixes()
+        else:
+            loads.run(target, lambda: self._tensors(loads, start))
+        self.timeline.mark("load")
+
+    def _tensors(self, loads: Loads, start: Callable[[int], UnderWay]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors in the order of the plan, as the engine reads them; each is valid until the next one is asked for."""
+        for _, held in self._arrived(start):
+            loads.begin()
+            for slot, tensor in held:
+                if self.verifier is not None and self.verifier.show(slot.name, tensor):
+                    self.timeline.mark("checksum")
+                yield slot.name, self.assembler.as_engine_reads(slot, tensor)
+            loads.end()
+            self.timeline.mark("load")
+
+    def _arrived(self, start: Callable[[int], UnderWay]) -> Iterator[tuple[int, list[tuple[Slot, torch.Tensor]]]]:
+        """Each bucket with its tensors, the next one on its way."""
         last = len(self.assembler.received) - 1
         arriving = start(0)
         for bucket in range(last + 1):
@@ -314,11 +331,7 @@ class Delivery:
             self.bytes_received += arriving.bytes_received
             held = self.assembler.assemble(bucket)
             self.timeline.mark(self.part)
-            for slot, tensor in held:
-                if self.verifier is not None and self.verifier.show(slot.name, tensor):
-                    self.timeline.mark("checksum")
-                yield slot.name, self.assembler.as_engine_reads(slot, tensor)
-            self.timeline.mark("load")
+            yield bucket, held
             arriving = following
 
 

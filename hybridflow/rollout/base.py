@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +113,10 @@ class EngineSpec:
 class Engine(ABC):
     """Generates responses. Requests may be added at any time; `step` advances all that run."""
 
+    can_replay_loads: ClassVar[bool] = False
+    """Whether `load_weights`, once it has run, does nothing but launch the same copies into the same memory and forget
+    prefixes: then its launches are recorded on CUDA and made again without it."""
+
     def __init__(self, spec: EngineSpec):
         self.spec = spec
 
@@ -184,6 +188,9 @@ class Engine(ABC):
         Raises:
             EngineError: requests are unfinished; a weight is unknown or has another shape; or some were not given.
         """
+
+    def forget_prefixes(self) -> None:  # noqa: B027, an engine may cache none
+        """Forget cached prefixes, since the weights have changed where they are."""
 
     @abstractmethod
     def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:

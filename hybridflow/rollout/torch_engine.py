@@ -33,6 +33,8 @@ PREFILL_TOKENS = 16384
 class TorchEngine(Engine):
     """Runs any causal language model of transformers that takes its attention from `AttentionInterface`, on one rank."""
 
+    can_replay_loads = True
+
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
         _check(spec)

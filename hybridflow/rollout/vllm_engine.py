@@ -42,6 +42,8 @@ FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "len
 class VllmEngine(Engine):
     """One vLLM engine; with `tensor_parallel` over 1 the ranks each hold a part of it and must step it together."""
 
+    can_replay_loads = True
+
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
         arguments = _arguments(spec)
@@ -146,6 +148,10 @@ class VllmEngine(Engine):
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
             _pack_heads(self.model)
         checked.finish()
+        self.forget_prefixes()
+
+    def forget_prefixes(self) -> None:
+        self.check_idle()
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM did not forget its cached prefixes, which belong to the old weights")
 

@@ -38,6 +38,8 @@ UNEVEN = {"embed": (7, 5), "scale": (1,), "bias": (3,), "q": (8, 8), "conv": (5,
 class FakeEngine:
     """Copies what it is given; `forgets` names a tensor that it does not."""
 
+    can_replay_loads = True
+
     def __init__(self, shapes: dict[str, tuple[int, ...]], *, forgets: str = ""):
         self.weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         self.forgets = forgets
@@ -49,6 +51,9 @@ class FakeEngine:
 
     def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self.weights.items())
+
+    def forget_prefixes(self) -> None:
+        pass
 
 
 class TensorParallelEngine(FakeEngine):

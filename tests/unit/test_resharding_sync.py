@@ -18,6 +18,8 @@ SHAPES = {"embed": (20, 8), "q": (8, 8), "norm": (8,), "bias": (3,), "down": (8,
 class FakeEngine:
     """Copies what it is given, like every engine; subclasses do it wrong."""
 
+    can_replay_loads = True
+
     def __init__(self, dtype: torch.dtype = torch.float32):
         self.weights = {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
 
@@ -30,6 +32,9 @@ class FakeEngine:
 
     def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self.weights.items())
+
+    def forget_prefixes(self) -> None:
+        pass
 
 
 def trained(seed: int = 0) -> list[tuple[str, torch.Tensor]]:

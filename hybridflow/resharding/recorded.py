@@ -1,0 +1,153 @@
+"""The engine's own loading without its Python: recorded once, bucket by bucket, and replayed from then on.
+
+An engine's loader copies hundreds of small tensors, and finding out where each goes takes it several times as long as the
+copies. Buckets and parameters stay where they are, so the copies of the third sync are recorded in CUDA graphs (two plain
+ones before it warm everything up).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+
+from hybridflow.resharding.verify import HeldWeights
+
+logger = logging.getLogger("hybridflow")
+
+PLAIN_LOADS = 2
+
+
+class WeightTarget(Protocol):
+    """What a sync needs of an engine."""
+
+    @property
+    def can_replay_loads(self) -> bool:
+        """Whether launches of `load_weights` can be recorded and made again without it."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy full tensors under their Hugging Face names; each is valid until the next one is asked for. Forget cached
+        prefixes."""
+        ...
+
+    def held_weights(self) -> HeldWeights:
+        """This rank's part of each weight that can be read back bit by bit, under its Hugging Face name."""
+        ...
+
+    def forget_prefixes(self) -> None:
+        """Forget cached prefixes: the weights have changed without `load_weights`."""
+        ...
+
+
+class Recording(Protocol):
+    """Launches that can be made again."""
+
+    def begin(self) -> None:
+        """From here on launches are recorded and not made."""
+        ...
+
+    def end(self) -> None:
+        """The end of the recording."""
+        ...
+
+    def abort(self) -> None:
+        """Leave a recording that failed."""
+        ...
+
+    def replay(self) -> None:
+        """Make the launches."""
+        ...
+
+
+class CudaRecording:
+    """A CUDA graph whose recording spans the turns of a generator."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may use the device meanwhile.
+        self._context = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+
+    def begin(self) -> None:
+        self._stream = torch.cuda.current_stream()
+        self._context.__enter__()
+
+    def end(self) -> None:
+        self._context.__exit__(None, None, None)
+
+    def abort(self) -> None:
+        try:
+            self.end()
+        except RuntimeError:  # what made the recording fail is known already
+            torch.cuda.set_stream(self._stream)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Loads:
+    """The loads of one engine."""
+
+    def __init__(self, num_buckets: int, new_recording: Callable[[], Recording] | None):
+        """Without `new_recording` nothing is recorded."""
+        self._num_buckets, self._new_recording = num_buckets, new_recording
+        self._recordings: list[Recording] = []
+        self._current: Recording | None = None
+        self._addresses: tuple[int, ...] = ()
+        self._num_plain = 0
+
+    @property
+    def can_record(self) -> bool:
+        """Whether loads are recorded when it is time."""
+        return self._new_recording is not None
+
+    def are_recorded(self, target: WeightTarget) -> bool:
+        """Whether `replay` does what the engine's loading would: its weights are where they were recorded."""
+        if len(self._recordings) < self._num_buckets:
+            return False
+        if self._addresses == _addresses(target):
+            return True
+        self._recordings.clear()
+        return False
+
+    def run(self, target: WeightTarget, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> None:
+        """Have the engine load, and record that when it is time. `tensors` calls `begin` and `end` around each bucket."""
+        self._num_plain += 1
+        if self._new_recording is None or self._num_plain <= PLAIN_LOADS:
+            target.load_weights(tensors())
+            return
+        self._addresses = _addresses(target)
+        try:
+            target.load_weights(tensors())
+        except RuntimeError as error:
+            if self._current is None:
+                raise
+            self._current.abort()
+            self._current, self._new_recording = None, None
+            self._recordings.clear()
+            logger.info("the engine's loading cannot be recorded and stays as it is: %s", error)
+            target.load_weights(tensors())
+
+    def begin(self) -> None:
+        """The engine is about to be given the tensors of a bucket."""
+        if self._new_recording is not None and self._num_plain > PLAIN_LOADS:
+            self._current = self._new_recording()
+            self._current.begin()
+
+    def end(self) -> None:
+        """The engine has copied them."""
+        if self._current is not None:
+            self._current.end()
+            self._current.replay()
+            self._recordings.append(self._current)
+            self._current = None
+
+    def replay(self, bucket: int) -> None:
+        """Load a bucket that has come as it was recorded."""
+        self._recordings[bucket].replay()
+
+
+def _addresses(target: WeightTarget) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for _, tensor in target.held_weights())
