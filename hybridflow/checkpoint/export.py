@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from hybridflow.checkpoint.sharded import METADATA, load_sharded, read_metadata
 from hybridflow.checkpoint.store import CheckpointStore, find
 from hybridflow.errors import CheckpointError
+from hybridflow.models.heads import VALUE_HEAD_FILE
 from hybridflow.models.load import load_config, load_tokenizer
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -87,7 +88,7 @@ def _write_model(weights_folder: Path, target: Path, origin: Source, dtype: Dtyp
     names = _checked_names(weights, skeleton, has_value_head=bool(head))
     if head:
         values = {name.removeprefix(VALUE_HEAD): value.to(torch.float32) for name, value in weights.read(head).items()}
-        save_file(values, target / "value_head.safetensors", metadata={"format": "pt"})
+        save_file(values, target / VALUE_HEAD_FILE, metadata={"format": "pt"})
         config.architectures = [type(skeleton.base_model).__name__]
     _write_weights(weights, target, exported, names)
     config.dtype = exported

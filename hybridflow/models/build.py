@@ -51,9 +51,11 @@ def build_policy(spec: ModelSpec) -> PolicyModel:
 
 
 def build_value_model(spec: ModelSpec) -> ValueModel:
-    """A value model on the backbone of a causal language model, likewise."""
+    """A value model on the backbone of a causal language model, likewise; its head too where that is an exported critic."""
     causal_lm = _load(spec)
     model = ValueModel(causal_lm, sequence_group=sequence_group(spec.layout, spec.device.type))
+    if dist.get_rank() == 0:  # the others take their shares from it
+        model.value_head.take_from(spec.source.path)
     fsdp.shard(model, decoder_layers(model), in_float32=[model.value_head], sharding=_sharding(spec))
     return model
 

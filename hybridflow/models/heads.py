@@ -5,13 +5,21 @@ R response tokens, H hidden channels.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from hybridflow.errors import ModelError
 from hybridflow.models.packing import Packed
 from hybridflow.models.policy import predicting_states
 from hybridflow.parallel.sequence import SequenceGroup
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+"""Beside the backbone in the folder of an exported critic: `weight` of shape [1, H] and `bias` of shape [1], in float32."""
 
 
 class ValueHead(nn.Module):
@@ -25,6 +33,22 @@ class ValueHead(nn.Module):
     def forward(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """Values: shape [R], float32."""
         return torch.mv(hidden_RH.float(), self.weight[0]) + self.bias
+
+    def take_from(self, folder: str) -> None:
+        """Begin where the critic ended that was exported to `folder`; a model that is no critic changes nothing.
+
+        Raises:
+            ModelError: the head there is damaged, or of another model.
+        """
+        file = Path(folder) / VALUE_HEAD_FILE
+        if not file.is_file():
+            return
+        try:
+            self.load_state_dict(load_file(file))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ModelError(
+                f"{file} does not load as the value head of this model: {error}. Export the critic again"
+            ) from error
 
 
 class ValueModel(nn.Module):

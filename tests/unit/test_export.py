@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hybridflow.checkpoint import export
 from hybridflow.checkpoint.export import export_checkpoint
 from hybridflow.checkpoint.sharded import save_sharded
 from hybridflow.checkpoint.store import CheckpointStore, RunState
-from hybridflow.errors import CheckpointError
+from hybridflow.errors import CheckpointError, ModelError
 from hybridflow.export import main
 from hybridflow.ops.losses import PolicyLoss, ValueLoss
 from hybridflow.workers.actor import ActorWorker
@@ -92,6 +94,31 @@ def test_what_a_critic_saved_is_exported_with_its_head(tmp_path: Path, tiny_mode
     del weights["value_head.bias"]
     backbone = {name.removeprefix("model."): weight for name, weight in weights.items()}
     assert_same_weights(AutoModel.from_pretrained(exported), backbone)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_critic_starts_from_an_exported_one_with_its_values(tmp_path: Path, tiny_model: str, lora_rank: int):
+    config = training_config(tiny_model, model={"lora_rank": lora_rank})
+    critic, rows = CriticWorker(config, context_of("critic")), random_batch([(3, 5), (4, 9)])
+    critic.begin_step(1, 1)
+    critic.update(rows, loss=ValueLoss())
+    store = CheckpointStore(tmp_path)
+    with store.writing(1) as folder:
+        critic.save(str(folder / "critic"))
+        store.write_state(folder, RunState(step=1, config=asdict(config)))
+    exported = export_checkpoint(tmp_path, tmp_path / "out", role="critic", dtype="float32")
+    again = CriticWorker(training_config(str(exported)), context_of("critic"))
+    values = critic.values(rows).tokens("values").values
+    assert np.abs(values).max() > 1e-4, "a head that was not read begins at zero"
+    assert again.values(rows).tokens("values").values == pytest.approx(values, rel=1e-5, abs=1e-7)
+
+
+def test_a_value_head_of_another_model_is_refused(tmp_path: Path, tiny_model: str):
+    model = tmp_path / "critic"
+    shutil.copytree(tiny_model, model)
+    save_file({"weight": torch.zeros(1, 32), "bias": torch.zeros(1)}, model / "value_head.safetensors")
+    with pytest.raises(ModelError, match=r"value_head.safetensors does not load as the value head of this model"):
+        CriticWorker(training_config(str(model)), context_of("critic"))
 
 
 def test_the_exported_folder_generates_from_text(tmp_path: Path, tiny_model: str):
