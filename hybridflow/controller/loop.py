@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.batch import Batch
+from hybridflow.checkpoint.changes import changes
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.config.schema import Config
 from hybridflow.controller.batch_metrics import length_metrics, num_tokens, policy_metrics, reward_metrics
@@ -104,13 +106,14 @@ class Loop:
         """Restore the checkpoint that `checkpoint.resume` names; returns its step, 0 where there is none.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or is of another number of roles.
+            CheckpointError: the checkpoint is damaged, or of other roles, another model or another algorithm.
         """
         source = self.resume_source()
         if source is None:
             return 0
         self.store.verify(source)
         state = self.store.read_state(source)
+        self.compare_settings(source, state)
         for role, worker in self.launched.groups.items():
             if not (source / role).is_dir():
                 raise CheckpointError(
@@ -123,6 +126,22 @@ class Loop:
         if state.step >= self.total_steps:
             logger.info("nothing is left to train; raise run.total_steps or run.total_epochs to go on")
         return state.step
+
+    def compare_settings(self, source: Path, state: RunState) -> None:
+        """Say which settings are others than those of the checkpoint.
+
+        Raises:
+            CheckpointError: it holds the state of another algorithm.
+        """
+        section = state.config.get("algorithm")
+        written_by = section.get("name") if isinstance(section, Mapping) else None
+        if state.algorithm and written_by != self.config.algorithm.name:
+            raise CheckpointError(
+                f"{source} was written by algorithm {written_by!r}, whose {', '.join(state.algorithm)} means nothing to "
+                f"{self.config.algorithm.name!r}. Resume with the algorithm of then; or export the weights and start from them"
+            )
+        if lines := changes(state.config, dataclasses.asdict(self.config)):
+            logger.warning("settings that differ from those of %s:\n%s", source, "\n".join(f"  {line}" for line in lines))
 
     def resume_source(self) -> Path | None:
         """The checkpoint that `checkpoint.resume` names, None where there is none. Others are not looked at."""

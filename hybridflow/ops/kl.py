@@ -48,15 +48,18 @@ class KLController(ABC):
         """What a resumed run needs."""
         return {}
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take back what `state_dict` gave."""
-        assert not state, f"{type(self).__name__} keeps no state, but was given {dict(state)}"
+        """Take back what `state_dict` gave. What a controller of another kind gave means nothing to this one."""
 
 
 class FixedKL(KLController):
     """A weight that stays as configured."""
 
     def update(self, observed_kl: float, num_rows: int) -> None:
+        pass
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         pass
 
 
@@ -82,7 +85,7 @@ class AdaptiveKL(KLController):
         return {"coefficient": self.coefficient}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.coefficient = state["coefficient"]
+        self.coefficient = state.get("coefficient", self.coefficient)
 
 
 def kl_controller(kind: Literal["fixed", "adaptive"], coefficient: float, *, target: float, horizon: float) -> KLController:

@@ -150,6 +150,25 @@ def test_a_corrupt_checkpoint_is_told_and_not_read(
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1]
 
 
+def test_other_settings_than_those_of_the_checkpoint_are_told_and_another_algorithm_is_refused(
+    toy: Toy, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    saving = ["algorithm.kl_controller=adaptive", "checkpoint.save_last=true", "checkpoint.every_steps=0"]
+    trained(toy, tmp_path, *saving, "run.total_steps=1")
+    code, text = said(toy, tmp_path, ["algorithm=grpo"], capsys)
+    assert code == 1 and is_short(text)
+    assert "was written by algorithm 'ppo', whose coefficient means nothing to 'grpo'" in text
+    caplog.clear()
+    # The KL controller has no state any more, which is no reason to stop either.
+    trained(toy, tmp_path, "actor.learning_rate=1e-4", "validation.max_prompts=3")
+    (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told.splitlines()[1:] == [
+        "  run.total_steps: 1 then, 2 now",
+        "  algorithm.kl_controller: adaptive then, fixed now",
+        "  actor.learning_rate: 0.001 then, 0.0001 now",
+    ]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Room for one checkpoint of the toy model without critic, and not for two."""

@@ -1,0 +1,58 @@
+"""What differs between the configuration that wrote a checkpoint and the one that goes on from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+WITHOUT_EFFECT = (
+    "run.folder",
+    "run.ray_address",
+    "run.timeout_s",
+    "data.validation_files",
+    "rollout.memory_fraction",
+    "rollout.cpu_cache_gib",
+    "rollout.enforce_eager",
+    "rollout.sleep",
+    "rollout.verify_weights",
+    "rollout.sync_bucket_mib",
+    "reward.num_processes",
+    "placement.cpu_slots",
+    "validation.",
+    "checkpoint.",
+    "trackers.",
+)
+"""What keys begin with on which nothing depends that is trained. `offload_...` keys are of this kind too."""
+
+
+def changes(written: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """One line for each key that differs and matters: `actor.learning_rate: 1e-06 then, 2e-06 now`.
+
+    Both are configurations as nested dicts. A key that only one of them has belongs to another release and is left out.
+    """
+    before, after = dict(_keys(written)), dict(_keys(_as_read_back(now)))
+    return [
+        f"{key}: {_shown(before[key])} then, {_shown(value)} now"
+        for key, value in after.items()
+        if key in before and before[key] != value and not key.startswith(WITHOUT_EFFECT) and ".offload_" not in key
+    ]
+
+
+def _keys(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for section, keys in config.items():
+        assert isinstance(keys, Mapping), f"section {section!r} of a configuration"
+        for key, value in keys.items():
+            if (section, key) == ("algorithm", "options") and isinstance(value, Mapping):
+                yield from ((f"algorithm.{name}", option) for name, option in value.items())
+            else:
+                yield f"{section}.{key}", value
+
+
+def _as_read_back(config: Mapping[str, object]) -> Mapping[str, object]:
+    """As it would come out of a checkpoint, where tuples are lists."""
+    read: Mapping[str, object] = json.loads(json.dumps(config, default=str))
+    return read
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
