@@ -90,6 +90,9 @@ PACKAGES = {
 }
 """The optional package that a value of a key needs, and what to do where it is not installed."""
 
+LOG_PROBS_AFTER_CUTS = ("vllm",)
+"""Engines whose log-probabilities are, unless told otherwise, of the tokens that top_p, top_k and min_p leave."""
+
 
 def check(config: Config, algorithm: AlgorithmClass | None) -> list[Mistake]:
     """Every mistake that the rules find in `config`, in the order of the rules; `algorithm` None skips what depends on it."""
@@ -137,6 +140,25 @@ def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[M
             yield Mistake(key, f"{name!r} needs the package {package!r}, which is not installed: {advice}")
 
 
+def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """The engine can give the log-probabilities that training computes: at the temperature, and before any cut."""
+    rollout = config.rollout
+    if rollout.engine not in LOG_PROBS_AFTER_CUTS or "rollout" not in roles or rollout.temperature == 0:
+        return
+    mode = rollout.engine_options.get("logprobs_mode", "processed_logprobs")
+    cuts = {"top_p": (rollout.top_p, 1), "top_k": (rollout.top_k, 0), "min_p": (rollout.min_p, 0)}
+    for name, (found, whole) in cuts.items():
+        if found != whole and mode == "processed_logprobs":
+            problem = (
+                f"found {found}, and {rollout.engine} would give log-probabilities of the tokens left; training's are of all"
+            )
+            advice = f"Set it to {whole}; or, at temperature 1, set rollout.engine_options.logprobs_mode=raw_logprobs"
+            yield Mistake(f"rollout.{name}", f"{problem}. {advice}")
+    if mode != "processed_logprobs" and rollout.temperature != 1:
+        problem = f"found {mode}, which is at temperature 1, and rollout.temperature={rollout.temperature}"
+        yield Mistake("rollout.engine_options.logprobs_mode", f"{problem}. Leave it out, or set the temperature to 1")
+
+
 def is_installed(package: str) -> bool:
     """Whether a top-level module can be imported; it is not."""
     return package in sys.modules or importlib.util.find_spec(package) is not None
@@ -160,6 +182,7 @@ RULES: tuple[Rule, ...] = (
     weights_match_files,
     names_are_known,
     packages_are_installed,
+    log_probs_are_of_all_tokens,
     rules_files.data_files_exist,
     rules_files.models_are_complete,
     rules_files.rows_fit_the_context,

@@ -14,7 +14,8 @@ from hybridflow.registry import nearest
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("*.safetensors", "*.bin")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Any of these holds a vocabulary."""
 
 
 def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from hybridflow.config.rules_files import TOKENIZER_FILES
 from hybridflow.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, object]
 TemplateUse = Literal["auto", "always", "never"]
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-"""Any of these holds a vocabulary."""
 
 
 class Tokenizer(Protocol):

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hybridflow.data.chat import TOKENIZER_FILES
+from hybridflow.config.rules_files import TOKENIZER_FILES
 from hybridflow.errors import ModelError
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}

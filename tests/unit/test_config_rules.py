@@ -162,6 +162,25 @@ def test_an_engine_that_the_algorithm_does_not_use_need_not_be_installed(
     assert mistakes_of([*right_run(tmp_path), "rollout.engine=vllm", "algorithm=sft"]) == []  # generates in validation only
 
 
+@pytest.mark.parametrize("cut", ["rollout.top_p=0.9", "rollout.top_k=20", "rollout.min_p=0.05"])
+def test_a_cut_whose_log_probabilities_training_does_not_compute_is_a_mistake(tmp_path: Path, cut: str) -> None:
+    engine = [*right_run(tmp_path), "rollout.engine=vllm", cut]
+    key, _, value = cut.partition("=")
+    (mistake,) = about_log_probs(engine)
+    assert mistake.startswith(f"command line: {key}: found {value}, and vllm would give")
+    raw = "rollout.engine_options.logprobs_mode=raw_logprobs"
+    assert not about_log_probs([*engine, raw])
+    assert not about_log_probs([*engine, "rollout.engine=torch"])
+    assert not about_log_probs([*engine, "rollout.temperature=0"])
+    assert "found raw_logprobs, which is at temperature 1, and rollout.temperature=0.7" in "".join(
+        mistakes_of([*engine, raw, "rollout.temperature=0.7"])
+    )
+
+
+def about_log_probs(overrides: list[str]) -> list[str]:
+    return [mistake for mistake in mistakes_of(overrides) if "log-probabilities" in mistake]
+
+
 def test_optional_packages_are_of_names_in_the_tables() -> None:
     tables = {"rollout.engine": registry.ENGINES, "trackers.names": registry.TRACKERS, "model.attention": {"flash_attn"}}
     assert all(name in tables[key] for key, name in PACKAGES)
@@ -195,7 +214,7 @@ def test_a_complete_model_folder_is_accepted(tmp_path: Path) -> None:
         ("model.safetensors", "holds no weights (*.safetensors or *.bin)"),
         (
             "tokenizer.json",
-            "holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json, vocab.txt, tokenizer_config.json)",
+            "holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json, vocab.txt, spiece.model, tekken.json)",
         ),
     ],
 )
