@@ -28,6 +28,8 @@ from hybridflow.registry import REWARDS, load, nearest
 
 Kind = Literal["sequential", "batch"]
 MAIN_KEYS = ("overall", "score")
+TAKEN_METRICS = ("mean", "std", "failed")
+"""What `reward/...` says of the reward itself; see controller/batch_metrics.py."""
 FOUR_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 SIGNATURES = "(reward_input, **kwargs) or (data_source, solution_str, ground_truth, extra_info=None, **kwargs)"
 
@@ -65,6 +67,7 @@ class RewardFunction:
 
         Raises:
             TypeError, ValueError: the function returned something else than a finite number or a dict of numbers.
+        RewardError: it returned a number under a name that is taken.
         """
         return _as_score(self.call(dict(reward_input)))
 
@@ -184,6 +187,9 @@ def _as_score(result: object) -> Score:
         if main is None:
             raise TypeError(f"the function returned a dict with {sorted(map(str, result))}; it needs 'overall' or 'score'")
         metrics = {str(name): float(value) for name, value in result.items() if isinstance(value, SupportsFloat)}
+        if taken := [name for name in TAKEN_METRICS if name in metrics]:
+            found = f"the reward function returned a number called {taken[0]!r}, but reward/{taken[0]} is of the reward itself"
+            raise RewardError(f"{found}. Give it another name than {', '.join(TAKEN_METRICS)}")
         return Score(_finite(result[main]), metrics)
     return Score(_finite(result))
 

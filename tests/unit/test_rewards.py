@@ -176,6 +176,13 @@ def test_a_wrong_result_is_named(tmp_path: Path, result: str, problem: str) -> N
         function.score(given())
 
 
+@pytest.mark.parametrize("name", ["mean", "std", "failed"])
+def test_a_metric_may_not_take_the_name_of_one_of_the_rewards_own(tmp_path: Path, name: str) -> None:
+    function = user_function(tmp_path, f"def compute_score(given):\n    return {{'overall': 1.0, '{name}': 0.5}}")
+    with pytest.raises(RewardError, match=f"a number called '{name}', but reward/{name} is of the reward itself"):
+        function.score(given())
+
+
 def test_entries_that_are_no_numbers_are_not_metrics(tmp_path: Path) -> None:
     source = "def compute_score(reward_input):\n    return {'score': True, 'pred': '72', 'none': None}"
     assert user_function(tmp_path, source).score(given()).metrics == {"score": 1.0}
