@@ -66,6 +66,16 @@ COLUMNS = {
         "row", "float32", "critic.compute(TokenAdvantages)", "Mean KL to the reference per token, in nats.", light=True
     ),
     "advantage": Column("row", "float32", "the algorithm", "One advantage for all tokens of the response.", light=True),
+    # From the comparison of engine and trainer: the same number in all rows of a rank.
+    **{
+        f"agreement_{name}": Column("row", "float32", "actor.compute(LogProbAgreement)", f"{meaning}, in nats.", light=True)
+        for name, meaning in {
+            "mean": "Mean difference of a token's log-probability between engine and trainer",
+            "p99": "Its 99th percentile",
+            "max": "Its maximum",
+            "k3": "KL of the two, estimated by k3",
+        }.items()
+    },
 }
 
 
