@@ -3,7 +3,8 @@
     python benchmarks/dispatch.py [--out benchmarks/results/dispatch.json]
 
 Runs on CPU in about a minute. Three parts:
-1. a PPO-shaped step over 4,096 rows x 8,192 tokens with four per-token columns: bytes that pass through the controller;
+1. a PPO-shaped step over 4,096 rows x 8,192 tokens with four per-token columns, rows being scored while others are generated:
+   bytes that pass through the controller;
 2. a call without work over 2 ranks, beside two plain Ray actor calls that carry the same few bytes (role, method and no
    arguments), and beside two that carry nothing;
 3. 48 MiB to 2 ranks and back, beside plain Ray `put`, call and `get` of the same bytes.
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
+from hybridflow.algorithms.respond import respond_in_parts
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.schema import Config
@@ -32,6 +34,7 @@ from hybridflow.controller.group import GroupDispatcher, Pool, to_store
 from hybridflow.controller.placement import start_pool
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
+from hybridflow.rollout.base import Sampling
 from hybridflow.workers.base import Worker
 from hybridflow.workers.remote import remote
 
@@ -45,12 +48,29 @@ class DispatchWorker(Worker):
     is_distributed = False
 
     @remote("split_by_data_rank")
-    def generate(self, batch: Batch, *, tokens: int) -> Batch:
-        """Responses of `tokens` tokens with log-probabilities."""
-        lengths = np.full(len(batch), tokens)
+    def submit(self, batch: Batch, *, sampling: Sampling) -> None:
+        """Note which rows get responses of `sampling.max_tokens` tokens, last row first."""
+        self.tokens, self.left = sampling.max_tokens, batch["position"][::-1]
+
+    @remote("gather_rows")
+    def generate_part(self, num_parts_left: int) -> Batch:
+        """The next responses, with log-probabilities."""
+        rows, self.left = np.split(self.left, [-(-len(self.left) // num_parts_left)])
+        lengths = np.full(len(rows), self.tokens)
         ids = Ragged.from_lengths(np.zeros(lengths.sum(), np.int32), lengths)
         log_probs = Ragged(np.zeros(len(ids.values), np.float32), ids.offsets)
-        return Batch.from_columns({"response": ids, "rollout_log_probs": log_probs, "response_tokens": lengths})
+        columns = {"response": ids, "rollout_log_probs": log_probs, "response_tokens": lengths}
+        return Batch.from_columns({**columns, "truncated": lengths > 0, "position": rows[::-1]})
+
+    @remote("rank_zero")
+    def scores_rows_alone(self) -> bool:
+        """Scoring may begin with the first part."""
+        return True
+
+    @remote("split_by_data_rank")
+    def score(self, batch: Batch) -> Batch:
+        """Rewards."""
+        return Batch({"reward": np.zeros(len(batch), np.float32), "reward_failed": np.zeros(len(batch), np.bool_)})
 
     @remote("split_by_data_rank")
     def token_column(self, batch: Batch, *, name: str) -> Batch:
@@ -93,9 +113,9 @@ def step(group: DispatchWorker, rows: int, tokens: int) -> Metrics:
     group.dispatcher.log.drain()
     columns = {"prompt_tokens": np.full(rows, 16), "group": np.arange(rows), "seed": np.arange(rows)}
     batch = Batch.from_columns(columns)
-    batch = batch.join(group.generate(batch, tokens=tokens))
+    batch, scores = respond_in_parts(batch, group, group, sampling=Sampling(max_tokens=tokens))
     pending = [group.token_column.start(batch, name=name) for name in ("log_probs", "values", "reference_log_probs")]
-    batch = batch.join(*(call.result() for call in pending)).with_columns(reward=np.zeros(rows, np.float32))
+    batch = batch.join(scores.result(), *(call.result() for call in pending))
     order = np.random.default_rng(0).permutation(rows)
     for call in [group.update.start(part) for part in batch.select(order).split(rows // 4)]:
         call.result()

@@ -44,6 +44,9 @@ COLUMNS = {
     "sample": Column(
         "row", "int64", "data.loader, Batch.repeat", "Number of the response within its group, from 0.", light=True
     ),
+    "position": Column(
+        "row", "int32", "algorithms.respond", "Place of the row in its step, while rows are generated in parts.", light=True
+    ),
     # From generation: one row per response.
     "response": Column("response token", "int32", "rollout.generate", "Token ids of the response, end of sequence included."),
     "response_text": Column("row", "object", "rollout.generate", "The response as text, without special tokens."),

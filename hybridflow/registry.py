@@ -52,6 +52,7 @@ PROTOCOLS = {
     "split_by_data_rank": "hybridflow.controller.protocols:SplitByDataRank",
     "rank_zero": "hybridflow.controller.protocols:RankZero",
     "all_to_all": "hybridflow.controller.protocols:AllToAll",
+    "gather_rows": "hybridflow.controller.protocols:GatherRows",
 }
 
 

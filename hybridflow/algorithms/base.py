@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from hybridflow.algorithms.respond import respond
 from hybridflow.batch import Batch
 from hybridflow.errors import Mistake
-from hybridflow.metrics import Metrics
+from hybridflow.metrics import Metric, Metrics
+from hybridflow.workers.remote import CombinedFuture, Future
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
     from hybridflow.workers.base import Worker
+    from hybridflow.workers.reward import RewardWorker
+    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class Algorithm(ABC):
         self.run = run
         self.config = run.algorithm.options
         self.step = 0
+        self.measured = Metrics()
+        """What `respond` has measured in this step; the loop logs it with what `learn` returns."""
         for role in self.roles(run):
             setattr(self, role, groups[role])
 
@@ -79,6 +86,21 @@ class Algorithm(ABC):
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take back what `state_dict` gave."""
         assert not state, f"{type(self).__name__} does not know what to do with the saved {', '.join(state)}"
+
+    def respond(self, rows: Batch, rollout: RolloutWorker, reward: RewardWorker) -> tuple[Batch, Future[Batch]]:
+        """`rows` with a response to each, and a future of their scores, on which work began when the first had finished.
+
+        Wait for the scores before other calls: `seconds/scoring_after_generation` is measured until they are asked for.
+        """
+        rows, scores = respond(rows, rollout, reward)
+        generated = time.perf_counter()
+
+        def measured(results: Sequence[Batch]) -> Batch:
+            seconds = Metric(time.perf_counter() - generated, kind="sum")
+            self.measured += Metrics({"seconds/scoring_after_generation": seconds})
+            return results[0]
+
+        return rows, CombinedFuture([scores], measured)
 
     def updates(self, batch: Batch, prompts_per_update: int | None, *, epochs: int) -> list[Batch]:
         """The rows of each update of this step: every epoch visits all rows in an order drawn from (seed, step, epoch).

@@ -64,8 +64,8 @@ class GRPO(Algorithm):
 
     def collect(self, prompts: Batch) -> Batch:
         rows = prompts.repeat(self.config.responses_per_prompt)
-        rows = rows.join(self.rollout.generate(rows))
-        pending = [self.reward.score.start(rows)]  # overlaps with the calls below where they do not share ranks
+        rows, scores = self.respond(rows, self.rollout, self.reward)  # scores begin while others still generate
+        pending = [scores]  # the rest of them overlaps with the calls below where they do not share ranks
         if not self.is_on_policy:
             pending.append(self.actor.log_probs.start(rows))
         if self.config.kl_coefficient:

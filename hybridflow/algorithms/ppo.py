@@ -94,8 +94,8 @@ class PPO(Algorithm):
 
     def collect(self, prompts: Batch) -> Batch:
         rows = prompts.repeat(self.config.responses_per_prompt)
-        rows = rows.join(self.rollout.generate(rows))
-        pending = [self.reward.score.start(rows), self.critic.values.start(rows)]  # roles on different pools overlap
+        rows, scores = self.respond(rows, self.rollout, self.reward)  # scores begin while others still generate
+        pending = [scores, self.critic.values.start(rows)]  # roles on different pools overlap
         if self.config.old_log_probs == "actor":
             pending.append(self.actor.log_probs.start(rows))
         if self.config.kl_in != "none":

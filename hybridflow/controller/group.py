@@ -20,6 +20,7 @@ from hybridflow.controller.protocols import Arguments, Protocol
 from hybridflow.controller.rank_process import Answer, RankProcess, StoredShard
 from hybridflow.errors import CallTimeoutError, WorkerDiedError, WorkerError
 from hybridflow.parallel.layout import Layout
+from hybridflow.workers.remote import CombinedFuture
 
 Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, Heavy]]"]
 DEATHS_SHOW_S = 5.0
@@ -114,7 +115,7 @@ class GroupDispatcher:
         have come; meanwhile calls to other pools go on.
         """
         arguments = Arguments(args, kwargs)
-        has_futures = any(isinstance(value, GroupFuture) for value in (*args, *kwargs.values()))
+        has_futures = any(isinstance(value, GroupFuture | CombinedFuture) for value in (*args, *kwargs.values()))
         with self.pool.lock:
             if not has_futures and not self.pool.waiting:
                 return GroupFuture(self, self._send(method, protocol, arguments))
@@ -213,7 +214,7 @@ def _resolved(arguments: Arguments) -> Arguments:
     """The arguments with the results of futures in their places."""
 
     def value_of(value: object) -> object:
-        return value.result() if isinstance(value, GroupFuture) else value
+        return value.result() if isinstance(value, GroupFuture | CombinedFuture) else value
 
     return Arguments(tuple(map(value_of, arguments.args)), {name: value_of(value) for name, value in arguments.kwargs.items()})
 

@@ -57,7 +57,7 @@ class Loop:
         """One step: prompts in, updates made, metrics out."""
         started = time.perf_counter()
         self.launched.log.drain()
-        self.algorithm.step = step
+        self.algorithm.step, self.algorithm.measured = step, Metrics()
         begun = [worker.begin_step.start(step, self.total_steps) for worker in self.launched.groups.values()]
         prompts = self.launched.data.next_batch(step)
         synced = self.weights.sync()
@@ -69,7 +69,8 @@ class Loop:
             call.result()  # long done; what a role raised there is raised here
         measured = [learned, synced, *([agreement_metrics(batch.join(compared.result()))] if compared else [])]
         seconds = time.perf_counter() - started
-        return Metrics.merged([*measured, *batch_metrics(batch, seconds, learned), self.launched.log.drain()])
+        measured += [self.algorithm.measured, self.launched.log.drain()]
+        return Metrics.merged([*measured, *batch_metrics(batch, seconds, learned)])
 
     def compare_sides(self, batch: Batch) -> Future[Batch] | None:
         """Start to compare the engine's log-probabilities with the trainer's, where the batch has both.

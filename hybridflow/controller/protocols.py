@@ -128,7 +128,27 @@ class SplitByDataRank(Protocol):
 
     @property
     def answering(self) -> tuple[int, ...]:
-        return tuple(rank for rank in range(self.layout.num_ranks) if self.layout.is_data_leader(rank))
+        return _data_leaders(self.layout)
+
+
+class GatherRows(Protocol):
+    """The same arguments to every rank; the batches of data ranks come back one after the other."""
+
+    def distribute(self, arguments: Arguments) -> Sequence[Arguments | None]:
+        return [arguments] * self.layout.num_ranks
+
+    def collect(self, results: Sequence[object]) -> object:
+        batches = [result for rank in self.answering if isinstance(result := results[rank], Batch)]
+        assert len(batches) == self.layout.data, "a method called by gather_rows returns a batch on every rank"
+        return Batch.concatenate(batches)
+
+    @property
+    def answering(self) -> tuple[int, ...]:
+        return _data_leaders(self.layout)
+
+
+def _data_leaders(layout: Layout) -> tuple[int, ...]:
+    return tuple(rank for rank in range(layout.num_ranks) if layout.is_data_leader(rank))
 
 
 def _row_tokens(batch: Batch) -> npt.NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hybridflow.algorithms.respond import respond
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
 from hybridflow.controller.batch_metrics import length_metrics, reward_metrics
@@ -22,8 +23,8 @@ def validate(config: Config, launched: Launched) -> tuple[Metrics, list[Sample]]
     rollout, reward = launched.rollout, launched.reward
     assert rollout is not None and reward is not None, "an algorithm with validation declares rollout and reward"
     rows = launched.data.validation_batch().repeat(config.validation.responses_per_prompt)
-    rows = rows.join(rollout.generate(rows, sampling=validation_sampling(config)))
-    rows = rows.join(reward.score(rows))
+    rows, scores = respond(rows, rollout, reward, sampling=validation_sampling(config))
+    rows = rows.join(scores.result())
     metrics = reward_metrics(rows) + length_metrics(rows)
     return metrics.prefixed("validation"), _samples(config, launched, rows)
 

@@ -76,8 +76,11 @@ class RewardPool:
         """The score of each input, or why it has none. Takes at most `reward.timeout_s` for each.
 
         Raises:
-            RewardError: the function says that it cannot score at all, or a new process cannot load it.
+            RewardError: the function says that it cannot score at all, or a new process cannot load it; or the processes
+                have ended, by `close` or by such an error.
         """
+        if inputs and not self._children:
+            raise RewardError("the scoring processes have ended: they were closed, or an earlier call failed")
         job = _Job(inputs, deque(self._lists(len(inputs))))
         self._work(job, until=lambda: len(job.results) == len(inputs))
         return [job.results[index] for index in range(len(inputs))]

@@ -14,7 +14,7 @@ from hybridflow.trackers.jsonl import read_lines
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NOT_PHASES_OF_A_STEP = {"seconds/step", "seconds/validation", "seconds/checkpoint"}
+NOT_PHASES_OF_A_STEP = {"seconds/step", "seconds/validation", "seconds/checkpoint", "seconds/scoring_after_generation"}
 MAX_PHASES = 7
 """Phases with a colour of their own; the shorter ones are drawn together."""
 SMOOTHED_FROM_STEPS = 40

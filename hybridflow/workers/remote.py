@@ -7,12 +7,14 @@ marked method goes to every rank. Both are the same class, so go-to-definition a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
+T = TypeVar("T")
 W = TypeVar("W", bound="Dispatching")
 
 
@@ -31,6 +33,31 @@ class Future(Protocol[R_co]):
     def later(self) -> R_co:
         """The future in the place of its result, to be passed to another group's call without waiting for it."""
         ...
+
+
+class CombinedFuture(Generic[T, R]):
+    """The results of several calls, made one by `combine` once all have come."""
+
+    def __init__(self, futures: Sequence[Future[T]], combine: Callable[[list[T]], R]):
+        self._futures, self._combine = futures, combine
+        self._lock = threading.Lock()
+        self._result: list[R] = []
+
+    def result(self, timeout_s: float | None = None) -> R:
+        """Wait for the calls one after the other, for `timeout_s` each. Raises the error of the first that failed."""
+        with self._lock:
+            if not self._result:
+                self._result.append(self._combine([future.result(timeout_s) for future in self._futures]))
+            return self._result[0]
+
+    def done(self) -> bool:
+        """Whether all calls have been answered."""
+        return all(future.done() for future in self._futures)
+
+    @property
+    def later(self) -> R:
+        """As of `Future`."""
+        return cast(R, self)
 
 
 class Dispatcher(Protocol):

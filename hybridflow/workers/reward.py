@@ -28,13 +28,25 @@ class RewardWorker(Worker):
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)
         self.pool = RewardPool(config.reward)
+        self.has_logged = False
+        """Whether a failure of this step has been logged."""
+
+    @remote("one_to_all")
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Failures may be logged again."""
+        self.has_logged = False
+
+    @remote("rank_zero")
+    def scores_rows_alone(self) -> bool:
+        """Whether the score of a row depends on that row alone, so that some rows of a step may be scored before others."""
+        return self.pool.function.kind == "sequential"
 
     @remote("split_by_data_rank")
     def score(self, batch: Batch) -> Batch:
         """Columns `reward` and `reward_failed`, and `reward/NAME` for each number that the function returned beside it.
 
         A response whose function raised, timed out or ended its process gets `reward.failure_reward`, and NaN for the
-        numbers; the first such failure of a call is logged.
+        numbers; the first such failure of a step is logged.
 
         Raises:
             RewardError: the function cannot score at all, for example because it does not know the data source.
@@ -42,7 +54,8 @@ class RewardWorker(Worker):
         results = self.pool.score(_reward_inputs(batch))
         scores = [result if isinstance(result, Score) else Score(self.config.reward.failure_reward) for result in results]
         failures = [result for result in results if isinstance(result, Failure)]
-        if failures:
+        if failures and not self.has_logged:
+            self.has_logged = True
             self._log(failures, len(results))
         names = dict.fromkeys(name for score in scores for name in score.metrics)
         columns: dict[str, Array] = {

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +15,7 @@ import numpy.typing as npt
 from transformers import AutoTokenizer
 
 from hybridflow import registry
-from hybridflow.batch import Batch, Ragged
+from hybridflow.batch import Array, Batch, Ragged
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config
@@ -77,6 +80,7 @@ class RolloutWorker(Worker):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([Mistake("rollout.engine", problem)])
         self.engine = EngineThread(engine_class(engine_spec(config, context)))
+        self.finishing = Finishing([], np.empty(0, np.int32), has_log_probs=False)
         self.weight_sync = RolloutSync(config, context, self.engine)
         logger.info("rollout rank %d: engine %s started in %.0f s", context.rank, name, time.perf_counter() - start)
 
@@ -100,11 +104,27 @@ class RolloutWorker(Worker):
         A response is a function of weights, prompt, sampling and the row's `seed` and `sample`.
         """
         sampling = sampling or training_sampling(self.config)
-        requests = [
-            Request(id=row, prompt=prompt.astype(np.int32, copy=False), sampling=sampling, seed=int(seed))
-            for row, (prompt, seed) in enumerate(zip(batch.tokens("prompt"), _seeds(batch), strict=True))
-        ]
-        return self._columns(self.engine.generate(requests), has_log_probs=sampling.log_probs)
+        return self._columns(self.engine.generate(_requests(batch, sampling)), has_log_probs=sampling.log_probs)
+
+    @remote("split_by_data_rank")
+    def submit(self, batch: Batch, *, sampling: Sampling | None = None) -> None:
+        """Start to generate what `generate` would, without waiting: `generate_part` hands it out.
+
+        `batch` has a light column `position`, by which the caller knows its rows again.
+        """
+        assert not self.finishing.num_left, f"{self.finishing.num_left} rows of an earlier submit were not asked for"
+        sampling = sampling or training_sampling(self.config)
+        futures = self.engine.submit(_requests(batch, sampling))
+        self.finishing = Finishing(futures, batch["position"], has_log_probs=sampling.log_probs)
+
+    @remote("gather_rows")
+    def generate_part(self, num_parts_left: int) -> Batch:
+        """Wait until the next of `num_parts_left` equal parts of the rows still out has finished: the columns of `generate`
+        and `position`, rows in the order of positions. Parts may be empty; the last one is all that is left.
+        """
+        positions, responses = self.finishing.take(-(-self.finishing.num_left // num_parts_left))
+        columns = self._columns(responses, has_log_probs=self.finishing.has_log_probs)
+        return columns.with_columns(position=positions)
 
     def _columns(self, responses: list[Response], *, has_log_probs: bool) -> Batch:
         rows = [response.tokens for response in responses]
@@ -190,6 +210,40 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         trust_remote_code=config.model.trust_remote_code,
         can_sleep=rollout.sleep is True,
     )
+
+
+class Finishing:
+    """The rows of a `submit`, handed out in the order in which their responses finish.
+
+    Ranks that share an engine see them finish in the same order, so they hand out the same rows.
+    """
+
+    def __init__(self, futures: Sequence[Future[Response]], positions: Array, *, has_log_probs: bool):
+        self.num_left, self.positions, self.has_log_probs = len(futures), positions, has_log_probs
+        self._finished: SimpleQueue[tuple[int, Future[Response]]] = SimpleQueue()
+        for row, future in enumerate(futures):
+            future.add_done_callback(partial(self._note, row))
+
+    def _note(self, row: int, future: Future[Response]) -> None:
+        self._finished.put((row, future))
+
+    def take(self, num_rows: int) -> tuple[Array, list[Response]]:
+        """Positions and responses of the next `num_rows` to finish, by ascending position. Waits for them.
+
+        Raises:
+            EngineError: one of them has no response.
+        """
+        self.num_left -= num_rows
+        taken = [self._finished.get() for _ in range(num_rows)]
+        taken.sort(key=lambda finished: finished[0])
+        return self.positions[[row for row, _ in taken]], [future.result() for _, future in taken]
+
+
+def _requests(batch: Batch, sampling: Sampling) -> list[Request]:
+    return [
+        Request(id=row, prompt=prompt.astype(np.int32, copy=False), sampling=sampling, seed=int(seed))
+        for row, (prompt, seed) in enumerate(zip(batch.tokens("prompt"), _seeds(batch), strict=True))
+    ]
 
 
 def _seeds(batch: Batch) -> npt.NDArray[np.int64]:

@@ -242,6 +242,25 @@ def test_the_worker_writes_rewards_failures_and_metrics(tmp_path: Path, caplog: 
     assert record.getMessage().count("this response is bad") == 2  # the line of code and the error, of one traceback
 
 
+def test_the_first_failure_of_a_step_is_logged_and_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mine.py").write_text(MISBEHAVING)
+    scorer = worker(path=str(tmp_path / "mine.py"))
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2):
+            scorer.begin_step(step, 2)
+            scorer.score(batch("raise"))
+            scorer.score(batch("none"))
+    scorer.close()
+    assert ["this response is bad" in record.getMessage() for record in caplog.records] == [True, True]
+
+
+def test_a_pool_whose_processes_have_ended_says_so() -> None:
+    pool = RewardPool(RewardConfig(name="gsm8k", num_processes=1))
+    pool.close()
+    with pytest.raises(RewardError, match="the scoring processes have ended"):
+        pool.score(inputs("#### 72"))
+
+
 def test_a_batch_function_that_raises_fails_all_its_rows(tmp_path: Path) -> None:
     source = "REWARD_TYPE = 'batch'\ndef compute_score(inputs):\n    return [1 / len(i['response']) for i in inputs]"
     (tmp_path / "mine.py").write_text(source)

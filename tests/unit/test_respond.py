@@ -1,0 +1,211 @@
+"""Scoring while others still generate: earlier, and otherwise the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hybridflow.algorithms.respond import NUM_PARTS, respond
+from hybridflow.batch import Batch, Ragged
+from hybridflow.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
+from hybridflow.errors import RewardError
+from hybridflow.parallel.layout import Layout
+from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
+from hybridflow.workers.base import RankContext
+from hybridflow.workers.remote import remote
+from hybridflow.workers.reward import RewardWorker
+from hybridflow.workers.rollout import RolloutWorker
+from tests.unit.local_groups import LocalDispatcher
+
+LENGTH_AS_REWARD = """
+def compute_score(reward_input):
+    size = len(reward_input["response"])
+    return {"overall": size, "even": 1} if size % 2 == 0 else {"overall": size}
+"""
+ROWS_AS_REWARD = """
+REWARD_TYPE = "batch"
+def compute_score(reward_inputs):
+    return [len(reward_inputs) + position / 100 for position, _ in enumerate(reward_inputs)]
+"""
+REFUSES_ONE = """
+from hybridflow.errors import RewardError
+def compute_score(reward_input):
+    if len(reward_input["response"]) == 1: raise RewardError("one character is too short to judge")
+    return 1.0
+"""
+may_end = threading.Event()
+
+
+class SteppingEngine(Engine):
+    """Answers a request with as many characters as its prompt's first token says, one per step."""
+
+    def __init__(self, spec: EngineSpec):
+        super().__init__(spec)
+        self.running: dict[int, list[int]] = {}
+
+    def add(self, request: Request) -> None:
+        self.running[request.id] = [int(request.prompt[0]), 0]
+
+    def step(self) -> list[Response]:
+        for entry in self.running.values():
+            entry[1] += 1
+        ended = [number for number, (length, steps) in self.running.items() if steps >= length]
+        return [self._response(number, self.running.pop(number)[0]) for number in ended]
+
+    def _response(self, number: int, length: int) -> Response:
+        log_probs = np.full(length, -1.0, np.float32)
+        return Response(id=number, tokens=np.arange(4, 4 + length, dtype=np.int32), log_probs=log_probs, finish_reason="stop")
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.running)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.check_idle()
+
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(())
+
+
+class HeldEngine(SteppingEngine):
+    """Keeps the last response back until `may_end` is set."""
+
+    def step(self) -> list[Response]:
+        if len(self.running) == 1 and not may_end.wait(5):
+            raise RuntimeError("nothing was scored while the last response was generated")
+        return super().step()
+
+
+class OwnReward(RewardWorker):
+    """Scores by comparing rows, which the built-in role does not do."""
+
+    @remote("split_by_data_rank")
+    def score(self, batch: Batch) -> Batch:
+        return Batch({"reward": np.full(len(batch), len(batch), np.float32)})
+
+
+Start = Callable[..., tuple[RolloutWorker, RewardWorker]]
+
+
+@pytest.fixture
+def start(tiny_model: str, tmp_path: Path) -> Iterator[Start]:
+    """Groups of rollout and reward on threads; `start(source)` takes the text of a reward function's file."""
+    begun: list[RolloutWorker | RewardWorker] = []
+
+    def start(
+        source: str = LENGTH_AS_REWARD,
+        *,
+        engine: type[Engine] = SteppingEngine,
+        layout: Layout | None = None,
+        scorer: type[RewardWorker] = RewardWorker,
+    ) -> tuple[RolloutWorker, RewardWorker]:
+        (tmp_path / "reward.py").write_text(source)
+        config = Config(
+            model=ModelConfig(path=tiny_model),
+            data=DataConfig(max_prompt_tokens=4, max_response_tokens=20),
+            rollout=RolloutConfig(engine=f"{__name__}:{engine.__name__}"),
+            reward=RewardConfig(path=str(tmp_path / "reward.py"), num_processes=1),
+        )
+        cut = layout or Layout()
+        rollout = [RolloutWorker(config, context("rollout", rank, cut)) for rank in range(cut.num_ranks)]
+        reward = scorer(config, context("reward", 0, Layout()))
+        begun.extend([*rollout, reward])
+        return RolloutWorker.group(LocalDispatcher(rollout, cut)), scorer.group(LocalDispatcher([reward], Layout()))
+
+    yield start
+    for worker in begun:
+        worker.close()
+
+
+def context(role: str, rank: int, layout: Layout) -> RankContext:
+    return RankContext(role=role, rank=rank, layout=layout, device=torch.device("cpu"))
+
+
+def rows(lengths: Iterable[int]) -> Batch:
+    """Prompts that SteppingEngine answers with responses of `lengths`."""
+    tokens = [[length] for length in lengths]
+    count = len(tokens)
+    columns: dict[str, object] = {name: ["x"] * count for name in ("ground_truth", "data_source", "extra_info", "prompt_text")}
+    batch = Batch.from_columns({"prompt": Ragged.from_rows(tokens, np.int32), **columns})
+    return batch.with_columns(seed=np.arange(count), prompt_tokens=np.ones(count, np.int64))
+
+
+def called(worker: RolloutWorker | RewardWorker, method: str) -> int:
+    return dispatcher(worker).called.count(method)
+
+
+def dispatcher(worker: RolloutWorker | RewardWorker) -> LocalDispatcher:
+    assert isinstance(worker.dispatcher, LocalDispatcher)
+    return worker.dispatcher
+
+
+def hold_last_response_until_something_is_scored(reward: RewardWorker) -> None:
+    may_end.clear()
+    dispatcher(reward).after = lambda method: may_end.set() if method == "score" else None
+
+
+# One response is longer than all others.
+SHUFFLED = [*(int(length) for length in np.random.default_rng(0).permutation(np.arange(40) % 17 + 1)), 19]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(data=2), Layout(data=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("lengths", [SHUFFLED, [3], [5, 5, 1]], ids=["many", "one", "fewer than parts"])
+def test_rows_and_scores_are_those_of_one_after_the_other(start: Start, layout: Layout, lengths: list[int]) -> None:
+    rollout, reward = start(layout=layout)
+    given = rows(lengths)
+    expected = given.join(rollout.generate(given))
+    expected = expected.join(reward.score(expected))
+    answered, scores = respond(given, rollout, reward)
+    found = answered.join(scores.result())
+    assert set(found.names) == set(expected.names)
+    for name in expected.light:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        assert found[name].dtype == expected[name].dtype
+    assert found["reward"].tolist() == lengths
+    for name in ("prompt", "response", "rollout_log_probs"):
+        assert [row.tolist() for row in found.tokens(name)] == [row.tolist() for row in expected.tokens(name)]
+    assert found.objects("response_text") == expected.objects("response_text")
+    assert called(rollout, "generate_part") == NUM_PARTS, "the groups went one after the other both times"
+
+
+def test_the_first_scores_are_there_before_the_last_response(start: Start) -> None:
+    rollout, reward = start(engine=HeldEngine)
+    hold_last_response_until_something_is_scored(reward)
+    answered, scores = respond(rows(SHUFFLED), rollout, reward)
+    assert scores.result()["reward"].tolist() == answered["response_tokens"].tolist() == SHUFFLED
+
+
+def test_slow_scoring_gets_more_rows_at_once_instead_of_a_queue(start: Start) -> None:
+    generated = threading.Event()
+    rollout, reward = start()
+    dispatcher(reward).before = lambda method: generated.wait(20) if method == "score" else None
+    _, scores = respond(rows(SHUFFLED), rollout, reward)
+    generated.set()
+    assert scores.result()["reward"].tolist() == SHUFFLED
+    # The first of eight parts, and the seven others that finished meanwhile.
+    assert called(reward, "score") == 2
+
+
+def test_a_batch_function_sees_the_rows_of_a_step_at_once_and_in_their_order(start: Start) -> None:
+    rollout, reward = start(ROWS_AS_REWARD)
+    _, scores = respond(rows(SHUFFLED), rollout, reward)
+    np.testing.assert_allclose(scores.result()["reward"], 41 + np.arange(41) / 100, rtol=1e-6)
+
+
+def test_a_reward_role_of_ones_own_sees_the_rows_of_a_step_at_once(start: Start) -> None:
+    rollout, reward = start(scorer=OwnReward)
+    _, scores = respond(rows(SHUFFLED), rollout, reward)
+    assert scores.result()["reward"].tolist() == [41.0] * 41
+
+
+def test_no_call_follows_one_that_failed(start: Start) -> None:
+    rollout, reward = start(REFUSES_ONE, engine=HeldEngine)
+    hold_last_response_until_something_is_scored(reward)
+    with pytest.raises(RewardError, match="one character is too short"):
+        respond(rows(SHUFFLED), rollout, reward)
+    assert called(reward, "score") == 1
