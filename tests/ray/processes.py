@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 MARK = "HYBRIDFLOW_TEST_RUN"
 """In the environment, and with it in that of every process that a run starts."""
@@ -20,18 +21,24 @@ AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 @dataclass
-class TrainingProcess:
-    """`python -m hybridflow.train` with everything that it has started."""
+class StartedProcess:
+    """`python -m MODULE ARGUMENTS` with everything that it has started."""
 
+    module: str
     arguments: Sequence[str]
     log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to that of this process."""
+    folder: Path | None = None
+    """To work in; None is that of this process."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
         with self.log.open("w") as output:
             self.driver = subprocess.Popen(
-                [sys.executable, "-m", "hybridflow.train", *self.arguments],
-                env={**os.environ, MARK: self.mark},
+                [sys.executable, "-m", self.module, *self.arguments],
+                env={**os.environ, **self.environment, MARK: self.mark},
+                cwd=self.folder,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -51,6 +58,13 @@ class TrainingProcess:
         self.driver.kill()
         self.driver.wait()
 
+    def kill_all(self) -> None:
+        """SIGKILL everything that the command has started, and itself."""
+        for number in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        self.driver.wait()
+
     def working(self) -> list[str]:
         """Command lines of the processes that compute or hold memory."""
         return [command for command in self.processes().values() if not command.startswith(AGENTS)]
@@ -68,16 +82,18 @@ class TrainingProcess:
 
 
 @contextmanager
-def training(arguments: Sequence[str], log: Path) -> Iterator[TrainingProcess]:
-    """A run as a process. Nothing that it has started is left after the block."""
-    process = TrainingProcess(arguments, log)
+def started(module: str, arguments: Sequence[str], log: Path, **options: Any) -> Iterator[StartedProcess]:
+    """A command as a process; `options` are further fields of it. Nothing that it has started is left after the block."""
+    process = StartedProcess(module, arguments, log, **options)
     try:
         yield process
     finally:
-        for number in process.processes():
-            with suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-        process.driver.wait()
+        process.kill_all()
+
+
+def training(arguments: Sequence[str], log: Path, **options: Any) -> AbstractContextManager[StartedProcess]:
+    """A run as a process."""
+    return started("hybridflow.train", arguments, log, **options)
 
 
 def wait_until(condition: Callable[[], bool], problem: Callable[[], str], *, timeout_s: float = 90.0) -> None:
