@@ -124,6 +124,9 @@ class TrainingConfig:
     """Prompt and response tokens that go through a rank's model at once; a longer row goes alone."""
     offload_parameters: Switch = "auto"
     """Keep weights in CPU memory while the role is idle; auto where they do not fit."""
+    shard_gradients: Switch = "auto"
+    """Sum gradients over ranks in every microbatch and keep this rank's share, in place of whole gradients until the last one:
+    less memory, more communication. Auto does so where memory requires it."""
     offload_optimizer: Switch = "auto"
     """Keep optimizer state in CPU memory while the role does not learn; auto where it does not fit."""
 

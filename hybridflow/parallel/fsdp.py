@@ -82,10 +82,11 @@ def drop_gathered(model: nn.Module) -> None:
         unit.reshard()
 
 
-def reduce_gradients(model: nn.Module, is_last: bool) -> None:
-    """Say whether the coming backward pass sums gradients over ranks: only the last microbatch of an update does."""
+def reduce_gradients(model: nn.Module, in_next_backward: bool) -> None:
+    """Say whether the coming backward pass sums gradients over ranks and leaves each its share; that of an update's last
+    microbatch must."""
     assert isinstance(model, FSDPModule), "shard the model first"
-    model.set_requires_gradient_sync(is_last)
+    model.set_requires_gradient_sync(in_next_backward)
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from hybridflow.errors import PlacementError
 from hybridflow.planner.memory import (
     CHECKPOINTING,
     GIB,
+    GRADIENTS,
     OPTIMIZER,
     PARAMETERS,
     SLEEP,
@@ -18,6 +19,7 @@ from hybridflow.planner.memory import (
 )
 
 COSTS = {
+    GRADIENTS: "summed over ranks in every microbatch",
     f"reference.{PARAMETERS}": "copied to the GPU once per step",
     OPTIMIZER: "copied to the GPU and back in every update",
     CHECKPOINTING: "recomputes the forward pass of every layer in every update",
@@ -63,7 +65,8 @@ class PoolPlan:
 def candidates(needs: PoolNeeds) -> list[str]:
     """The measures that are left to the plan, cheapest first. Their costs are judged, not measured: docs/memory.md."""
     trained = [model.role for model in needs.models if model.is_trained]
-    measures = [f"{model.role}.{PARAMETERS}" for model in needs.models if not model.is_trained]
+    measures = [f"{role}.{GRADIENTS}" for role in trained if needs.num_ranks > 1]
+    measures += [f"{model.role}.{PARAMETERS}" for model in needs.models if not model.is_trained]
     measures += [f"{role}.{OPTIMIZER}" for role in trained] + [f"{role}.{CHECKPOINTING}" for role in trained]
     measures += [f"{needs.engine.role}.{SLEEP}"] if needs.engine is not None and trained else []
     measures += [f"{role}.{PARAMETERS}" for role in trained]

@@ -21,6 +21,7 @@ ASLEEP_BYTES = 2 * GIB
 """What an engine keeps while it sleeps beside what it says: CUDA graphs and workspaces. Assumed, not measured."""
 
 PARAMETERS, OPTIMIZER, CHECKPOINTING, SLEEP = "offload_parameters", "offload_optimizer", "gradient_checkpointing", "sleep"
+GRADIENTS = "shard_gradients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def phases(needs: PoolNeeds, measures: Set[str]) -> Iterator[Phase]:
         if model.is_trained:
             is_checkpointed = f"{model.role}.{CHECKPOINTING}" in measures
             backward = {
-                f"{model.role}: gradients": model.gradients,
+                f"{model.role}: gradients": model.gradients(are_sharded=f"{model.role}.{GRADIENTS}" in measures),
                 f"{model.role}: layers, activations and logits": model.backward(is_checkpointed=is_checkpointed),
             }
             yield _phase(needs, measures, f"{model.role} learns", backward, active=model, learns=True)

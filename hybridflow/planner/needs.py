@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 from hybridflow.config.schema import Config, Switch
-from hybridflow.planner.memory import CHECKPOINTING, OPTIMIZER, PARAMETERS, SLEEP, EngineNeeds, Gpu, PoolNeeds
+from hybridflow.planner.memory import CHECKPOINTING, GRADIENTS, OPTIMIZER, PARAMETERS, SLEEP, EngineNeeds, Gpu, PoolNeeds
 from hybridflow.planner.sizes import ModelNeeds, ModelSize, Numerics
 
 TRAINED_ROLES = ("actor", "critic")
@@ -47,6 +47,7 @@ def switches(config: Config) -> dict[str, Switch]:
         f"rollout.{SLEEP}": config.rollout.sleep,
         f"reference.{PARAMETERS}": config.reference.offload_parameters,
         **{f"{role}.{PARAMETERS}": section.offload_parameters for role, section in trained.items()},
+        **{f"{role}.{GRADIENTS}": section.shard_gradients for role, section in trained.items()},
         **{f"{role}.{OPTIMIZER}": section.offload_optimizer for role, section in trained.items()},
         **{f"{role}.{CHECKPOINTING}": config.model.gradient_checkpointing for role in trained},
     }
@@ -96,7 +97,12 @@ def settled(config: Config, measures: Set[str], role: str = "") -> Config:
     checkpointing = f"{role}.{CHECKPOINTING}"
     is_checkpointed = decided(checkpointing) if checkpointing in everything else config.model.gradient_checkpointing is True
     actor, critic = (
-        replace(section, offload_parameters=decided(f"{name}.{PARAMETERS}"), offload_optimizer=decided(f"{name}.{OPTIMIZER}"))
+        replace(
+            section,
+            offload_parameters=decided(f"{name}.{PARAMETERS}"),
+            offload_optimizer=decided(f"{name}.{OPTIMIZER}"),
+            shard_gradients=decided(f"{name}.{GRADIENTS}"),
+        )
         for name, section in (("actor", config.actor), ("critic", config.critic))
     )
     return replace(

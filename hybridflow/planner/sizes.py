@@ -21,6 +21,10 @@ such run on record. What the excess consists of is not known."""
 GATHERED_LAYERS = 3
 """Layers of which FSDP2 holds a copy at once: the one that computes, and the next one as it arrives and as it is unpacked."""
 
+REDUCED_LAYERS = 2
+"""Layers whose whole gradients exist at once where they are cut with each microbatch: FSDP2 sums those of one over ranks while
+the next one computes its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
@@ -93,10 +97,12 @@ class ModelNeeds:
         """This rank's share of the two moments."""
         return self.trained_parameters * MOMENTS_BYTES // self.num_ranks
 
-    @property
-    def gradients(self) -> int:
-        """Summed over microbatches in float32, and cut over ranks with the last one only."""
-        return self.trained_parameters * MASTER_BYTES
+    def gradients(self, *, are_sharded: bool) -> int:
+        """Summed over microbatches in float32; cut over ranks with the last one only, or layer by layer with each."""
+        whole = self.trained_parameters * MASTER_BYTES
+        if not are_sharded:
+            return whole
+        return whole // self.num_ranks + min(whole, REDUCED_LAYERS * self.size.layer_parameters * MASTER_BYTES)
 
     @property
     def gathered(self) -> int:

@@ -124,7 +124,8 @@ class TrainingCore:
         self.model.train()
         metrics: dict[str, TokenMetric] = {}
         for index, microbatch in enumerate(microbatches):
-            fsdp.reduce_gradients(self.model, is_last=index == len(microbatches) - 1)
+            is_last = index == len(microbatches) - 1
+            fsdp.reduce_gradients(self.model, in_next_backward=is_last or self.config.shard_gradients is True)
             outputs = forward(microbatch)
             if not microbatch.lengths_B.any():  # a dummy, or only empty responses: take part in the collectives, add nothing
                 torch.stack([output.sum() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]

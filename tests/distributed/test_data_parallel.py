@@ -54,6 +54,7 @@ class Setting:
     restore_from: str | None = None
     first_update: int = 1
     lora_rank: int = 0
+    shard_gradients: bool = False
 
 
 def mine(batch: Batch, context: RankContext) -> Batch:
@@ -65,7 +66,8 @@ def mine(batch: Batch, context: RankContext) -> Batch:
 def train(setting: Setting) -> Trained:
     context = context_of("actor", setting.layout)
     model = {"lora_rank": setting.lora_rank}
-    config = training_config(setting.path, model=model, tokens_per_microbatch=setting.tokens_per_microbatch)
+    training = {"tokens_per_microbatch": setting.tokens_per_microbatch, "shard_gradients": setting.shard_gradients}
+    config = training_config(setting.path, model=model, **training)
     actor, critic = ActorWorker(config, context), CriticWorker(config, context_of("critic", setting.layout))
     if setting.restore_from is not None:
         actor.restore(f"{setting.restore_from}/actor")
@@ -128,6 +130,8 @@ def settings(path: str, tied_path: str, tmp_path_factory: pytest.TempPathFactory
         "a rank without rows": Setting(path, SINGLE, Layout(data=2)),
         "tied weights": Setting(tied_path, WILD, Layout(data=2)),
         "adapters": Setting(path, WILD, Layout(data=2), lora_rank=4),
+        "gradients cut in every microbatch": Setting(path, WILD, Layout(data=2), shard_gradients=True),
+        "a rank without rows, gradients cut": Setting(path, SINGLE, Layout(data=2), shard_gradients=True),
         "two sequence ranks": Setting(path, WILD, Layout(sequence=2)),
         "resumed": resumed,
         "three of four ranks without rows": Setting(path, SINGLE, Layout(data=4)),
@@ -159,6 +163,8 @@ NAMES = [
     "a rank without rows",
     "tied weights",
     "adapters",
+    "gradients cut in every microbatch",
+    "a rank without rows, gradients cut",
     "two sequence ranks",
     "resumed",
     "three of four ranks without rows",

@@ -97,8 +97,8 @@ def test_switches_that_are_all_set_are_not_planned(config: Config) -> None:
     decided = replace(
         config,
         model=replace(config.model, gradient_checkpointing=False),
-        actor=replace(config.actor, offload_parameters=False, offload_optimizer=False),
-        critic=replace(config.critic, offload_parameters=False, offload_optimizer=False),
+        actor=replace(config.actor, offload_parameters=False, offload_optimizer=False, shard_gradients=False),
+        critic=replace(config.critic, offload_parameters=False, offload_optimizer=False, shard_gradients=False),
         reference=replace(config.reference, offload_parameters=False),
         rollout=replace(config.rollout, sleep=True),
     )

@@ -68,7 +68,7 @@ def test_where_everything_fits_nothing_is_done() -> None:
 
 def test_more_memory_never_makes_the_plan_dearer() -> None:
     costs = []
-    for gib in range(60, 800, 10):
+    for gib in range(40, 800, 10):
         needs = ppo(gib, ranks=4)
         plan = choose(needs)
         cost = {measure: 2**digit for digit, measure in enumerate(candidates(needs))}
@@ -84,6 +84,11 @@ def test_no_measure_of_a_plan_could_be_left_out(gib: int) -> None:
     assert plan is not None
     for measure in plan.measures:
         assert peak(needs, plan.measures - {measure}).total > needs.budget
+
+
+def test_one_rank_has_nobody_to_share_gradients_with() -> None:
+    assert not any("gradients" in measure for measure in candidates(ppo(80.0)))
+    assert candidates(ppo(80.0, ranks=4))[:2] == ["actor.shard_gradients", "critic.shard_gradients"]
 
 
 def test_no_measure_makes_any_phase_larger() -> None:

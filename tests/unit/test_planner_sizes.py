@@ -39,12 +39,17 @@ ACTOR = ModelNeeds(
 
 
 def test_a_trained_model_takes_sixteen_bytes_per_parameter_while_it_learns() -> None:
-    assert (ACTOR.weights, ACTOR.optimizer, ACTOR.gradients) == (4000, 8000, 4000)
+    assert (ACTOR.weights, ACTOR.optimizer, ACTOR.gradients(are_sharded=False)) == (4000, 8000, 4000)
 
 
 def test_ranks_share_weights_and_optimizer_but_not_the_gradients_of_earlier_microbatches() -> None:
     on_four = replace(ACTOR, num_ranks=4)
-    assert (on_four.weights, on_four.optimizer, on_four.gradients) == (1000, 2000, 4000)
+    assert (on_four.weights, on_four.optimizer, on_four.gradients(are_sharded=False)) == (1000, 2000, 4000)
+
+
+def test_gradients_that_are_cut_with_every_microbatch_are_a_share_and_two_whole_layers() -> None:
+    on_four = replace(ACTOR, num_ranks=4)
+    assert on_four.gradients(are_sharded=True) == 4000 // 4 + 2 * 200 * 4
 
 
 def test_several_ranks_gather_what_is_outside_the_layers_and_three_layers() -> None:
@@ -54,7 +59,7 @@ def test_several_ranks_gather_what_is_outside_the_layers_and_three_layers() -> N
 
 def test_a_frozen_model_has_weights_only_in_the_compute_dtype() -> None:
     frozen = replace(ACTOR, is_trained=False)
-    assert (frozen.weights, frozen.optimizer, frozen.gradients) == (2000, 0, 0)
+    assert (frozen.weights, frozen.optimizer, frozen.gradients(are_sharded=False)) == (2000, 0, 0)
 
 
 def test_a_value_model_is_without_output_layer_and_logits() -> None:
@@ -66,7 +71,7 @@ def test_a_value_model_is_without_output_layer_and_logits() -> None:
 
 def test_adapters_alone_have_optimizer_and_gradients() -> None:
     adapted = replace(ACTOR, size=replace(SIZE, trained_parameters=50))
-    assert (adapted.weights, adapted.optimizer, adapted.gradients) == (4000, 400, 200)
+    assert (adapted.weights, adapted.optimizer, adapted.gradients(are_sharded=False)) == (4000, 400, 200)
 
 
 def test_backward_begins_with_the_activations_of_all_layers_and_a_chunk_of_logits() -> None:
