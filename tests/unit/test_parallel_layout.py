@@ -41,7 +41,7 @@ def test_an_interval_moves_tensor_ranks_apart():
 )
 def test_engines_take_ranks_at_the_intervals_of_the_paper_within_a_node(pool: str, tensor: int, groups: list[list[int]]):
     config = Config(placement=PlacementConfig(pools={"main": pool}), rollout=RolloutConfig(tensor_parallel=tensor))
-    layout = RolloutWorker.layout_of(config, len(sum(groups, [])))
+    layout = RolloutWorker.layout_of(config, sum(map(len, groups)))
     found: dict[int, list[int]] = {}
     for rank in range(layout.num_ranks):
         found.setdefault(layout.data_rank(rank), []).append(rank)
