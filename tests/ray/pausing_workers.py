@@ -48,17 +48,17 @@ class PausesInCollect(RewardWorker):
 class PausesInLearn(ActorWorker):
     """Stops when one of the step's two updates of the actor is made."""
 
-    step = num_updates = 0
+    step = updates_of_step = 0
 
     @remote("one_to_all")
     def begin_step(self, step: int, total_steps: int) -> None:
-        self.step, self.num_updates = step, 0
+        self.step, self.updates_of_step = step, 0
         super().begin_step(step, total_steps)
 
     @remote("split_by_data_rank")
     def update(self, batch: Batch, *, loss: Loss) -> Metrics:
-        self.num_updates += 1
-        if self.num_updates == 2:
+        self.updates_of_step += 1
+        if self.updates_of_step == 2:
             pause(self.config, self.step)
         return super().update(batch, loss=loss)
 
