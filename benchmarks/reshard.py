@@ -36,7 +36,7 @@ def build(options: argparse.Namespace, rank: int, num_ranks: int) -> RolloutWork
     device = (
         torch.device(options.device, int(os.environ.get("LOCAL_RANK", 0))) if options.device == "cuda" else torch.device("cpu")
     )
-    address = f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{int(os.environ.get('MASTER_PORT', 29511)) + 1}"
+    address = f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29511')}"
     init_process_group(rank=rank, world_size=num_ranks, meeting_place=address, device=device)
     folder = options.folder / options.shape
     if rank == 0:
@@ -53,6 +53,7 @@ def build(options: argparse.Namespace, rank: int, num_ranks: int) -> RolloutWork
             memory_fraction=0.3,
             enforce_eager=True,
         ),
+        placement=dataclasses.replace(base.placement, pools={"main": f"1x{num_ranks}"}),
     )
     peers: dict[str, Worker] = {}
     roles: tuple[tuple[str, type[Worker]], ...] = (("actor", ActorWorker), ("rollout", RolloutWorker))

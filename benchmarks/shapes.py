@@ -37,7 +37,7 @@ class Shape:
 SHAPES = {
     "0.5b": Shape(hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2, vocabulary=151936, tied=True),
     "7b": Shape(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, vocabulary=152064, tied=False),
-    "tiny": Shape(hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, vocabulary=512, tied=True),
+    "tiny": Shape(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocabulary=512, tied=True),
 }
 NUM_SPECIAL = 2
 
