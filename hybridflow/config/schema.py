@@ -163,6 +163,9 @@ class RolloutConfig:
     """Tokens that end a response, beside the end of sequence."""
     ignore_eos: bool = False
     """Generate to the length limit always; for benchmarks."""
+    seed_requests: bool = True
+    """Every response has a seed of its own: it depends on nothing that is generated beside it, and runs repeat. Without, vLLM
+    and SGLang draw all from one generator, which is faster."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the engine's weights; auto is bfloat16 on CUDA and float32 on CPU."""
     tensor_parallel: int = 1

@@ -99,6 +99,8 @@ class EngineSpec:
     """Folder or hub name of the tokenizer; None means the model's."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    seed_requests: bool = True
+    """Heed the seeds of requests; an engine for which that costs nothing may always do so."""
     can_sleep: bool = False
     """Start in such a way that `sleep` frees what it can, where that must be decided at the start."""
 

@@ -93,7 +93,7 @@ class SglangEngine(Engine):
             "stop_token_ids": [*(() if sampling.ignore_eos else self.end_ids), *sampling.stop_token_ids],
             "ignore_eos": sampling.ignore_eos,
             "no_stop_trim": True,
-            "sampling_seed": request.seed % 2**63,
+            **({"sampling_seed": request.seed % 2**63} if self.spec.seed_requests else {}),
         }
 
     def step(self) -> list[Response]:
@@ -161,10 +161,10 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "context_length": spec.max_model_tokens + RESERVED_TOKENS,
         "max_running_requests": spec.max_requests,
         "mem_fraction_static": spec.memory_fraction,
-        "random_seed": spec.seed,
+        "random_seed": spec.seed + spec.layout.data_rank(spec.rank),  # where requests have none, engines must not draw alike
         "disable_cuda_graph": spec.enforce_eager or device == "cpu",
         "enable_memory_saver": spec.can_sleep,
-        "enable_deterministic_inference": True,  # without it SGLang does not heed a request's seed
+        "enable_deterministic_inference": spec.seed_requests,  # without it SGLang does not heed a request's seed
         "log_level": "warning",
     }
     return arguments | spec.options

@@ -95,7 +95,7 @@ class VllmEngine(Engine):
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
-            seed=request.seed % 2**63 if sampling.temperature else None,
+            seed=request.seed % 2**63 if sampling.temperature and self.spec.seed_requests else None,
             stop=list(sampling.stop) or None,
             stop_token_ids=[*(() if sampling.ignore_eos else self.end_ids), *sampling.stop_token_ids],
             ignore_eos=sampling.ignore_eos,
@@ -195,7 +195,7 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "tokenizer": spec.tokenizer or spec.model,
         "trust_remote_code": spec.trust_remote_code,
         "dtype": spec.dtype,
-        "seed": spec.seed,
+        "seed": spec.seed + spec.layout.data_rank(spec.rank),  # where requests have none, engines must not draw alike
         "max_model_len": spec.max_model_tokens,
         "max_num_seqs": spec.max_requests,
         "tensor_parallel_size": spec.layout.tensor,

@@ -199,6 +199,7 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         max_model_tokens=config.max_model_tokens,
         max_requests=rollout.max_requests,
         seed=config.run.seed,
+        seed_requests=rollout.seed_requests,
         device=context.device,
         layout=context.layout,
         rank=context.rank,

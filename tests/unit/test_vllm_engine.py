@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from hybridflow.errors import EngineError
-from hybridflow.rollout.base import Sampling
+from hybridflow.rollout.base import Request, Sampling
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_model
 from tests.unit.test_engine_contract import prompts, requests, spec_of, tokens_of, weights_of
@@ -69,6 +70,18 @@ def test_a_weight_too_large_to_read_back_is_left_out(engine: VllmEngine, monkeyp
     # q, k and v are one layer of 256 x 128; so are gate and up. Biases and norms are never packed.
     assert "model.layers.0.self_attn.q_proj.weight" in left_out
     assert all(name.endswith("_proj.weight") or "embed" in name for name in left_out)
+
+
+def test_without_seeds_of_requests_equal_ones_are_answered_differently(engine: VllmEngine) -> None:
+    (prompt,) = prompts(1)
+    asked = [Request(id=i, prompt=prompt, sampling=Sampling(max_tokens=20, ignore_eos=True), seed=7) for i in range(2)]
+    one, other = tokens_of(engine.generate(asked))
+    assert one == other
+    seeded = engine.spec
+    engine.spec = dataclasses.replace(seeded, seed_requests=False)
+    one, other = tokens_of(engine.generate(asked))
+    engine.spec = seeded
+    assert one != other
 
 
 def test_starting_an_engine_leaves_random_states_alone(folders: tuple[str, str]) -> None:
