@@ -188,6 +188,12 @@ class RolloutConfig:
     engine_options: Mapping[str, object] = field(default_factory=dict)
     """Passed through to the engine's own constructor."""
 
+    def dtype_on(self, device_type: str) -> Literal["bfloat16", "float32"]:
+        """`dtype` with `auto` resolved for `cuda` or `cpu`."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if device_type == "cuda" else "float32"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:

@@ -150,4 +150,4 @@ def _engine_needs(config: Config, facts: PoolFacts) -> EngineNeeds:
 
 
 def _engine_bytes(config: Config) -> int:
-    return BYTES[DTYPE_ON_GPU if config.rollout.dtype == "auto" else config.rollout.dtype]
+    return BYTES[config.rollout.dtype_on("cuda")]

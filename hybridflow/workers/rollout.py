@@ -190,12 +190,9 @@ class RolloutWorker(Worker):
 def engine_spec(config: Config, context: RankContext) -> EngineSpec:
     """What the engine of this rank is built from."""
     rollout = config.rollout
-    dtype = rollout.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if context.device.type == "cuda" else "float32"
     return EngineSpec(
         model=config.model.path,
-        dtype=dtype,
+        dtype=rollout.dtype_on(context.device.type),
         max_model_tokens=config.max_model_tokens,
         max_requests=rollout.max_requests,
         seed=config.run.seed,

@@ -125,11 +125,8 @@ class ActorSync:
 
 def sync_settings(config: Config, context: RankContext) -> SyncSettings:
     """What the configuration says about syncs, on this rank. Both sides must come to the same dtype and bucket size."""
-    dtype = config.rollout.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if context.device.type == "cuda" else "float32"
     return SyncSettings(
-        dtype=dtype,
+        dtype=config.rollout.dtype_on(context.device.type),
         bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
         verify=config.rollout.verify_weights,
         device=context.device,
