@@ -7,18 +7,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 
+from hybridflow import ops
 from hybridflow.algorithms.respond import respond
 from hybridflow.batch import Batch
+from hybridflow.config.ranges import POSITIVE
 from hybridflow.errors import Mistake
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.workers.remote import CombinedFuture, Future
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
+    from hybridflow.ops.correction import ImportanceCorrection
     from hybridflow.workers.base import Worker
     from hybridflow.workers.reward import RewardWorker
     from hybridflow.workers.rollout import RolloutWorker
@@ -27,6 +30,24 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """The `Config` of an algorithm without options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceOptions:
+    """To inherit from: weights between the engine's probabilities, which tokens were drawn with, and the trainer's."""
+
+    importance_cap: Annotated[float, POSITIVE] | None = None
+    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, usually 2); null for no
+    weights, or with a mask for no bound."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Whether each token has its own weight or a response has one."""
+    importance_mask: tuple[float, float] | None = None
+    """Tokens (or responses) whose weight is outside count nothing; null for none."""
+
+    @property
+    def importance_correction(self) -> ImportanceCorrection | None:
+        """For a loss; None where neither a bound nor a mask is set."""
+        return ops.importance_correction(self.importance_cap, self.importance_level, self.importance_mask)
 
 
 class Algorithm(ABC):

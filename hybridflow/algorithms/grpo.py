@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm, check_prompts_per_update
+from hybridflow.algorithms.base import Algorithm, ImportanceOptions, check_prompts_per_update
 from hybridflow.batch import Batch
-from hybridflow.config.ranges import AT_LEAST_TWO, COUNT, NOT_NEGATIVE, POSITIVE
+from hybridflow.config.ranges import AT_LEAST_TWO, COUNT, NOT_NEGATIVE
 from hybridflow.errors import Mistake
 from hybridflow.metrics import Metrics
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ImportanceOptions):
     """Options of GRPO."""
 
     responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 8
@@ -41,13 +41,6 @@ class Config:
     """Weight of the k3 KL to the reference policy, added to the loss; 0 needs no reference."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
-    importance_cap: Annotated[float, POSITIVE] | None = None
-    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, usually 2); null for no
-    weights."""
-    importance_level: Literal["token", "sequence"] = "token"
-    """Whether each token has its own weight or a response has one."""
-    importance_mask: tuple[float, float] | None = None
-    """Tokens (or responses) whose weight is outside count nothing; null for none."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
     """How token losses become one number."""
 
@@ -95,9 +88,7 @@ class GRPO(Algorithm):
             old_log_probs="current" if self.is_on_policy else "log_probs",
             aggregation=self.config.loss_aggregation,
             max_tokens=self.run.data.max_response_tokens,
-            correction=ops.importance_correction(
-                self.config.importance_cap, self.config.importance_level, self.config.importance_mask
-            ),
+            correction=self.config.importance_correction,
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm, check_prompts_per_update
+from hybridflow.algorithms.base import Algorithm, ImportanceOptions, check_prompts_per_update
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import ABOVE_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 from hybridflow.errors import Mistake
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ImportanceOptions):
     """Options of PPO."""
 
     responses_per_prompt: Annotated[int, COUNT] = 1
@@ -69,9 +69,6 @@ class Config:
     """Steps at the start in which only the critic learns."""
     old_log_probs: Literal["actor", "rollout"] = "actor"
     """Denominator of the ratio: recomputed by the actor, or as the engine returned them (saves a forward pass)."""
-    importance_cap: Annotated[float, POSITIVE] | None = None
-    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, usually 2); null for no
-    weights."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """How token losses become one number."""
 
@@ -134,7 +131,7 @@ class PPO(Algorithm):
             old_log_probs="log_probs" if self.config.old_log_probs == "actor" else "rollout_log_probs",
             aggregation=self.config.loss_aggregation,
             max_tokens=self.run.data.max_response_tokens,
-            correction=ops.importance_correction(self.config.importance_cap),
+            correction=self.config.importance_correction,
         )
 
     def steer_kl(self, batch: Batch) -> Metrics:
@@ -164,8 +161,10 @@ class PPO(Algorithm):
         mistakes = check_prompts_per_update(run, options.prompts_per_update)
         if options.kl_in == "loss" and options.kl_estimator == "k1":
             mistakes.append(Mistake("algorithm.kl_estimator", "k1 has a gradient of zero on average in the loss. Use k2 or k3"))
-        if options.importance_cap and options.old_log_probs == "rollout":
-            mistakes.append(Mistake("algorithm.importance_cap", "weighs against the actor's; set old_log_probs: actor"))
+        if (options.importance_cap or options.importance_mask) and options.old_log_probs == "rollout":
+            mistakes.append(
+                Mistake("algorithm.old_log_probs", "importance_cap and importance_mask weigh the actor's: set actor")
+            )
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
             mistakes.append(Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
         return mistakes

@@ -71,11 +71,13 @@ def documentation() -> str:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """The string under each field of a dataclass, on one line."""
+    """The string under each field of a dataclass, its own and those that it inherits, on one line."""
+    docs: dict[str, str] = {}
+    for base in kind.__bases__:
+        docs |= field_docs(base) if is_dataclass(base) else {}
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     assert isinstance(tree.body[0], ast.ClassDef)
     body = tree.body[0].body
-    docs = {}
     for statement, following in pairwise(body):
         match statement, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
@@ -94,7 +96,7 @@ def _class_text(kind: type, section: str, *, default: object = None, skipped: st
     yield f"{inspect.cleandoc(kind.__doc__ or '')}\n"
     docs, hints = field_docs(kind), get_type_hints(kind, include_extras=True)
     yield "| key | default | type | |\n|---|---|---|---|"
-    for field in fields(kind):
+    for field in sorted(fields(kind), key=lambda field: field.name not in inspect.get_annotations(kind)):  # inherited ones last
         if field.name == skipped:
             continue
         value = default_of(field) if default is None else vars(default)[field.name]

@@ -5,6 +5,7 @@ B rows, T tokens of all rows end to end.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +19,11 @@ from hybridflow.ops.reduce import TokenMetric, repeat_rows, row_sums
 def importance_correction(
     cap: float | None, level: Literal["token", "sequence"] = "token", mask: tuple[float, float] | None = None
 ) -> ImportanceCorrection | None:
-    """The correction that options of an algorithm describe; None where `cap` is None."""
-    if cap is None:
+    """The correction that options of an algorithm describe; None where neither `cap` nor `mask` is set."""
+    if cap is None and mask is None:
         return None
     below, above = mask or (None, None)
-    return ImportanceCorrection(level=level, cap=cap, mask_below=below, mask_above=above)
+    return ImportanceCorrection(level=level, cap=math.inf if cap is None else cap, mask_below=below, mask_above=above)
 
 
 @dataclass(frozen=True, kw_only=True)

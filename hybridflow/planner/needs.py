@@ -19,7 +19,7 @@ ENGINES_THAT_FREE_WEIGHTS = ("vllm",)
 NUM_BUCKETS = 2
 BYTES = {"bfloat16": 2, "float32": 4}
 DTYPE_ON_GPU = "bfloat16"
-"""What `auto` means for the dtypes of layers and engine."""
+"""What `auto` means for the dtype of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -332,6 +332,13 @@ def test_an_estimator_whose_gradient_is_zero_on_average_is_refused_in_the_loss(t
     assert mistakes_of([*right_run(tmp_path), "algorithm.kl_in=loss", "algorithm.kl_estimator=k2"]) == []
 
 
+@pytest.mark.parametrize("option", ["importance_cap=2", "importance_mask=[0.5,2]"])
+def test_log_probabilities_of_the_engine_leave_nothing_to_weigh_with(tmp_path: Path, option: str) -> None:
+    overrides = (f"algorithm.{option}", "algorithm.old_log_probs=rollout")
+    assert "weigh the actor's: set actor" in only_mistake(tmp_path, *overrides)
+    assert mistakes_of([*right_run(tmp_path), f"algorithm.{option}"]) == []
+
+
 def test_a_key_with_a_mistake_of_type_is_not_judged_again(tmp_path: Path) -> None:
     assert only_mistake(tmp_path, "model.path=5") == (
         "model.path: found 5 (integer); needed: text. Quote it to have it read as text"

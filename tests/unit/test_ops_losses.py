@@ -202,6 +202,7 @@ def test_an_extreme_ratio_gives_finite_gradients(advantage: float, log_ratio: fl
         (ops.ImportanceCorrection(cap=2.0, mask_below=0.9), [0.0, 2.0, 1.5]),
         (ops.ImportanceCorrection(level="sequence", cap=1.8), [1.8, 1.8, 1.5]),
         (ops.ImportanceCorrection(level="sequence", cap=1.8, mask_above=1.9), [0.0, 0.0, 1.5]),
+        (ops.importance_correction(None, "token", (0.9, 3.0)), [0.0, 0.0, 1.5]),
     ],
 )
 def test_the_correction_weighs_tokens_by_the_bounded_ratio_to_the_engine(
