@@ -162,9 +162,7 @@ class PPO(Algorithm):
         if options.kl_in == "loss" and options.kl_estimator == "k1":
             mistakes.append(Mistake("algorithm.kl_estimator", "k1 has a gradient of zero on average in the loss. Use k2 or k3"))
         if (options.importance_cap or options.importance_mask) and options.old_log_probs == "rollout":
-            mistakes.append(
-                Mistake("algorithm.old_log_probs", "importance_cap and importance_mask weigh the actor's: set actor")
-            )
+            mistakes.append(Mistake("algorithm.old_log_probs", "the importance options weigh the actor's: set actor"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
             mistakes.append(Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
         return mistakes

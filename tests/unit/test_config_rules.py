@@ -335,7 +335,7 @@ def test_an_estimator_whose_gradient_is_zero_on_average_is_refused_in_the_loss(t
 @pytest.mark.parametrize("option", ["importance_cap=2", "importance_mask=[0.5,2]"])
 def test_log_probabilities_of_the_engine_leave_nothing_to_weigh_with(tmp_path: Path, option: str) -> None:
     overrides = (f"algorithm.{option}", "algorithm.old_log_probs=rollout")
-    assert "weigh the actor's: set actor" in only_mistake(tmp_path, *overrides)
+    assert "the importance options weigh the actor's: set actor" in only_mistake(tmp_path, *overrides)
     assert mistakes_of([*right_run(tmp_path), f"algorithm.{option}"]) == []
 
 
