@@ -69,7 +69,9 @@ class GroupFuture:
         """Wait for the result.
 
         Raises:
-            WorkerError: a rank failed; the first one to fail, at once, whatever the others do.
+            WorkerError: a rank failed; the first one to fail, however long the others take.
+            WorkerDiedError: the process of a rank has ended. To tell this from what it does to the other ranks, those that
+                have not answered are given `DEATHS_SHOW_S` after the first failure.
             CallTimeoutError: a rank has not answered in time (`run.timeout_s` where `timeout_s` is None).
         """
         with self._lock:

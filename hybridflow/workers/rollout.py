@@ -213,7 +213,8 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
 class Finishing:
     """The rows of a `submit`, handed out in the order in which their responses finish.
 
-    Ranks that share an engine see them finish in the same order, so they hand out the same rows.
+    Ranks that share an engine may differ in that order, since what has finished before it is asked for comes by row: only the
+    answers of one of them, the first of their data rank, are read.
     """
 
     def __init__(self, futures: Sequence[Future[Response]], positions: Array, *, has_log_probs: bool):
