@@ -1,23 +1,24 @@
 """The engine's own loading without its Python: recorded once, bucket by bucket, and replayed from then on.
 
 An engine's loader copies hundreds of small tensors, and finding out where each goes takes it several times as long as the
-copies. Buckets and parameters stay where they are, so the copies of the third sync are recorded in CUDA graphs (two plain
-ones before it warm everything up).
+copies. Buckets and parameters stay where they are, so the copies of the second sync are recorded in CUDA graphs. The first
+one is watched: a loader that does more than launch copies on the device is never recorded.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybridflow.resharding.replay import recording_into
 from hybridflow.resharding.verify import HeldWeights
 
 logger = logging.getLogger("hybridflow")
-
-PLAIN_LOADS = 2
 
 
 class WeightTarget(Protocol):
@@ -67,11 +68,10 @@ class CudaRecording:
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the device meanwhile.
-        self._context = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        self._context = recording_into(self._graph)
+        self._stream = torch.cuda.current_stream()
 
     def begin(self) -> None:
-        self._stream = torch.cuda.current_stream()
         self._context.__enter__()
 
     def end(self) -> None:
@@ -87,6 +87,28 @@ class CudaRecording:
         self._graph.replay()
 
 
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operations that no recording can hold: what waits for the device, and what touches the CPU's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.obstacle = ""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call it, and note it where it is an obstacle."""
+        kwargs = kwargs or {}
+        devices = {value.device.type for value in args if isinstance(value, torch.Tensor)}
+        devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") is not None else set()
+        if func in _WAITS or len(devices) > 1:
+            self.obstacle = self.obstacle or str(func)
+        return func(*args, **kwargs)
+
+
+_WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+
 class Loads:
     """The loads of one engine."""
 
@@ -96,11 +118,11 @@ class Loads:
         self._recordings: list[Recording] = []
         self._current: Recording | None = None
         self._addresses: tuple[int, ...] = ()
-        self._num_plain = 0
+        self._is_watched = False
 
     @property
     def can_record(self) -> bool:
-        """Whether loads are recorded when it is time."""
+        """Whether loads are recorded, as far as is known yet."""
         return self._new_recording is not None
 
     def are_recorded(self, target: WeightTarget) -> bool:
@@ -112,27 +134,28 @@ class Loads:
         self._recordings.clear()
         return False
 
-    def run(self, target: WeightTarget, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]) -> None:
-        """Have the engine load, and record that when it is time. `tensors` calls `begin` and `end` around each bucket."""
-        self._num_plain += 1
-        if self._new_recording is None or self._num_plain <= PLAIN_LOADS:
-            target.load_weights(tensors())
+    def run(self, target: WeightTarget, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Have the engine load, and watch or record that. `tensors` calls `begin` and `end` around each bucket."""
+        if not self.can_record or not self._is_watched:
+            watch = Watch()
+            with watch if self.can_record else nullcontext():
+                target.load_weights(tensors)
+            self._is_watched = True
+            if watch.obstacle:
+                self._new_recording = None
+                logger.info("the engine's loading is not recorded, since it calls %s", watch.obstacle)
             return
         self._addresses = _addresses(target)
         try:
-            target.load_weights(tensors())
-        except RuntimeError as error:
-            if self._current is None:
-                raise
-            self._current.abort()
-            self._current, self._new_recording = None, None
-            self._recordings.clear()
-            logger.info("the engine's loading cannot be recorded and stays as it is: %s", error)
-            target.load_weights(tensors())
+            target.load_weights(tensors)
+        finally:
+            if self._current is not None:  # it failed within a bucket
+                self._current.abort()
+                self._current = None
 
     def begin(self) -> None:
         """The engine is about to be given the tensors of a bucket."""
-        if self._new_recording is not None and self._num_plain > PLAIN_LOADS:
+        if self._new_recording is not None and self._is_watched:
             self._current = self._new_recording()
             self._current.begin()
 

@@ -7,8 +7,17 @@ stay the same from sync to sync, so the launches are recorded in a CUDA graph an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
+
+_pool = cache(torch.cuda.graph_pool_handle)
+"""The memory that all recordings of this process share: they run one after the other, and none leaves results there."""
+
+
+def recording_into(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+    """A block in which launches are recorded and not made. Other threads of the process may use the device meanwhile."""
+    return torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local")
 
 
 class Replay:
@@ -20,8 +29,8 @@ class Replay:
 
     def run(self, work: Callable[[], None], tensors: Sequence[torch.Tensor]) -> None:
         """Do `work`, whose inputs and outputs are `tensors`: as it is for the first time and whenever an address has
-        changed, recorded the second time, and replayed from then on. On the CPU always as it is."""
-        if not tensors or not tensors[0].is_cuda:
+        changed, recorded the second time, and replayed from then on. Always as it is where a tensor lies in CPU memory."""
+        if not tensors or not all(tensor.is_cuda for tensor in tensors):
             work()
             return
         addresses = tuple(tensor.data_ptr() for tensor in tensors)
@@ -31,7 +40,6 @@ class Replay:
             return
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            # Recording executes nothing; other threads of the process may use the device meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with recording_into(self._graph):
                 work()
         self._graph.replay()

@@ -45,9 +45,10 @@ class SyncSettings:
         return plan_buckets(shapes, parts, num_shards=num_shards, dtype=self.dtype, bucket_bytes=self.bucket_bytes)
 
     def loads(self, plan: Plan, verifier: Verifier, target: WeightTarget) -> Loads:
-        """How the engine loads: recorded where device and engine can and every weight is read back afterwards."""
-        is_recorded = self.device.type == "cuda" and target.can_replay_loads and not verifier.unreadable
-        return Loads(len(plan.buckets), CudaRecording if is_recorded else None)
+        """How the engine loads: recorded where device and engine can, every weight is read back afterwards, and no other rank
+        waits for this one meanwhile."""
+        is_possible = self.device.type == "cuda" and target.can_replay_loads and plan.num_shards == 1
+        return Loads(len(plan.buckets), CudaRecording if is_possible and not verifier.unreadable else None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class ColocatedSync:
             timeline.mark("checksum")
         return SyncReport(
             bytes_received=deliver.bytes_received,
-            bytes_missing=self.plan.bytes_missing(self.part, self.shard),
+            bytes_missing=self.bytes_missing,
             num_tensors=len(named),
             buffer_bytes=self.buffer_bytes,
             unreadable=self.verifier.unreadable,
@@ -121,6 +122,7 @@ class ColocatedSync:
             dist.all_gather_object(parts, parts[0], group=self.group)
         plan = settings.plan(shapes, parts, num_shards)
         self.part = plan.part_of[self.shard]
+        self.bytes_missing = plan.bytes_missing(self.part, self.shard)
         equal = plan.num_parts == 1
         self.assembler = Assembler(plan, self.part, equal_lengths=equal, device=settings.device)
         others = [part for part in range(plan.num_parts) if part != self.part]
@@ -167,9 +169,8 @@ class ColocatedSync:
             return gather(received, self.shard, self.group)
         others = [rank for rank in range(plan.num_shards) if rank != self.shard]
         outgoing = {rank: self.outgoing[bucket][plan.part_of[rank]] for rank in others}
-        lengths = {rank: plan.segment(bucket, self.shard, plan.part_of[rank]).num_elements for rank in others}
         return exchange(
-            {rank: segment[: lengths[rank]] for rank, segment in outgoing.items() if lengths[rank]},
+            {rank: segment for rank, segment in outgoing.items() if len(segment)},
             {rank: received[rank] for rank in others if len(received[rank])},
             self.group,
         )
@@ -249,6 +250,7 @@ class WeightReceiver:
         self.store.put(f"part_of_receiver{self.rank}", json.dumps(boxes))
         plan = self.settings.plan(shapes, _parts_from(self.store), weights["num_shards"])
         part = plan.part_of[self.rank]
+        self.bytes_missing = plan.bytes_missing(part, None)
         alike = [rank for rank, other in enumerate(plan.part_of) if other == part]
         self.groups = [
             self.store.group(f"shard{shard}part{part}", 1 + alike.index(self.rank), 1 + len(alike))
@@ -257,7 +259,7 @@ class WeightReceiver:
         self.assembler = Assembler(plan, part, equal_lengths=False, device=self.settings.device)
         held = target.held_weights()
         self.verifier = Verifier(plan, part, held, device=self.settings.device, place=self.settings.place)
-        self.loads = self.settings.loads(plan, self.verifier, target)
+        self.loads = Loads(len(plan.buckets), None)
         return plan
 
     def receive(self, target: WeightTarget) -> SyncReport:
@@ -278,7 +280,7 @@ class WeightReceiver:
             timeline.mark("checksum")
         return SyncReport(
             bytes_received=deliver.bytes_received,
-            bytes_missing=self.plan.bytes_missing(self.assembler.part, None),
+            bytes_missing=self.bytes_missing,
             num_tensors=len(self.plan.slots),
             buffer_bytes=self.assembler.buffer_bytes,
             unreadable=self.verifier.unreadable,
@@ -307,7 +309,7 @@ class Delivery:
                 self.timeline.mark("load")
             target.forget_prefixes()
         else:
-            loads.run(target, lambda: self._tensors(loads, start))
+            loads.run(target, self._tensors(loads, start))
         self.timeline.mark("load")
 
     def _tensors(self, loads: Loads, start: Callable[[int], UnderWay]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -59,10 +59,12 @@ class Window(torch.Tensor):
         Raises:
             EngineError: it is not within the box.
         """
-        size = self.shape[dim]
-        low, high, step = slice(start, stop, step).indices(size)
-        if (low, high, step) == (0, size, 1):
+        dim %= self.dim()
+        low, high, step = slice(start, stop, step).indices(self.shape[dim])
+        if (low, high, step) == (0, self.shape[dim], 1):
             return self.over(self.held)
+        if low >= high:  # of a vocabulary smaller than its padding, a rank has nothing
+            return self.held.narrow(dim, 0, 0)
         wanted = Box.whole(tuple(self.shape)).between(dim, low, high)
         if step != 1 or self.box.intersect(wanted) != wanted:
             raise self._outside(f"[{low}:{high}:{step}] along dim {dim}")

@@ -29,6 +29,7 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.registry import nearest
 from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
 from hybridflow.rollout.expected_weights import ExpectedWeights
+from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.stopping import end_of_sequence_ids
 
 logger = logging.getLogger("hybridflow")
@@ -62,12 +63,25 @@ class VllmEngine(Engine):
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.model: torch.nn.Module = self.engine.apply_model(_itself)[0]
         self.parts = list(_parts(self.model))
+        self.num_weights = 0
+        """Weights that it has had since the start, the first ones not counted."""
+        self.is_generator_seeded = spec.seed_requests
 
     def add(self, request: Request) -> None:
         self.check_length(request)
         self._check_log_probs(request)
+        if not self.is_generator_seeded:
+            self._seed_generator()
         prompt = {"prompt_token_ids": np.asarray(request.prompt).tolist()}
         self.engine.add_request(str(request.id), prompt, self._parameters(request))
+
+    def _seed_generator(self) -> None:
+        """Without seeds of requests vLLM draws from the generator of the device, which all of this process share: engines
+        side by side must not draw alike, nor one engine with new weights as it did with the old ones."""
+        numbers = (self.spec.seed, self.spec.layout.data_rank(self.spec.rank), self.num_weights)
+        (seed,) = mixed_seed(*(np.array([number]) for number in numbers)).tolist()
+        (torch.cuda if self.spec.device.type == "cuda" else torch).manual_seed(seed)
+        self.is_generator_seeded = True
 
     def _check_log_probs(self, request: Request) -> None:
         sampling = request.sampling
@@ -152,6 +166,8 @@ class VllmEngine(Engine):
 
     def forget_prefixes(self) -> None:
         self.check_idle()
+        self.num_weights += 1
+        self.is_generator_seeded = self.spec.seed_requests
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM did not forget its cached prefixes, which belong to the old weights")
 
@@ -195,7 +211,7 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "tokenizer": spec.tokenizer or spec.model,
         "trust_remote_code": spec.trust_remote_code,
         "dtype": spec.dtype,
-        "seed": spec.seed + spec.layout.data_rank(spec.rank),  # where requests have none, engines must not draw alike
+        "seed": spec.seed,
         "max_model_len": spec.max_model_tokens,
         "max_num_seqs": spec.max_requests,
         "tensor_parallel_size": spec.layout.tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridflow.errors import WeightMismatchError
-from hybridflow.resharding.recorded import PLAIN_LOADS, Loads
+from hybridflow.resharding.recorded import Loads
 from hybridflow.resharding.transfer import ColocatedSync, SyncSettings
 from hybridflow.resharding.verify import Verifier
 from tests.unit.test_resharding_sync import CUT, FakeEngine, TensorRank, settings, trained
@@ -68,8 +69,8 @@ class CountingEngine(FakeEngine):
         self.num_forgotten += 1
 
 
-NUM_SYNCS = PLAIN_LOADS + 3
-"""Plain ones, one that is recorded, and two that are replayed."""
+NUM_SYNCS = 4
+"""One that is watched, one that is recorded, and two that are replayed."""
 
 
 def test_replayed_loads_bring_the_trained_weights_without_the_engines_own_loading():
@@ -77,7 +78,7 @@ def test_replayed_loads_bring_the_trained_weights_without_the_engines_own_loadin
     for seed in range(NUM_SYNCS):
         sync.sync(trained(seed), engine)
         assert all(torch.equal(engine.weights[name], tensor.bfloat16()) for name, tensor in trained(seed)), seed
-    assert (engine.num_loads, engine.num_forgotten) == (PLAIN_LOADS + 1, 2)
+    assert (engine.num_loads, engine.num_forgotten) == (2, 2)
     assert sync.plan is not None and len(sync.plan.buckets) > 2, "buffers were used several times"
 
 
@@ -96,34 +97,51 @@ def test_loads_are_recorded_anew_where_the_engines_weights_have_moved():
     for seed in range(3):
         sync.sync(trained(seed), engine)
         assert torch.equal(engine.weights["q"], dict(trained(seed))["q"].bfloat16())
-    assert engine.num_loads == PLAIN_LOADS + 2
+    assert engine.num_loads == 3
 
 
-def test_an_engine_whose_loading_cannot_be_recorded_goes_on_as_before():
-    class Asking(CountingEngine):
+def reads_a_value(tensor: torch.Tensor) -> None:
+    assert float(tensor.sum()) < 1e9
+
+
+def looks_for_what_is_not_zero(tensor: torch.Tensor) -> None:
+    tensor.nonzero()
+
+
+def goes_to_another_device(tensor: torch.Tensor) -> None:
+    tensor.to("meta")
+
+
+@pytest.mark.parametrize("looks", [reads_a_value, looks_for_what_is_not_zero, goes_to_another_device])
+def test_an_engine_whose_loading_does_more_than_launch_copies_is_never_recorded(looks: Callable[[torch.Tensor], None]):
+    class Looking(CountingEngine):
         def take(self, name: str, tensor: torch.Tensor) -> None:
-            assert float(tensor.sum()) < 1e9
+            looks(tensor)
             super().take(name, tensor)
 
-    engine, sync = Asking(), RecordedSync(settings("bfloat16"), group=None)
+    engine, sync = Looking(), RecordedSync(settings("bfloat16"), group=None)
     for seed in range(NUM_SYNCS):
         sync.sync(trained(seed), engine)
         assert all(torch.equal(engine.weights[name], tensor.bfloat16()) for name, tensor in trained(seed)), seed
-    assert engine.num_forgotten == 0
+    assert not sync.loads.can_record
+    assert (engine.num_loads, engine.num_forgotten) == (NUM_SYNCS, 0)
 
 
-def test_an_error_of_the_engine_outside_of_a_recording_is_not_hidden():
+@pytest.mark.parametrize("fails_at", ["embed", "down", "odd"])
+def test_an_error_while_recording_is_raised_and_ends_the_recording(fails_at: str):
     class Failing(CountingEngine):
-        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-            super().load_weights(weights)
-            if self.num_loads > PLAIN_LOADS:
-                raise RuntimeError("out of memory")
+        def take(self, name: str, tensor: torch.Tensor) -> None:
+            if self.num_loads == 2 and name == fails_at:
+                raise KeyError(name)
+            super().take(name, tensor)
 
     engine, sync = Failing(), RecordedSync(settings("bfloat16"), group=None)
-    for seed in range(PLAIN_LOADS):
-        sync.sync(trained(seed), engine)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        sync.sync(trained(9), engine)
+    sync.sync(trained(0), engine)
+    with pytest.raises(KeyError, match=fails_at):
+        sync.sync(trained(1), engine)
+    changed = torch.zeros(3)
+    changed.copy_(torch.ones(3))
+    assert changed.tolist() == [1.0] * 3, "copies are made again"
 
 
 def test_a_replay_that_misses_a_bucket_is_caught():
@@ -136,21 +154,23 @@ def test_a_replay_that_misses_a_bucket_is_caught():
 
 
 @pytest.mark.parametrize(
-    ("device", "can_replay", "unreadable", "expected"),
+    ("device", "can_replay", "unreadable", "num_shards", "expected"),
     [
-        ("cuda", True, False, True),
-        ("cpu", True, False, False),
-        ("cuda", False, False, False),
-        ("cuda", True, True, False),
+        ("cuda", True, False, 1, True),
+        ("cpu", True, False, 1, False),
+        ("cuda", False, False, 1, False),
+        ("cuda", True, True, 1, False),
+        ("cuda", True, False, 2, False),
     ],
-    ids=["on CUDA", "not on the CPU", "not where the engine cannot", "not where weights cannot be read back"],
+    ids=["on CUDA", "no CPU", "no engine that cannot", "no weights that cannot be read back", "not while others wait"],
 )
-def test_what_is_recorded(device: str, can_replay: bool, unreadable: bool, expected: bool):
+def test_what_is_recorded(device: str, can_replay: bool, unreadable: bool, num_shards: int, expected: bool):
     engine = FakeEngine(torch.bfloat16)
     sync = ColocatedSync(settings("bfloat16"), group=None)
     sync.sync(trained(), engine)
     plan = sync.plan
     assert plan is not None
+    plan = dataclasses.replace(plan, num_shards=num_shards)
     held = [pair for pair in engine.held_weights() if not unreadable or pair[0] != "q"]
     verifier = Verifier(plan, 0, held, device=torch.device("cpu"), place=CUT.place)
     on_device = SyncSettings(dtype="bfloat16", bucket_bytes=256, verify=True, device=torch.device(device), place=CUT.place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hybridflow.errors import EngineError
+from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Request, Sampling
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_model
@@ -72,16 +73,29 @@ def test_a_weight_too_large_to_read_back_is_left_out(engine: VllmEngine, monkeyp
     assert all(name.endswith("_proj.weight") or "embed" in name for name in left_out)
 
 
-def test_without_seeds_of_requests_equal_ones_are_answered_differently(engine: VllmEngine) -> None:
+@pytest.fixture
+def draw(engine: VllmEngine, folders: tuple[str, str]) -> Iterator[Callable[[int, int], list[list[int]]]]:
+    """Two answers to one prompt and one seed, by the engine of a data rank that has taken weights so many times."""
     (prompt,) = prompts(1)
     asked = [Request(id=i, prompt=prompt, sampling=Sampling(max_tokens=20, ignore_eos=True), seed=7) for i in range(2)]
-    one, other = tokens_of(engine.generate(asked))
-    assert one == other
-    seeded = engine.spec
-    engine.spec = dataclasses.replace(seeded, seed_requests=False)
-    one, other = tokens_of(engine.generate(asked))
-    engine.spec = seeded
-    assert one != other
+    with_seeds = engine.spec
+
+    def of(data_rank: int, num_weights: int) -> list[list[int]]:
+        engine.spec = dataclasses.replace(with_seeds, seed_requests=False, layout=Layout(data=2), rank=data_rank)
+        engine.num_weights = num_weights - 1
+        engine.load_weights(weights_of(folders[0]))
+        return tokens_of(engine.generate(asked))
+
+    with torch.random.fork_rng():
+        yield of
+    engine.spec = with_seeds
+    engine.load_weights(weights_of(folders[0]))
+
+
+def test_without_seeds_of_requests_nothing_is_drawn_twice(draw: Callable[[int, int], list[list[int]]]) -> None:
+    drawn = [*draw(0, 1), *draw(1, 1), *draw(0, 2)]
+    assert len({tuple(answer) for answer in drawn}) == 6, "neither by one engine, nor by two, nor with other weights"
+    assert draw(0, 1) == drawn[:2], "a run repeats where the engine is asked alike"
 
 
 def test_starting_an_engine_leaves_random_states_alone(folders: tuple[str, str]) -> None:
