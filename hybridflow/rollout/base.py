@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -115,7 +115,7 @@ class EngineSpec:
 class Engine(ABC):
     """Generates responses. Requests may be added at any time; `step` advances all that run."""
 
-    can_replay_loads: ClassVar[bool] = False
+    can_replay_loads: bool = False
     """Whether `load_weights`, once it has run, does nothing but launch the same copies into the same memory and forget
     prefixes: then its launches are recorded on CUDA and made again without it."""
 

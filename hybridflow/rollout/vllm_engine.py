@@ -43,8 +43,6 @@ FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "len
 class VllmEngine(Engine):
     """One vLLM engine; with `tensor_parallel` over 1 the ranks each hold a part of it and must step it together."""
 
-    can_replay_loads = True
-
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
         arguments = _arguments(spec)
@@ -63,6 +61,7 @@ class VllmEngine(Engine):
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.model: torch.nn.Module = self.engine.apply_model(_itself)[0]
         self.parts = list(_parts(self.model))
+        self.can_replay_loads = not spec.can_sleep  # whose weights come back in other memory
         self.num_weights = 0
         """Weights that it has had since the start, the first ones not counted."""
         self.is_generator_seeded = spec.seed_requests
