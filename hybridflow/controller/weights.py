@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from typing import TypeVar
+
+from hybridflow.controller.group import DEATHS_SHOW_S
 from hybridflow.controller.launch import Launched
+from hybridflow.errors import HybridflowError, WorkerDiedError
 from hybridflow.metrics import Metrics
+from hybridflow.workers.remote import Future
+
+T = TypeVar("T")
 
 
 class WeightSync:
@@ -17,13 +25,13 @@ class WeightSync:
         self.synced_updates: int | None = None
         """Updates behind the weights that the engines have; None where they may have none."""
         self.lets_sleep = lets_sleep
-        self.is_asleep = False
+        self.falling_asleep: Future[None] | None = None
+        """The call after which the engines sleep; None while they are awake."""
 
     def sleep(self) -> None:
         """Nothing is generated until the next sync: the engines give their memory to training, where that is configured."""
         if self.lets_sleep and self.rollout is not None:
-            self.rollout.sleep.start()
-            self.is_asleep = True
+            self.falling_asleep = self.rollout.sleep.start()
             self.synced_updates = None  # an engine may drop its weights while it sleeps
 
     def sync(self) -> Metrics:
@@ -32,9 +40,10 @@ class WeightSync:
         Raises:
             WeightMismatchError: an engine holds something else afterwards.
         """
-        if self.is_asleep and self.rollout is not None:
+        if self.falling_asleep is not None and self.rollout is not None:
+            self.falling_asleep.result()  # raises what went wrong there
             self.rollout.wake()
-            self.is_asleep = False
+            self.falling_asleep = None
         if self.actor is None or not self.is_needed:
             return Metrics()
         num_updates = self.actor.num_updates()
@@ -52,10 +61,27 @@ class WeightSync:
         assert self.actor is not None and self.rollout is not None
         if not self.is_open:
             address = self.actor.transfer_address()
-            opening = self.actor.open_transfer.start(address)
-            self.rollout.open_transfer(address)
-            opening.result()
+            _both(self.actor.open_transfer.start(address), self.rollout.open_transfer.start(address))
             self.is_open = True
-        sending = self.actor.send_weights.start()
-        received = self.rollout.receive_weights()
-        return received + sending.result()
+        sent, received = _both(self.actor.send_weights.start(), self.rollout.receive_weights.start())
+        return received + sent
+
+
+def _both(sending: Future[T], receiving: Future[T]) -> tuple[T, T]:
+    """The results of calls of two groups that wait for each other: where one fails the other may never end.
+
+    Raises:
+        HybridflowError: that of the first to fail; of a process that has ended where there is one, since it is what the other
+            group's error comes from.
+    """
+    threads = ThreadPoolExecutor(max_workers=2)
+    calls = [threads.submit(future.result) for future in (sending, receiving)]
+    threads.shutdown(wait=False)
+    try:
+        for ended in as_completed(calls):
+            ended.result()
+    except HybridflowError as first:
+        ended_calls, _ = wait(calls, timeout=DEATHS_SHOW_S)
+        errors = [call.exception() for call in ended_calls]
+        raise next((error for error in errors if isinstance(error, WorkerDiedError)), first) from None
+    return calls[0].result(), calls[1].result()

@@ -43,3 +43,11 @@ class NeverCloses(RewardWorker):
     @remote("one_to_all")
     def close(self) -> None:
         time.sleep(600)
+
+
+class SendsNothing(ActorWorker):
+    """Fails where engines of another pool wait for its weights."""
+
+    @remote("one_to_all")
+    def send_weights(self) -> Metrics:
+        raise RuntimeError("nothing was sent")

@@ -212,3 +212,13 @@ def is_short(text: str) -> bool:
     """Whether a user is told the cause without a traceback."""
     _, _, message = text.partition("The run failed.\n")
     return bool(message) and "Traceback" not in text and len(message.splitlines()) <= 6
+
+
+def test_weights_that_are_not_sent_end_the_run_although_the_engines_wait_for_them(
+    toy: Toy, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["placement.workers.actor=tests.ray.failing_parts:SendsNothing", "placement.roles.rollout=gen"]
+    pools = "placement.pools={main: 1x1, gen: 1x1, scoring: 1x1 cpu}"
+    code, text = said(toy, tmp_path / "run", [*overrides, pools, "run.timeout_s=90"], capsys)
+    assert code == 1
+    assert "actor.send_weights failed on rank 0" in text and "nothing was sent" in text
