@@ -30,10 +30,11 @@ def respond(
 ) -> tuple[Batch, Future[Batch]]:
     """`rows` with a response to each, once the last is there, and a future of their scores, most of which are there too.
 
-    Row by row this is what `rollout.generate` and then `reward.score` give, and that is what is called where a class of the
-    user's own generates or scores, since it may look at all rows at once.
+    Row by row this is what `rollout.generate` and then `reward.score` give. That is what is called where a class of the user's
+    own generates or scores, since it may look at all rows at once, and where both roles share a pool, since its processes hand
+    no responses over while they score: slow scores would add up, part by part.
     """
-    if _are_built_in(rollout, reward):
+    if _are_built_in(rollout, reward) and not _share_pool(rollout, reward):
         return respond_in_parts(rows, rollout, reward, sampling=sampling)
     rows = rows.join(rollout.generate(rows, sampling=sampling))
     return rows, reward.score.start(rows)
@@ -75,6 +76,11 @@ def _are_built_in(rollout: RolloutWorker, reward: RewardWorker) -> bool:
     from hybridflow.workers.rollout import RolloutWorker
 
     return type(rollout).generate is RolloutWorker.generate and type(reward).score is RewardWorker.score
+
+
+def _share_pool(rollout: RolloutWorker, reward: RewardWorker) -> bool:
+    assert rollout.dispatcher is not None and reward.dispatcher is not None, "groups respond, not workers"
+    return rollout.dispatcher.pool_name == reward.dispatcher.pool_name
 
 
 def _is_idle(calls: Sequence[Future[Batch]]) -> bool:

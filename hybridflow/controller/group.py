@@ -110,6 +110,11 @@ class GroupDispatcher:
         self.role, self.pool, self.layout, self.timeout_s, self.log = role, pool, layout, timeout_s, log
         self.calls: list[Any] = [process.call.options(num_returns=2) for process in pool.processes]
 
+    @property
+    def pool_name(self) -> str:
+        """As of `Dispatcher`."""
+        return self.pool.name
+
     def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> GroupFuture:
         """Send the call to every rank and return at once.
 

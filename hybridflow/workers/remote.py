@@ -63,6 +63,11 @@ class CombinedFuture(Generic[T, R]):
 class Dispatcher(Protocol):
     """Carries a call to the ranks of a group."""
 
+    @property
+    def pool_name(self) -> str:
+        """Of the pool that the group runs on. The calls of all groups on one pool run one after the other."""
+        ...
+
     def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Future[object]:
         """Send the call; arguments may be futures of other calls."""
         ...

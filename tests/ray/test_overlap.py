@@ -22,9 +22,8 @@ VALIDATED = "validation.every_steps=1"
         ("algorithm=ppo", VALIDATED),
         ("algorithm=grpo", VALIDATED, TWO_RANKS),
         ("algorithm=grpo", TWO_RANKS, BATCH_FUNCTION),
-        ("algorithm=ppo", "placement.roles={data: scoring, reward: main}"),
     ],
-    ids=["one rank", "two ranks", "two ranks, batch function", "rollout and reward share a pool"],
+    ids=["one rank", "two ranks", "two ranks, batch function"],
 )
 def test_a_run_learns_the_same_whether_scoring_overlaps_or_not(toy: Toy, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     common = ("checkpoint.save_last=true", f"data.validation_files={toy.data}", *overrides)
@@ -36,3 +35,8 @@ def test_a_run_learns_the_same_whether_scoring_overlaps_or_not(toy: Toy, tmp_pat
     assert not differences(overlapping, one_by_one)
     digests = [state_digests(tmp_path / run / "checkpoints/step_000002") for run in ("overlapping", "one_by_one")]
     assert digests[0] == digests[1]
+
+
+def test_where_rollout_and_reward_share_a_pool_responses_are_not_handed_over_in_parts(toy: Toy, tmp_path: Path) -> None:
+    lines = trained(toy, tmp_path, "algorithm=ppo", "placement.roles={data: scoring, reward: main}")
+    assert all("seconds/rollout.generate" in line and "seconds/rollout.generate_part" not in line for line in lines)

@@ -36,8 +36,9 @@ class LocalFuture:
 class LocalDispatcher:
     """One thread per rank, on which its calls run in the order in which they were started."""
 
-    def __init__(self, workers: Sequence[Worker], layout: Layout):
-        self.workers, self.layout = workers, layout
+    def __init__(self, workers: Sequence[Worker], layout: Layout, *, pool_name: str):
+        """Groups have threads of their own, whatever `pool_name` says."""
+        self.workers, self.layout, self.pool_name = workers, layout, pool_name
         self.before: Callable[[str], object] = lambda method: None
         """Called with the name of a method before it runs on a rank, and `after` when its answer is there."""
         self.after: Callable[[str], object] = lambda method: None

@@ -103,6 +103,7 @@ def start(tiny_model: str, tmp_path: Path) -> Iterator[Start]:
         engine: type[Engine] = SteppingEngine,
         layout: Layout | None = None,
         scorer: type[RewardWorker] = RewardWorker,
+        scores_on: str = "scoring",
     ) -> tuple[RolloutWorker, RewardWorker]:
         (tmp_path / "reward.py").write_text(source)
         config = Config(
@@ -115,7 +116,8 @@ def start(tiny_model: str, tmp_path: Path) -> Iterator[Start]:
         rollout = [RolloutWorker(config, context("rollout", rank, cut)) for rank in range(cut.num_ranks)]
         reward = scorer(config, context("reward", 0, Layout()))
         begun.extend([*rollout, reward])
-        return RolloutWorker.group(LocalDispatcher(rollout, cut)), scorer.group(LocalDispatcher([reward], Layout()))
+        generating = RolloutWorker.group(LocalDispatcher(rollout, cut, pool_name="main"))
+        return generating, scorer.group(LocalDispatcher([reward], Layout(), pool_name=scores_on))
 
     yield start
     for worker in begun:
@@ -201,6 +203,14 @@ def test_a_reward_role_of_ones_own_sees_the_rows_of_a_step_at_once(start: Start)
     rollout, reward = start(scorer=OwnReward)
     _, scores = respond(rows(SHUFFLED), rollout, reward)
     assert scores.result()["reward"].tolist() == [41.0] * 41
+
+
+def test_on_a_shared_pool_scores_follow_the_last_response_in_one_call(start: Start) -> None:
+    rollout, reward = start(scores_on="main")
+    answered, scores = respond(rows(SHUFFLED), rollout, reward)
+    assert scores.result()["reward"].tolist() == answered["response_tokens"].tolist() == SHUFFLED
+    assert called(rollout, "generate_part") == 0
+    assert called(reward, "score") == 1
 
 
 def test_no_call_follows_one_that_failed(start: Start) -> None:

@@ -97,8 +97,8 @@ class Sides:
         self.rollout = FakeRollout(self.actor, {})
         config = Config(model=ModelConfig(path="model"), rollout=RolloutConfig(), placement=SEPARATE)
         groups = {
-            "actor": FakeActor.group(LocalDispatcher([self.actor], Layout())),
-            "rollout": FakeRollout.group(LocalDispatcher([self.rollout], Layout())),
+            "actor": FakeActor.group(LocalDispatcher([self.actor], Layout(), pool_name="main")),
+            "rollout": FakeRollout.group(LocalDispatcher([self.rollout], Layout(), pool_name="gen")),
         }
         launched = Launched(
             groups,
