@@ -32,7 +32,7 @@ def pickled_size(value: object) -> int:
 
 @dataclass
 class CallLog:
-    """Sums over the calls of a step; the groups write it, the loop drains it. Thread-safe."""
+    """Sums over the calls of a step, and peaks since the run began; the groups write it, the loop drains it. Thread-safe."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -40,7 +40,8 @@ class CallLog:
     num_bytes: int = 0
     num_calls: int = 0
     memory: dict[str, float] = field(default_factory=dict)
-    """`peak_allocated_gib`, `peak_reserved_gib` -> of the GPU that used most."""
+    """`peak_allocated_gib`, `peak_reserved_gib` -> of the GPU that used most since the run began. A rank reports what it
+    holds since it last reset its count, as a weight sync does to measure its own peak."""
     own_seconds: float = 0.0
     """Spent distributing arguments and collecting results."""
 
@@ -65,7 +66,7 @@ class CallLog:
                 self.memory[name] = max(self.memory.get(name, 0.0), peak)
 
     def drain(self) -> Metrics:
-        """The sums as metrics; the log starts from zero. Calls that did no work to speak of are left out."""
+        """Sums and peaks as metrics; the sums start from zero. Calls that did no work to speak of are left out."""
         with self.lock:
             phases = {name: seconds for name, seconds in self.seconds.items() if seconds > SECONDS_WORTH_LOGGING}
             metrics = {f"seconds/{name}": Metric(seconds, kind="sum") for name, seconds in phases.items()}

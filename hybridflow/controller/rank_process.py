@@ -38,7 +38,7 @@ class StoredShard:
 
 @dataclass(frozen=True)
 class Memory:
-    """The most that torch has held on a GPU since the process began."""
+    """The most that torch has held on a GPU since the last weight sync within the process began, or since the process did."""
 
     allocated_gib: float
     reserved_gib: float

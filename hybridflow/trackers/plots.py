@@ -303,7 +303,7 @@ SPEED = (
         lines=(Line("actor/mfu", "actor", "tab:green"), Line("critic/mfu", "critic", "tab:orange")),
     ),
     Panel(
-        title="GPU memory of the fullest rank",
+        title="GPU memory of the fullest rank, most so far",
         unit="GiB",
         axis="from zero",
         lines=(

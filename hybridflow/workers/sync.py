@@ -59,7 +59,7 @@ class RolloutSync:
             self.colocated = ColocatedSync(sync_settings(self.config, self.context), self.context.group)
         with self.engine.paused() as engine:
             if self.context.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()  # what came before has been reported with the calls that took it
+                torch.cuda.reset_peak_memory_stats()  # the controller keeps what earlier calls reported
             report = self.colocated.sync(actor.named_tensors(), engine)
             metrics = as_metrics(report)
             if self.context.device.type == "cuda":
