@@ -62,6 +62,8 @@ class Packer:
                     shown[block.slot.name, box] = view, block.box.within(box).start[0] if box.start else 0
             self._blocks.append(blocks)
             self._shown.append([(key, view, first_row) for key, (view, first_row) in shown.items()])
+        self._rows: dict[str, Box] = {}
+        """By name: which box of a tensor this rank holds."""
         self._replays = [Replay() for _ in targets]
 
     @torch.no_grad()
@@ -80,13 +82,18 @@ class Packer:
     @torch.no_grad()  # in which DTensor.to_local does not go through autograd, ten times slower
     def rows(self, slot: Slot, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
         """The memory of a tensor in this process, and which box of the tensor it is."""
+        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        if slot.name not in self._rows:
+            self._rows[slot.name] = self._box_of_rows(slot, tensor, local)
+        return local, self._rows[slot.name]
+
+    def _box_of_rows(self, slot: Slot, tensor: torch.Tensor, local: torch.Tensor) -> Box:
         if not isinstance(tensor, DTensor):
-            return tensor.detach(), Box.whole(slot.shape)
+            return Box.whole(slot.shape)
         assert all(placement == Shard(0) for placement in tensor.placements), f"{slot.name} is cut as {tensor.placements}"
-        local = tensor.to_local().detach()
         box = shard_box(slot.shape, self.plan.num_shards, self.shard) or Box.whole(slot.shape).between(0, 0, 0)
         assert tuple(local.shape) == box.shape, f"{slot.name}: shard {self.shard} is {tuple(local.shape)}, not {box.shape}"
-        return local, box
+        return box
 
 
 class Assembler:
