@@ -45,6 +45,31 @@ class EngineNeeds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SyncNeeds:
+    """Buffers that weights travel in, on a pool that sends or receives them; they stay between syncs: docs/resharding.md."""
+
+    bucket: int
+    """The largest bucket, as one rank receives it."""
+    part: int
+    """Everything that one rank receives."""
+    num_parts: int
+    """Ranks of one engine, each of which reads a part of its own."""
+    receives: bool
+    """Whether the engine is on this pool."""
+    num_senders: int | None = None
+    """Ranks of the actor's pool; None where it is this one."""
+
+    def buffers(self, num_ranks: int) -> int:
+        """On each of `num_ranks` ranks: two for what arrives and, where it comes from several, one in which tensors are put
+        together; two for what leaves to ranks that read something else, of which each sender has its share."""
+        num_shards = self.num_senders or num_ranks
+        one, two = min(self.bucket, self.part), min(2 * self.bucket, self.part)
+        arriving = two + (one if num_shards > 1 else 0) if self.receives else 0
+        leaves = self.num_senders is None and (self.num_parts > 1 or not self.receives)
+        return arriving + (two * self.num_parts // num_shards if leaves else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PoolNeeds:
     """Everything that the roles of a pool need of one of its GPUs."""
 
@@ -53,8 +78,7 @@ class PoolNeeds:
     gpu: Gpu
     models: tuple[ModelNeeds, ...]
     engine: EngineNeeds | None = None
-    sync_buffers: int = 0
-    """Buckets that weights travel in, kept between syncs."""
+    sync: SyncNeeds | None = None
     unknown_roles: tuple[str, ...] = ()
     fixed: Mapping[str, bool] = field(default_factory=dict)
     """Measures that the user has decided."""
@@ -63,6 +87,10 @@ class PoolNeeds:
     def budget(self) -> int:
         """What can be planned with: free memory less a reserve."""
         return self.gpu.free - int(self.gpu.total * RESERVED_SHARE)
+
+    @property
+    def sync_buffers(self) -> int:
+        return self.sync.buffers(self.num_ranks) if self.sync is not None else 0
 
 
 @dataclass(frozen=True)

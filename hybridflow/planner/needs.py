@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
+from hybridflow.config.pools import parse_pool
+from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config, Switch
-from hybridflow.planner.memory import CHECKPOINTING, GRADIENTS, OPTIMIZER, PARAMETERS, SLEEP, EngineNeeds, Gpu, PoolNeeds
+from hybridflow.planner.memory import (
+    CHECKPOINTING,
+    GRADIENTS,
+    OPTIMIZER,
+    PARAMETERS,
+    SLEEP,
+    EngineNeeds,
+    Gpu,
+    PoolNeeds,
+    SyncNeeds,
+)
 from hybridflow.planner.sizes import ModelNeeds, ModelSize, Numerics
 
 TRAINED_ROLES = ("actor", "critic")
@@ -16,7 +28,6 @@ WITHOUT_GPU = ("data", "reward")
 """Roles that hold nothing on a GPU, wherever they are placed."""
 ENGINES_THAT_FREE_WEIGHTS = ("vllm",)
 """Of an engine that is not named here, sleeping frees the cache alone."""
-NUM_BUCKETS = 2
 BYTES = {"bfloat16": 2, "float32": 4}
 DTYPE_ON_GPU = "bfloat16"
 """What `auto` means for the dtype of layers."""
@@ -61,22 +72,13 @@ def has_open_switches(config: Config, roles: Set[str]) -> bool:
 def pool_needs(config: Config, facts: PoolFacts, run_roles: Set[str]) -> PoolNeeds:
     """What the roles of a pool need; `run_roles` are those of all pools."""
     models = tuple(_model_needs(config, role, facts) for role in facts.roles if role in (*TRAINED_ROLES, *FROZEN_ROLES))
-    syncs = {"actor", "rollout"} <= run_roles
-    travelling = [facts.sizes[role] for role in ("actor", "rollout") if syncs and role in facts.sizes]
-    bucket = max(
-        (
-            max(config.rollout.sync_bucket_mib * 2**20, _engine_bytes(config) * size.vocabulary * size.hidden)
-            for size in travelling
-        ),
-        default=0,
-    )
     return PoolNeeds(
         pool=facts.pool,
         num_ranks=facts.num_ranks,
         gpu=facts.gpu,
         models=models,
         engine=_engine_needs(config, facts) if "rollout" in facts.roles else None,
-        sync_buffers=NUM_BUCKETS * bucket,
+        sync=_sync_needs(config, facts) if {"actor", "rollout"} <= run_roles else None,
         unknown_roles=tuple(role for role in facts.roles if role not in facts.sizes and role not in WITHOUT_GPU),
         fixed={
             measure: value
@@ -146,6 +148,23 @@ def _engine_needs(config: Config, facts: PoolFacts) -> EngineNeeds:
         role="rollout",
         share=int(rollout.memory_fraction * facts.gpu.total),
         kept_asleep=0 if frees_weights else weights,
+    )
+
+
+def _sync_needs(config: Config, facts: PoolFacts) -> SyncNeeds | None:
+    """What weights travel in on this pool; None where neither side of a sync is on it."""
+    sides = [role for role in ("actor", "rollout") if role in facts.sizes]
+    if not sides:
+        return None
+    size, tensor = facts.sizes[sides[0]], config.rollout.tensor_parallel
+    # Embeddings are the largest tensor, and cut over an engine's ranks; a tensor above the limit has a bucket of its own.
+    largest = -(-size.vocabulary // tensor) * size.hidden * _engine_bytes(config)
+    return SyncNeeds(
+        bucket=max(config.rollout.sync_bucket_mib * 2**20, largest),
+        part=size.parameters * _engine_bytes(config) // tensor,
+        num_parts=tensor,
+        receives="rollout" in sides,
+        num_senders=None if "actor" in sides else parse_pool(config.placement.pools[pool_of("actor", config)]).num_ranks,
     )
 
 
