@@ -75,6 +75,8 @@ class PoolNeeds:
 
     pool: str
     num_ranks: int
+    ranks_multiple: int = 1
+    """Of which the number of ranks is a multiple: those of an engine, and those that share a row in training."""
     gpu: Gpu
     models: tuple[ModelNeeds, ...]
     engine: EngineNeeds | None = None

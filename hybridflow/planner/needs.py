@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
@@ -75,6 +76,9 @@ def pool_needs(config: Config, facts: PoolFacts, run_roles: Set[str]) -> PoolNee
     return PoolNeeds(
         pool=facts.pool,
         num_ranks=facts.num_ranks,
+        ranks_multiple=math.lcm(
+            config.rollout.tensor_parallel if "rollout" in facts.roles else 1, config.model.sequence_parallel if models else 1
+        ),
         gpu=facts.gpu,
         models=models,
         engine=_engine_needs(config, facts) if "rollout" in facts.roles else None,

@@ -8,7 +8,7 @@ import pytest
 
 from hybridflow.config.schema import Config, ModelConfig, RolloutConfig, TrainingConfig
 from hybridflow.errors import PlacementError
-from hybridflow.planner.measures import candidates, choose, choose_all
+from hybridflow.planner.measures import candidates, choose, choose_all, refusal
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak, phases
 from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, settled
 from hybridflow.planner.sizes import ModelSize
@@ -48,9 +48,38 @@ def test_ppo_of_7b_with_a_critic_is_refused_on_one_gpu_of_80_gib() -> None:
     assert "Pool 'main' has 1 rank(s) with 79.2 GiB" in message
     assert "actor learns" in message and "critic learns" in message
     assert "56.7 GiB  actor: optimizer" in message  # 8 bytes x 7.6e9
-    assert "4 of this size suffice (placement.pools.main)" in message
+    assert "3 of this size suffice (placement.pools.main)" in message
     for advice in ("rollout.memory_fraction", "tokens_per_microbatch", "model.lora_rank"):
         assert advice in message
+
+
+@pytest.mark.parametrize(("tensor", "suffice"), [(1, 3), (2, 4), (8, 8)])
+def test_the_ranks_that_are_advised_are_the_fewest_for_which_there_is_a_plan(tensor: int, suffice: int) -> None:
+    config = replace(DEFAULTS, rollout=replace(DEFAULTS.rollout, tensor_parallel=tensor))
+    assert f"{suffice} of this size suffice" in refusal(ppo(79.2, config=config))
+    assert choose(ppo(79.2, ranks=suffice, config=config)) is not None
+    assert choose(ppo(79.2, ranks=2, config=config)) is None
+
+
+def test_ranks_are_advised_that_suffice_only_where_gradients_are_shared() -> None:
+    large = replace(  # Llama 3 70B
+        SIZE,
+        parameters=70_553_706_496,
+        trained_parameters=70_553_706_496,
+        output_parameters=1_050_673_152,
+        layer_parameters=855_654_400,
+        layers_parameters=80 * 855_654_400,
+        num_layers=80,
+        hidden=8192,
+        attention=8192,
+        feed_forward=28672,
+        vocabulary=128256,
+    )
+    facts = PoolFacts(pool="main", roles=("actor",), num_ranks=1, gpu=gpu(139.8), sizes={"actor": large})
+    needs = pool_needs(DEFAULTS, facts, {"actor"})
+    # Weights, gradients and moments take 16 bytes x 7.06e10 = 1,051 GiB, a pass 40 GiB and two layers' gradients 6 GiB on each:
+    # 12 ranks need 134 of the 128 GiB, 16 need 112. Whole gradients alone are 263 GiB, on however many ranks.
+    assert "16 of this size suffice" in refusal(needs)
 
 
 def test_ppo_of_7b_with_a_critic_fits_four_gpus_of_80_gib_with_measures() -> None:
