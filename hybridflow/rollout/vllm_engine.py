@@ -260,7 +260,7 @@ def _groups_of(layout: Layout) -> Iterator[None]:
 
     vLLM numbers the ranks of an engine one after the other and has no option for another order.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:  # vLLM makes and ends a group of its own
         yield
         return
     make_group = parallel_state.init_model_parallel_group
