@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import random
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,7 @@ class VllmEngine(Engine):
         with _kept_random_state(), _groups_of(spec.layout):  # vLLM seeds the generators of the whole process
             self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         _quieten()
+        _keep_process_groups(self.engine)
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.model: torch.nn.Module = self.engine.apply_model(_itself)[0]
         self.parts = list(_parts(self.model))
@@ -283,6 +285,14 @@ def _groups_of(layout: Layout) -> Iterator[None]:
     dist.barrier()
     for memory in SHARED_MEMORY.glob(f"{meeting_name}-*"):  # all have opened it; vLLM leaves it behind at the end
         memory.unlink(missing_ok=True)
+
+
+def _keep_process_groups(engine: LLMEngine) -> None:
+    """Call off what vLLM (seen in 0.32) does when an engine is collected or Python ends: it destroys the process groups of the
+    whole process, training's and those of another engine with them."""
+    finalizer = vars(engine.engine_core).get("_finalizer")
+    if isinstance(finalizer, weakref.finalize):
+        finalizer.detach()
 
 
 def _quieten() -> None:
