@@ -70,10 +70,14 @@ def command(*arguments: object, keep_output: bool = False) -> str:
     """
     words = [str(argument) for argument in arguments]
     console.print(f"\n$ python {shlex.join(words)}", style="bold", markup=False, highlight=False, soft_wrap=True)
-    finished = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE if keep_output else None, text=True, check=False)
-    if finished.returncode:
-        sys.exit(f"The command above failed with exit code {finished.returncode}.")
-    return finished.stdout or ""
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE if keep_output else None, text=True) as process:
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:  # Ctrl-C reaches the command too, which says what it leaves behind
+            sys.exit(process.wait())
+    if process.returncode:
+        sys.exit(f"The command above failed with exit code {process.returncode}.")
+    return output or ""
 
 
 def prepare(folders: Folders, *, seed: int) -> None:

@@ -44,7 +44,8 @@ it all. Every mistake is reported at once, before anything starts.
 
 
 VERL_INTRODUCTION = """\
-Accepted in YAML and on the command line, so that a script written for verl runs as it stands; what is not listed is a mistake.
+Accepted in YAML and on the command line, so that most of a script written for verl carries over. What is not listed is a
+mistake, which says what to set in its place where there is something.
 `actor_rollout_ref.`, `data.` and `trainer.` may be left out.
 """
 
