@@ -1,4 +1,4 @@
-"""How the torch engine draws tokens: cuts, one uniform number per token, inverse of the cumulative distribution.
+"""How engines draw tokens: cuts, one uniform number per token, inverse of the cumulative distribution.
 
 Legend: B rows, V vocabulary. Random numbers are a pure function of (seed of the request, number of the token), so a
 response does not depend on its neighbours.
@@ -13,7 +13,10 @@ import numpy.typing as npt
 import torch
 
 ELEMENTS_AT_ONCE = 1 << 24
-"""Logits that are processed together: bounds the float64 copy of the cumulative distribution to 128 MiB."""
+"""Logits that are processed together: bounds the float32 copies to 64 MiB each."""
+BLOCK = 512
+"""Tokens of the vocabulary that are found together when one is drawn."""
+LARGEST_UNIFORM = 1.0 - 2.0**-52
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,37 @@ def _choose(logits_BV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Te
     tokens_B = scaled_BV.argmax(-1)
     if not bool(is_greedy_B.all()):
         probs_BV = cut((scaled_BV - log_total_B[:, None]).exp_(), columns)
-        cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
-        target_B1 = columns.uniform[:, None] * cumulative_BV[:, -1:]
-        drawn_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
-        tokens_B = torch.where(is_greedy_B, tokens_B, drawn_B)
+        tokens_B = torch.where(is_greedy_B, tokens_B, draw(probs_BV, columns.uniform))
     return tokens_B, scaled_BV.gather(1, tokens_B[:, None]).squeeze(1) - log_total_B
+
+
+def draw(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """One token for each row by the inverse of its cumulative distribution, at a number in [0, 1) as `uniform` gives.
+
+    Probabilities need not add up to one. First the block of tokens is found, then the token in it, so that only sums of blocks
+    are added up in float64. Returns int64 of shape [B].
+    """
+    num_rows, num_tokens = probs_BV.shape
+    num_whole = num_tokens - num_tokens % BLOCK
+    sums_BN = probs_BV[:, :num_whole].view(num_rows, num_whole // BLOCK, BLOCK).sum(-1, dtype=torch.float64)
+    if num_whole < num_tokens:
+        rest_B1 = probs_BV[:, num_whole:].sum(-1, keepdim=True, dtype=torch.float64)
+        sums_BN = torch.cat([sums_BN, rest_B1], dim=1)
+    block_B1, within_B1 = _invert(sums_BN, uniform_B[:, None])
+    tokens_BK = block_B1 * BLOCK + torch.arange(BLOCK, device=probs_BV.device)
+    in_block_BK = probs_BV.gather(1, tokens_BK.clamp(max=num_tokens - 1)).double()
+    place_B1, _ = _invert(in_block_BK.masked_fill(tokens_BK >= num_tokens, 0.0), within_B1)
+    return (block_B1 * BLOCK + place_B1).squeeze(1)
+
+
+def _invert(weights_BN: torch.Tensor, uniform_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of the weight in which this share of their sum lies, never one of zero, and the share of that weight below it."""
+    cumulative_BN = weights_BN.cumsum(-1)
+    target_B1 = uniform_B1 * cumulative_BN[:, -1:]
+    found_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
+    weight_B1 = weights_BN.gather(1, found_B1)
+    below_B1 = cumulative_BN.gather(1, found_B1) - weight_B1
+    return found_B1, ((target_B1 - below_B1) / weight_B1).clamp(0.0, LARGEST_UNIFORM)
 
 
 def cut(probs_BV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:

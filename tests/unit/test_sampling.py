@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hybridflow.rollout.sampling import SamplingColumns, choose, cut, mixed_seed, uniform
+from hybridflow.rollout.sampling import BLOCK, SamplingColumns, choose, cut, draw, mixed_seed, uniform
 from hybridflow.rollout.stopping import StopStrings, end_of_sequence_ids, text_decoder
 
 
@@ -175,3 +175,23 @@ def test_ends_of_sequence_come_from_all_three_places(tiny_model: str, tmp_path_f
     assert end_of_sequence_ids(str(folder), tokenizer) == (2, 7, 9)
     (folder / "generation_config.json").unlink()
     assert end_of_sequence_ids(str(folder), tokenizer) == (2, 7)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 9 * BLOCK + 7])
+def test_a_draw_in_blocks_is_the_inverse_of_the_whole_distribution(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    probs_BV = torch.randn(50, num_tokens, generator=generator).mul_(4).softmax(-1)
+    probs_BV[:, 1::3] = 0.0  # as after a cut
+    uniform_B = torch.from_numpy(uniform(np.arange(50, dtype=np.uint64), np.arange(50)))
+    cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    expected_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)
+    assert draw(probs_BV, uniform_B).tolist() == expected_B1[:, 0].tolist()
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0 - 2.0**-52])
+def test_the_ends_of_the_interval_draw_no_token_that_was_cut(number: float) -> None:
+    probs_BV = torch.rand(20, 4 * BLOCK + 3, generator=torch.Generator().manual_seed(1)).pow(30)
+    probs_BV[:, :700] = 0.0
+    probs_BV[:, -700:] = 0.0
+    tokens_B = draw(probs_BV, torch.full((20,), number, dtype=torch.float64))
+    assert (probs_BV.gather(1, tokens_B[:, None]) > 0).all()

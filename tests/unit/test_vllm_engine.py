@@ -14,6 +14,7 @@ import torch
 from hybridflow.errors import EngineError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Request, Sampling
+from hybridflow.rollout.sampling import draw, uniform
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_model
 from tests.unit.test_engine_contract import prompts, requests, spec_of, tokens_of, weights_of
@@ -74,28 +75,29 @@ def test_a_weight_too_large_to_read_back_is_left_out(engine: VllmEngine, monkeyp
 
 
 @pytest.fixture
-def draw(engine: VllmEngine, folders: tuple[str, str]) -> Iterator[Callable[[int, int], list[list[int]]]]:
+def draw_twice(engine: VllmEngine, folders: tuple[str, str]) -> Iterator[Callable[[int, int], list[list[int]]]]:
     """Two answers to one prompt and one seed, by the engine of a data rank that has taken weights so many times."""
     (prompt,) = prompts(1)
     asked = [Request(id=i, prompt=prompt, sampling=Sampling(max_tokens=20, ignore_eos=True), seed=7) for i in range(2)]
     with_seeds = engine.spec
 
     def of(data_rank: int, num_weights: int) -> list[list[int]]:
-        engine.spec = dataclasses.replace(with_seeds, seed_requests=False, layout=Layout(data=2), rank=data_rank)
+        engine.spec = dataclasses.replace(with_seeds, layout=Layout(data=2), rank=data_rank)
+        engine.heeds_seeds = False
         engine.num_weights = num_weights - 1
         engine.load_weights(weights_of(folders[0]))
         return tokens_of(engine.generate(asked))
 
     with torch.random.fork_rng():
         yield of
-    engine.spec = with_seeds
+    engine.spec, engine.heeds_seeds = with_seeds, True
     engine.load_weights(weights_of(folders[0]))
 
 
-def test_without_seeds_of_requests_nothing_is_drawn_twice(draw: Callable[[int, int], list[list[int]]]) -> None:
-    drawn = [*draw(0, 1), *draw(1, 1), *draw(0, 2)]
+def test_without_seeds_of_requests_nothing_is_drawn_twice(draw_twice: Callable[[int, int], list[list[int]]]) -> None:
+    drawn = [*draw_twice(0, 1), *draw_twice(1, 1), *draw_twice(0, 2)]
     assert len({tuple(answer) for answer in drawn}) == 6, "neither by one engine, nor by two, nor with other weights"
-    assert draw(0, 1) == drawn[:2], "a run repeats where the engine is asked alike"
+    assert draw_twice(0, 1) == drawn[:2], "a run repeats where the engine is asked alike"
 
 
 def test_starting_an_engine_leaves_random_states_alone(folders: tuple[str, str]) -> None:
@@ -121,3 +123,43 @@ def test_an_unknown_engine_option_is_named(folders: tuple[str, str]) -> None:
 
     with pytest.raises(EngineError, match=r"rollout.engine_options.max_num_seq is no argument.*'max_num_seqs'"):
         VllmEngine(spec_of(folders[0], options={"max_num_seq": 32}))
+
+
+class Counting:
+    """What the draws use of a generator of CUDA, which no CPU has."""
+
+    def __init__(self, seed: int, num_tokens: int):
+        self.seed, self.offset = seed, 4 * num_tokens
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        self.offset = offset
+
+
+def test_draws_at_once_depend_on_seed_and_number_of_the_token_alone() -> None:
+    from hybridflow.rollout.vllm_engine import draw_at_once
+
+    probs_BV = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))
+    generators = {2: Counting(7, 5), 0: Counting(2**63 - 1, 5), 1: Counting(7, 6)}  # vLLM's order is not that of the rows
+    tokens = draw_at_once(probs_BV, generators).tolist()
+    assert [generator.offset for generator in generators.values()] == [24, 24, 28]
+    expected = draw(probs_BV, torch.from_numpy(uniform(np.array([2**63 - 1, 7, 7], np.uint64), np.array([5, 6, 5]))))
+    assert tokens == expected.tolist()
+    assert draw_at_once(probs_BV[2:], {0: Counting(7, 5)}).tolist() == tokens[2:], "alone, and in another row"
+    dropped = Counting(7, 6)
+    dropped.set_offset(dropped.get_offset() - 4)  # as vLLM does where it drops a token
+    assert draw_at_once(probs_BV[2:], {0: dropped}).tolist() == tokens[2:]
+
+
+def test_rows_without_a_seed_are_drawn_as_vllm_does() -> None:
+    from hybridflow.rollout.vllm_engine import draw_at_once
+
+    probs_BV = torch.eye(3)
+    with torch.random.fork_rng():
+        assert draw_at_once(probs_BV, {}).tolist() == [0, 1, 2]
+        assert draw_at_once(probs_BV, {1: torch.Generator().manual_seed(0)}).tolist() == [0, 1, 2]
