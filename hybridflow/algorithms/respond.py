@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from hybridflow.workers.rollout import RolloutWorker
 
 NUM_PARTS = 8
-"""Calls in which responses are handed over. Where scoring keeps up, an eighth of it is left when generation ends; with more
-parts less would be left, but each costs the controller up to two calls, some 3 ms."""
+"""Most calls in which responses are handed over; what finishes at once comes at once. Where scoring keeps up, an eighth of it
+is left when generation ends; with more parts less would be left, but each costs the controller up to two calls, some 3 ms."""
 
 LIGHT_COLUMNS_GENERATED = ("prompt_tokens", "seed", "sample", "position")
 LIGHT_COLUMNS_SCORED = ("prompt_tokens", "response_tokens")
@@ -50,18 +50,21 @@ def respond_in_parts(
     parts: list[Batch] = []
     calls: list[Future[Batch]] = []
     positions: list[Array] = []
-    num_parts_scored = 0
+    num_parts_scored, num_rows_left = 0, len(rows)
     for num_parts_left in range(NUM_PARTS, 0, -1):
         parts.append(rollout.generate_part(num_parts_left))
+        num_rows_left -= len(parts[-1])
         is_idle = _is_idle(calls)
         # One call at a time, for all that has finished. Where scoring is slow its calls grow, and a response that takes
         # until its time limit holds up those behind it once, not once in each part.
-        if num_parts_left == 1 or (is_idle and len(parts[-1]) and scores_rows_alone.result()):
+        if not num_rows_left or (is_idle and len(parts[-1]) and scores_rows_alone.result()):
             finished = _in_order(parts[num_parts_scored:])
             num_parts_scored = len(parts)
             positions.append(finished["position"])
             answered = rows.select(finished["position"]).join(finished)
             calls.append(reward.score.start(_with_light(answered, LIGHT_COLUMNS_SCORED)))
+        if not num_rows_left:
+            break
 
     def in_order(scores: Sequence[Batch]) -> Batch:
         placed = [part.with_columns(position=position) for part, position in zip(scores, positions, strict=True)]

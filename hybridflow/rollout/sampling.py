@@ -7,6 +7,7 @@ response does not depend on its neighbours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,8 @@ import torch
 
 ELEMENTS_AT_ONCE = 1 << 24
 """Logits that are processed together: bounds the float32 copies to 64 MiB each."""
-BLOCK = 512
-"""Tokens of the vocabulary that are found together when one is drawn."""
 LARGEST_UNIFORM = 1.0 - 2.0**-52
+"""That `uniform` gives."""
 
 
 @dataclass(frozen=True)
@@ -86,30 +86,30 @@ def _choose(logits_BV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Te
 def draw(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """One token for each row by the inverse of its cumulative distribution, at a number in [0, 1) as `uniform` gives.
 
-    Probabilities need not add up to one. First the block of tokens is found, then the token in it, so that only sums of blocks
-    are added up in float64. Returns int64 of shape [B].
+    Probabilities need not add up to one. First the block of K tokens is found among N, then the token in it, so that running
+    sums in float64 are short. A token of probability zero is never drawn. Returns int64 of shape [B].
     """
     num_rows, num_tokens = probs_BV.shape
-    num_whole = num_tokens - num_tokens % BLOCK
-    sums_BN = probs_BV[:, :num_whole].view(num_rows, num_whole // BLOCK, BLOCK).sum(-1, dtype=torch.float64)
-    if num_whole < num_tokens:
-        rest_B1 = probs_BV[:, num_whole:].sum(-1, keepdim=True, dtype=torch.float64)
-        sums_BN = torch.cat([sums_BN, rest_B1], dim=1)
-    block_B1, within_B1 = _invert(sums_BN, uniform_B[:, None])
-    tokens_BK = block_B1 * BLOCK + torch.arange(BLOCK, device=probs_BV.device)
-    in_block_BK = probs_BV.gather(1, tokens_BK.clamp(max=num_tokens - 1)).double()
-    place_B1, _ = _invert(in_block_BK.masked_fill(tokens_BK >= num_tokens, 0.0), within_B1)
-    return (block_B1 * BLOCK + place_B1).squeeze(1)
+    num_in_block = _num_in_block(num_tokens)
+    probs_BNK = probs_BV.view(num_rows, num_tokens // num_in_block, num_in_block)
+    sums_BN = probs_BNK.sum(-1, dtype=torch.float64)
+    up_to_BN = sums_BN.cumsum(-1)
+    target_B1 = uniform_B[:, None] * up_to_BN[:, -1:]
+    block_B1 = torch.searchsorted(up_to_BN, target_B1, right=True)
+    sum_B1 = sums_BN.gather(1, block_B1)
+    below_B1 = up_to_BN.gather(1, block_B1) - sum_B1
+    share_B1 = ((target_B1 - below_B1) / sum_B1).clamp_(0.0, LARGEST_UNIFORM)
+    in_block_BK = probs_BNK.gather(1, block_B1[..., None].expand(-1, 1, num_in_block)).squeeze(1)
+    up_to_BK = in_block_BK.cumsum(-1, dtype=torch.float64)
+    place_B1 = torch.searchsorted(up_to_BK, share_B1 * up_to_BK[:, -1:], right=True)
+    return (block_B1 * num_in_block + place_B1).squeeze(1)
 
 
-def _invert(weights_BN: torch.Tensor, uniform_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number of the weight in which this share of their sum lies, never one of zero, and the share of that weight below it."""
-    cumulative_BN = weights_BN.cumsum(-1)
-    target_B1 = uniform_B1 * cumulative_BN[:, -1:]
-    found_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
-    weight_B1 = weights_BN.gather(1, found_B1)
-    below_B1 = cumulative_BN.gather(1, found_B1) - weight_B1
-    return found_B1, ((target_B1 - below_B1) / weight_B1).clamp(0.0, LARGEST_UNIFORM)
+@cache
+def _num_in_block(num_tokens: int) -> int:
+    """The divisor nearest to the square root: as many blocks as tokens in each, where there is such a one."""
+    divisors = [number for number in range(1, num_tokens + 1) if num_tokens % number == 0]
+    return min(divisors, key=lambda number: max(number, num_tokens // number))
 
 
 def cut(probs_BV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:

@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,15 +113,18 @@ class RolloutWorker(Worker):
 
         `batch` has a light column `position`, by which the caller knows its rows again.
         """
-        assert not self.finishing.num_left, f"{self.finishing.num_left} rows of an earlier submit were not asked for"
+        is_answering = self.context.layout.tensor_rank(self.context.rank) == 0
+        num_forgotten = self.finishing.num_left if is_answering else 0
+        assert not num_forgotten, f"{num_forgotten} rows of an earlier submit were not asked for"
         sampling = sampling or training_sampling(self.config)
         futures = self.engine.submit(_requests(batch, sampling))
         self.finishing = Finishing(futures, batch["position"], has_log_probs=sampling.log_probs)
 
     @remote("gather_rows")
     def generate_part(self, num_parts_left: int) -> Batch:
-        """Wait until the next of `num_parts_left` equal parts of the rows still out has finished: the columns of `generate`
-        and `position`, rows in the order of positions. Parts may be empty; the last one is all that is left.
+        """Wait until the next of `num_parts_left` equal parts of the rows still out has finished, and hand it out with all else
+        that has: the columns of `generate` and `position`, rows in the order of positions. A rank that has none left waits for
+        none; of one part, it hands out all that is left.
         """
         positions, responses = self.finishing.take(-(-self.finishing.num_left // num_parts_left))
         columns = self._columns(responses, has_log_probs=self.finishing.has_log_probs)
@@ -227,13 +231,17 @@ class Finishing:
         self._finished.put((row, future))
 
     def take(self, num_rows: int) -> tuple[Array, list[Response]]:
-        """Positions and responses of the next `num_rows` to finish, by ascending position. Waits for them.
+        """Positions and responses of the next `num_rows` to finish and of all that have by then, by ascending position. Waits
+        for those `num_rows`.
 
         Raises:
             EngineError: one of them has no response.
         """
-        self.num_left -= num_rows
         taken = [self._finished.get() for _ in range(num_rows)]
+        with suppress(Empty):
+            while True:
+                taken.append(self._finished.get_nowait())
+        self.num_left -= len(taken)
         taken.sort(key=lambda finished: finished[0])
         return self.positions[[row for row, _ in taken]], [future.result() for _, future in taken]
 
