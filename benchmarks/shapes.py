@@ -33,6 +33,23 @@ class Shape:
         layer = attention + 3 * self.hidden * self.intermediate
         return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
+    def config(self) -> Qwen2Config:
+        """The model's configuration."""
+        return Qwen2Config(
+            architectures=["Qwen2ForCausalLM"],
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=4096,
+            tie_word_embeddings=self.tied,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+
 
 SHAPES = {
     "0.5b": Shape(hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2, vocabulary=151936, tied=True),
@@ -49,24 +66,11 @@ def make_model(folder: Path, shape: Shape) -> None:
     """
     if (folder / "tokenizer" / "tokenizer.json").exists():
         return
-    config = Qwen2Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=shape.tied,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(shape.config())
         torch.set_default_dtype(torch.float32)
     model.to("cpu").save_pretrained(folder / "model")
     words = {"<bos>": 0, "<eos>": 1} | {f"w{token}": token for token in range(NUM_SPECIAL, shape.vocabulary)}

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import Qwen2Config
 
 from benchmarks.shapes import SHAPES
 from hybridflow import registry
@@ -24,7 +23,7 @@ H200 = Gpu(total=int(139.8 * GIB), free=int(139.3 * GIB))
 RECORDED = {"W1": (0.5, 32), "W2": (0.5, 256), "W3": (0.5, 512), "W4": (7, 1024), "W1_two_pools": (0.5, 32)}
 """Run -> billions of parameters, rows of an update."""
 TOLERANCE = 0.06
-"""Estimates may exceed the record by this. What was seen: 4.1, 3.7, 4.0, 3.8 and 3.0 % in the order of `RECORDED`; of the last,
+"""Estimates may exceed the record by this. What was seen: 4.1, 3.8, 4.1, 4.7 and 3.0 % in the order of `RECORDED`; of the last,
 EAGER_EXCESS was chosen to give that."""
 
 
@@ -36,18 +35,7 @@ def recorded(name: str) -> dict[str, object]:
 
 def config_of(name: str, folder: Path) -> Config:
     """The configuration of a recorded command, with a model folder that holds sizes only."""
-    shape = SHAPES["0.5b" if RECORDED[name][0] == 0.5 else "7b"]
-    Qwen2Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=shape.tied,
-        architectures=["Qwen2ForCausalLM"],
-    ).save_pretrained(folder)
+    SHAPES["0.5b" if RECORDED[name][0] == 0.5 else "7b"].config().save_pretrained(folder)
     for file in ("model.safetensors", "tokenizer.json", "prompts.parquet"):
         (folder / file).touch()
     _, _, _, path, *overrides = shlex.split(str(recorded(name)["command"]))
@@ -75,8 +63,9 @@ def test_the_estimated_peak_is_near_the_recorded_one(name: str, tmp_path: Path) 
     # The budget of a microbatch is an upper bound; W1's updates are smaller than it.
     tokens = RECORDED[name][1] * (steps[0]["prompt/tokens_mean"] + steps[0]["response/tokens_mean"]) / needs.num_ranks
     as_run = replace(needs, models=tuple(replace(model, tokens=min(model.tokens, round(tokens))) for model in needs.models))
-    own = frozenset(measure for measure, is_on in needs.fixed.items() if is_on)
-    estimated = peak(as_run, own).total / GIB
+    plan = choose(needs)
+    assert plan is not None
+    estimated = peak(as_run, plan.measures).total / GIB
     measured = max(step["memory/peak_allocated_gib"] for step in steps)
     assert measured <= estimated <= measured * (1 + TOLERANCE), f"estimated {estimated:.2f}, measured {measured:.2f} GiB"
 

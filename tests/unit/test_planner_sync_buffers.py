@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from benchmarks.shapes import SHAPES
 from hybridflow.config.schema import Config, ModelConfig, PlacementConfig, RolloutConfig
@@ -29,17 +29,8 @@ BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
 def weights_of(name: str) -> Shapes:
     """Names and shapes of a model of the Qwen2.5 family, tied ones once."""
     shape = SHAPES[name]
-    config = Qwen2Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-    )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(shape.config())  # type: ignore[no-untyped-call]
     return [(key, tuple(weight.shape)) for key, weight in model.named_parameters()]
 
 
