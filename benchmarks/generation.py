@@ -4,7 +4,7 @@
     python -m benchmarks.generation --shape tiny --engine torch --device cpu --requests 16 --tokens 32
 
 Every request has its own seed and asks for log-probabilities, as in training; then the same without seeds. Prints seconds and
-tokens per second, and writes every repetition to benchmarks/results/generation_SHAPE_ENGINE.json. The first repetition warms up.
+tokens per second, and writes every repetition to benchmarks/results/generation_SHAPE_ENGINE.json. The first one warms up.
 """
 
 from __future__ import annotations
