@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 
 from hybridflow import registry
 from hybridflow.batch import Batch, Heavy, LocalShard, Source
+from hybridflow.controller import interrupts
 from hybridflow.controller.cost import CallLog, pickled_size
 from hybridflow.controller.protocols import Arguments, Protocol
 from hybridflow.controller.rank_process import Answer, RankProcess, StoredShard
@@ -169,6 +170,7 @@ class GroupDispatcher:
 
     def _wait(self, call: Call, timeout_s: float) -> dict[int, Answer]:
         references = {rank: answer for rank, (answer, _) in call.replies.items()}
+        interrupts.raise_if_lost()
         try:
             # Raises as soon as one rank has failed, however long the others take.
             answers: list[Answer] = ray.get(list(references.values()), timeout=timeout_s)

@@ -1,0 +1,65 @@
+"""Ctrl-C reaches the run wherever the main thread is when it comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from hybridflow.controller import interrupts
+
+
+class InterruptedAtItsEnd:
+    """Ctrl-C comes while this is being finalized, where Python forgets it."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):  # the handler runs between two of these
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_finalizer_swallows_is_raised_at_the_next_call() -> None:
+    with interrupts.noticed():
+        InterruptedAtItsEnd()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.raise_if_lost()
+        interrupts.raise_if_lost()  # once
+
+
+def test_what_arrives_is_raised_once_where_it_came() -> None:
+    with interrupts.noticed():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        interrupts.seen()
+        interrupts.raise_if_lost()
+
+
+def test_only_the_main_thread_is_interrupted_and_handlers_of_the_program_stay() -> None:
+    def mine(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGINT, mine)
+    try:
+        with interrupts.noticed():
+            assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+    raised: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            interrupts.raise_if_lost()
+        except BaseException as error:
+            raised.append(error)
+
+    with interrupts.noticed():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert raised == []
+        interrupts.seen()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
