@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from hybridflow.config.schema import Config
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, run_folder
+
+logger = logging.getLogger(__name__)
 
 
 class JsonlTracker(Tracker):
@@ -23,8 +26,9 @@ class JsonlTracker(Tracker):
     def __init__(self, config: Config, total_steps: int, resume_step: int):
         super().__init__(config, total_steps, resume_step)
         folder = run_folder(config)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            drop_later_lines(folder / name, resume_step)
+        aside = [drop_later_lines(folder / name, resume_step) for name in ("metrics.jsonl", "samples.jsonl")]
+        if moved := [path.name for path in aside if path is not None]:
+            logger.info("a new run begins in %s; what an earlier one measured there is kept as %s", folder, " and ".join(moved))
         self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
         self._samples = (folder / "samples.jsonl").open("a", buffering=1)
 
@@ -42,22 +46,22 @@ class JsonlTracker(Tracker):
         self._samples.close()
 
 
-def drop_later_lines(path: Path, resume_step: int) -> None:
+def drop_later_lines(path: Path, resume_step: int) -> Path | None:
     """Leave only whole lines of steps up to `resume_step`, since later ones will be taken again.
 
     For a new run, whose `resume_step` is 0, the file of another run in the same folder is put aside, with the time of its last
-    line in its name.
+    line in its name, which is returned.
     """
     if not path.exists():
-        return
+        return None
     if resume_step == 0:
         ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        path.replace(path.with_name(f"{path.stem}.until-{ended}{path.suffix}"))
-        return
+        return path.replace(path.with_name(f"{path.stem}.until-{ended}{path.suffix}"))
     kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= resume_step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+    return None
 
 
 def read_lines(path: Path) -> list[dict[str, object]]:

@@ -70,12 +70,18 @@ def test_a_line_that_a_kill_cut_short_is_dropped_on_resume(tmp_path: Path):
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_new_run_in_an_old_folder_starts_empty(tmp_path: Path):
-    log_steps(tmp_path, range(4), resume_step=0)
-    log_steps(tmp_path, [0], resume_step=0)
+def test_a_new_run_in_an_old_folder_starts_empty_and_says_where_the_old_lines_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.INFO):
+        log_steps(tmp_path, range(4), resume_step=0)
+        assert not caplog.records
+        log_steps(tmp_path, [0], resume_step=0)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
     (aside,) = tmp_path.glob("metrics.until-*.jsonl")
     assert len(aside.read_text().splitlines()) == 4
+    (record,) = caplog.records
+    assert aside.name in record.getMessage() and "samples.until-" in record.getMessage()
 
 
 def test_samples_are_kept_as_they_are(tmp_path: Path):
