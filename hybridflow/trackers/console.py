@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console
@@ -15,25 +16,57 @@ from hybridflow.config.schema import Config
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker
 
-SHOWN: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("reward", ("reward/mean",), ".3f"),
-    ("kl", ("kl/mean", "actor/kl_to_reference"), ".2g"),
-    ("entropy", ("actor/entropy",), ".3g"),
-    ("loss", ("actor/loss",), ".3g"),
-    ("clipped", ("actor/clip_fraction",), ".1%"),
-    ("grad", ("actor/grad_norm",), ".2g"),
-    ("critic loss", ("critic/loss",), ".3g"),
-    ("explained", ("critic/explained_variance",), ".2f"),
-    ("tokens", ("response/tokens_mean",), ".0f"),
-    ("cut off", ("response/truncated",), ".0%"),
-    ("engine gap", ("agreement/mean",), ".1e"),
+
+@dataclass(frozen=True)
+class Number:
+    """A metric as a line shows it, where it was measured."""
+
+    label: str
+    names: tuple[str, ...]
+    """Of which the first present is taken."""
+    form: str
+    lowest: float = -math.inf
+    """What is below shows as less than this: how much less says nothing."""
+    shows_zero: bool = True
+
+    def texts(self, metrics: Metrics) -> list[str]:
+        """Label and value; empty where there is nothing to show."""
+        value = next((metrics[name] for name in self.names if name in metrics), math.nan)
+        if math.isnan(value) or (value == 0 and not self.shows_zero):
+            return []
+        return [f"{self.label} <{self.lowest:g}" if value < self.lowest else f"{self.label} {value:{self.form}}"]
+
+
+REWARD = Number("reward", ("reward/mean",), ".3f")
+SHOWN = (
+    Number("rewards failed", ("reward/failed",), ".0f", shows_zero=False),
+    Number("kl", ("kl/mean", "actor/kl_to_reference"), ".2g"),
+    Number("entropy", ("actor/entropy",), ".3g"),
+    Number("loss", ("actor/loss",), ".2g"),
+    Number("tokens", ("response/tokens_mean",), ".0f"),
+    Number("cut off", ("response/truncated",), ".0%", shows_zero=False),
+    Number("grad", ("actor/grad_norm",), ".2g"),
+    Number("explained", ("critic/explained_variance",), ".2f", lowest=-10),
+    Number("clipped", ("actor/clip_fraction",), ".1%"),
+    Number("engine gap", ("agreement/mean",), ".1e"),
+    Number("critic loss", ("critic/loss",), ".3g"),
 )
-"""What a step's line shows where it was measured: label, names of which the first present is taken, format."""
+"""What a step's line shows after the rewards, the most important first."""
+SPEED = (
+    Number("tokens/s", ("tokens_per_second",), ",.0f"),
+    Number("mfu", ("actor/mfu",), ".1%"),
+    Number("peak GiB", ("memory/peak_allocated_gib",), ".1f"),
+)
 
 OWN_REWARD_METRICS = {"reward/mean", "reward/std", "reward/failed"}
+NOT_PHASES = {"seconds/step", "seconds/scoring_after_generation", "seconds/validation"}
+"""The whole, a part of another phase, and what has a line of its own."""
 MAX_SAMPLES = 3
-SMALLEST_SHARE_SHOWN = 0.02
+MAX_USER_METRICS = 3
+SMALLEST_SHARE_SHOWN = 0.05
 """Phases that take less of a step are left out of its line."""
+MAX_CHARACTERS = 160
+"""Of a step's line. metrics.jsonl has everything."""
 
 
 class ConsoleTracker(Tracker):
@@ -48,9 +81,9 @@ class ConsoleTracker(Tracker):
 
     def log(self, step: int, metrics: Metrics) -> None:
         if step > 0:
-            self._print(
-                Text.assemble((f"step {step}/{self.total_steps}", "bold"), f"  {step_line(metrics)}", self._remaining(step))
-            )
+            head, end = f"step {step}/{self.total_steps}  ", self._remaining(step)
+            line = step_line(metrics, max_characters=MAX_CHARACTERS - len(head) - len(end))
+            self._print(Text.assemble((head, "bold"), line, end))
         if validation := validation_line(metrics):
             self._print(Text.assemble((f"validation at step {step}", "bold cyan"), f"  {validation}"))
         if self.bar is not None:
@@ -93,17 +126,23 @@ class ConsoleTracker(Tracker):
         return f"  {timedelta(seconds=round(seconds))} left"
 
 
-def step_line(metrics: Metrics) -> str:
-    """What training measured in a step, the seconds of its phases, and its speed."""
-    parts = ["  ".join(_shown(metrics)), "  ".join(_phases(metrics)), "  ".join(_speed(metrics))]
-    return " | ".join(part for part in parts if part)
+def step_line(metrics: Metrics, *, max_characters: int) -> str:
+    """What training measured in a step, the seconds of its phases, and its speed: of all that, the most important that fits."""
+    measured, phases, speed = [*_rewards(metrics), *_texts(SHOWN, metrics)], _phases(metrics), _speed(metrics)
+    sections = (measured, phases, speed)
+    kept: set[str] = set()
+    for text in (*measured[:5], *speed[:2], *phases[:2], *measured[5:], *phases[2:], *speed[2:]):
+        if len(_joined(sections, kept | {text})) <= max_characters:
+            kept.add(text)
+    return _joined(sections, kept)
 
 
 def validation_line(metrics: Metrics) -> str:
     """What validation measured, or an empty string where there was none."""
-    measured = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("validation/")}
-    scores = Metrics({name: value for name, value in measured.items() if not math.isnan(value)})
-    return "  ".join(_shown(scores))
+    scores = Metrics({name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("validation/")})
+    took = [f"took {_seconds(metrics['seconds/validation'])}"] if "seconds/validation" in metrics else []
+    texts = [*_rewards(scores), *_texts(SHOWN, scores)]
+    return "  ".join([*texts, *took]) if texts else ""
 
 
 def shortened(text: str, *, keep_end: bool, max_characters: int = 300) -> str:
@@ -114,42 +153,39 @@ def shortened(text: str, *, keep_end: bool, max_characters: int = 300) -> str:
     return f"...{line[-max_characters:]}" if keep_end else f"{line[:max_characters]}..."
 
 
-def _shown(metrics: Metrics) -> Iterator[str]:
-    for label, names, form in SHOWN:
-        value = next((metrics[name] for name in names if name in metrics), math.nan)
-        if not math.isnan(value):
-            yield f"{label} {value:{form}}"
-        if label == "reward":
-            yield from _user_rewards(metrics)
+def _joined(sections: Sequence[Sequence[str]], kept: Collection[str]) -> str:
+    lines = ("  ".join(text for text in section if text in kept) for section in sections)
+    return " | ".join(line for line in lines if line)
 
 
-def _user_rewards(metrics: Metrics) -> Iterator[str]:
-    for name, value in metrics.items():
-        if name.startswith("reward/") and name not in OWN_REWARD_METRICS and not math.isnan(value):
-            yield f"{name.removeprefix('reward/')} {value:.3f}"
-    if failed := metrics.get("reward/failed", 0.0):
-        yield f"rewards failed {failed:.0f}"
+def _texts(numbers: Sequence[Number], metrics: Metrics) -> list[str]:
+    return [text for number in numbers for text in number.texts(metrics)]
 
 
-def _phases(metrics: Metrics) -> Iterator[str]:
+def _rewards(metrics: Metrics) -> list[str]:
+    """The reward and what the user's function measured; of those that show the same value, the first."""
+    own = [name for name in metrics if name.startswith("reward/") and name not in OWN_REWARD_METRICS]
+    numbers = [REWARD, *(Number(name.removeprefix("reward/"), (name,), REWARD.form) for name in own)]
+    texts = {text.rpartition(" ")[2]: text for text in reversed(_texts(numbers, metrics))}
+    return list(reversed(texts.values()))[: 1 + MAX_USER_METRICS]
+
+
+def _phases(metrics: Metrics) -> list[str]:
+    """The longest first."""
     whole = metrics.get("seconds/step", 0.0)
-    for name, value in metrics.items():
-        if name.startswith("seconds/") and name != "seconds/step" and value >= SMALLEST_SHARE_SHOWN * whole:
-            yield (
-                f"{name.removeprefix('seconds/')} {value:.2g}s"
-                if value < 10
-                else f"{name.removeprefix('seconds/')} {value:.0f}s"
-            )
-    if whole:
-        yield f"step {whole:.1f}s"
+    seconds = {name: value for name, value in metrics.items() if name.startswith("seconds/") and name not in NOT_PHASES}
+    longest = sorted(seconds, key=lambda name: -seconds[name])
+    return [
+        f"{name.removeprefix('seconds/').removesuffix('_part')} {_seconds(seconds[name])}"
+        for name in longest
+        if seconds[name] >= SMALLEST_SHARE_SHOWN * whole
+    ]
 
 
-def _speed(metrics: Metrics) -> Iterator[str]:
-    forms: tuple[tuple[str, Callable[[float], str]], ...] = (
-        ("tokens_per_second", lambda value: f"{value:,.0f} tok/s"),
-        ("actor/mfu", lambda value: f"mfu {value:.1%}"),
-        ("memory/peak_allocated_gib", lambda value: f"{value:.1f} GiB"),
-    )
-    for name, form in forms:
-        if name in metrics and not math.isnan(metrics[name]):
-            yield form(metrics[name])
+def _seconds(value: float) -> str:
+    return f"{value:.2f}s" if value < 1 else f"{value:.1f}s" if value < 100 else f"{value:.0f}s"
+
+
+def _speed(metrics: Metrics) -> list[str]:
+    step = [f"step {_seconds(metrics['seconds/step'])}"] if "seconds/step" in metrics else []
+    return [*step, *_texts(SPEED, metrics)]

@@ -17,7 +17,7 @@ from hybridflow.config.schema import Config, RunConfig, TrackerConfig
 from hybridflow.errors import ConfigError
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, Trackers
-from hybridflow.trackers.console import SHOWN, ConsoleTracker, shortened, step_line, validation_line
+from hybridflow.trackers.console import REWARD, SHOWN, SPEED, ConsoleTracker, shortened, step_line, validation_line
 from hybridflow.trackers.jsonl import JsonlTracker, read_lines
 
 
@@ -164,14 +164,32 @@ METRICS = Metrics(
 
 
 def test_the_line_of_a_step_has_numbers_phases_and_speed():
-    training, phases, speed = step_line(METRICS).split(" | ")
+    training, phases, speed = step_line(METRICS, max_characters=160).split(" | ")
     assert training == "reward 0.413  accuracy 0.400  kl 0.0021  entropy 1.23"
-    assert phases == "rollout.generate 1.2s  actor.update 0.8s  step 2.1s"
-    assert speed == "12,345 tok/s"
+    assert phases == "rollout.generate 1.2s  actor.update 0.80s", "the longest first; what takes little of the step not at all"
+    assert speed == "step 2.1s  tokens/s 12,345"
+
+
+def test_what_does_not_fit_into_the_line_of_a_step_is_what_matters_least():
+    crowded = METRICS + Metrics({"critic/loss": 0.5, "actor/grad_norm": 1.0, "agreement/mean": 0.01, "actor/mfu": 0.5})
+    assert len(step_line(crowded, max_characters=500)) > 140
+    short = step_line(crowded, max_characters=80)
+    assert len(short) <= 80
+    assert "reward 0.413" in short and "step 2.1s" in short and "critic loss" not in short
+
+
+def test_scores_that_are_equal_show_once():
+    equal = Metrics({"reward/mean": 0.25, "reward/overall": 0.25, "reward/accuracy": 0.25, "reward/format": 1.0})
+    assert step_line(equal, max_characters=160) == "reward 0.250  format 1.000"
+
+
+def test_a_critic_that_explains_nothing_shows_as_such_however_far_off_it_is():
+    assert step_line(Metrics({"critic/explained_variance": -12795.61}), max_characters=160) == "explained <-10"
+    assert step_line(Metrics({"critic/explained_variance": -0.5}), max_characters=160) == "explained -0.50"
 
 
 def test_failed_rewards_show_in_the_line_of_a_step():
-    assert "rewards failed 3" in step_line(Metrics({"reward/mean": 0.1, "reward/failed": 3.0}))
+    assert "rewards failed 3" in step_line(Metrics({"reward/mean": 0.1, "reward/failed": 3.0}), max_characters=160)
 
 
 def test_the_line_of_a_validation_has_its_own_numbers_only():
@@ -180,8 +198,9 @@ def test_the_line_of_a_validation_has_its_own_numbers_only():
         "validation/reward/accuracy": 0.25,
         "validation/response/tokens_mean": 7.2,
         "reward/mean": 0.1,
+        "seconds/validation": 1.5,
     }
-    assert validation_line(Metrics(names)) == "reward 0.500  accuracy 0.250  tokens 7"
+    assert validation_line(Metrics(names)) == "reward 0.500  accuracy 0.250  tokens 7  took 1.5s"
 
 
 def test_a_step_without_validation_has_no_line_for_it():
@@ -198,6 +217,7 @@ def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path, capsys:
     assert [line.split("  ")[0] for line in lines] == ["validation at step 0", "step 1/100", "step 2/100"]
     assert all(line.endswith(" left") for line in lines[1:])
     assert "\x1b" not in "".join(lines)
+    assert max(map(len, lines)) <= 160
 
 
 def test_on_a_terminal_the_bar_stands_at_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -227,5 +247,5 @@ def test_long_texts_keep_the_end_of_a_prompt_and_the_beginning_of_a_response():
 
 def test_every_metric_that_the_console_shows_is_documented():
     documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    missing = [name for _, names, _ in SHOWN for name in names if f"`{name}`" not in documented]
+    missing = [name for number in (REWARD, *SHOWN, *SPEED) for name in number.names if f"`{name}`" not in documented]
     assert not missing
