@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import ClassVar, Protocol
 
 from hybridflow import registry
-from hybridflow.config import rules_files, rules_placement
+from hybridflow.config import rules_files, rules_placement, rules_reward
 from hybridflow.config.ranges import BELOW_ONE, COUNT, NOT_NEGATIVE, OPEN_SHARE, POSITIVE, SHARE, TOP_P
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake
@@ -192,8 +192,9 @@ RULES: tuple[Rule, ...] = (
     rules_files.data_files_exist,
     rules_files.models_are_complete,
     rules_files.rows_fit_the_context,
-    rules_files.reward_file_has_the_function,
+    rules_reward.reward_function_can_be_called,
     rules_files.checkpoint_exists,
+    rules_files.run_folder_can_be_written,
     rules_placement.pools_are_well_formed,
     rules_placement.roles_have_pools,
     rules_placement.roles_have_workers,

@@ -1,13 +1,14 @@
-"""Rules about what must exist on disk: data, models, reward functions, checkpoints. Only this machine is looked at."""
+"""Rules about what must exist on disk: data, models, checkpoints, the folder of the run. Only this machine is looked at."""
 
 from __future__ import annotations
 
-import ast
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from hybridflow.config.findings import Missing
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake
 from hybridflow.registry import nearest
@@ -25,18 +26,18 @@ def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake
     named = {"data.train_files": config.data.train_files, "data.validation_files": config.data.validation_files}
     for key, files in named.items():
         for file in files:
-            if not Path(file).is_file():
-                yield Mistake(key, _missing(file, "file"))
+            if not os.path.isfile(file):  # False too where this user may not look
+                yield Missing(key, missing(file, "file"))
 
 
 def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """A local folder has its parts; a name like org/name is left for the hub to resolve."""
     if not config.model.path:
         yield Mistake("model.path", "is missing; give a local folder, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
-    for key, path in _model_paths(config, roles).items():
+    for key, path in model_paths(config, roles).items():
         if not Path(path).is_dir():
             if not HUB_NAME.fullmatch(path):
-                yield Mistake(key, _missing(path, "folder") + "; a hub name looks like org/name")
+                yield Missing(key, missing(path, "folder") + "; a hub name looks like org/name")
             continue
         if not (Path(path) / "config.json").is_file():
             yield Mistake(key, f"folder {path!r} holds no config.json. Give the folder of a saved Hugging Face model")
@@ -47,7 +48,7 @@ def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[Mist
 
 def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """Prompt and response together are no longer than a local model can read."""
-    for key, path in _model_paths(config, roles).items():
+    for key, path in model_paths(config, roles).items():
         file = Path(path) / "config.json"
         if not file.is_file():
             continue
@@ -63,40 +64,42 @@ def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[Mis
             yield Mistake("data.max_response_tokens", problem)
 
 
-def reward_file_has_the_function(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
-    """The user's reward file parses and defines the function; it is not executed."""
-    if config.reward.path is None:
+def run_folder_can_be_written(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """The run's folder is one that this user may write, or can be made."""
+    folder = Path(config.run.folder).absolute()
+    first = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not first.is_dir():
+        kind = "a link to nowhere" if first.is_symlink() and not first.exists() else "a file"
+        problem = f"{config.run.folder} cannot be written: {first} is {kind}"
+    elif not os.access(first, os.W_OK | os.X_OK):
+        problem = f"{config.run.folder} cannot be written: {first} is a folder that this user may not write, or read-only"
+    else:
         return
-    file = Path(config.reward.path)
-    if not file.is_file():
-        yield Mistake("reward.path", _missing(str(file), "file"))
-        return
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        yield Mistake("reward.path", f"{file} is not Python: {error}")
-        return
-    names = list(_top_level_names(tree))
-    if "*" not in names and config.reward.function not in names:
-        defined = f" It defines: {', '.join(names)}" if names else ""
-        problem = f"{file} has no {config.reward.function!r}{nearest(config.reward.function, names) or '.'}{defined}"
-        yield Mistake("reward.function", problem)
+    yield Missing("run.folder", f"{problem}. Choose another")
 
 
 def checkpoint_exists(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """A checkpoint that is named is there."""
     resume = config.checkpoint.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
-        yield Mistake("checkpoint.resume", f"{_missing(resume, 'folder')}; allowed: auto, never, or a checkpoint's folder")
+        yield Missing("checkpoint.resume", f"{missing(resume, 'folder')}; allowed: auto, never, or a checkpoint's folder")
 
 
-def _model_paths(config: Config, roles: tuple[str, ...]) -> dict[str, str]:
+def model_paths(config: Config, roles: tuple[str, ...]) -> dict[str, str]:
+    """The models of the run by the key that names them, each path once."""
     paths = {"model.path": config.model.path}
     own = {"actor": config.actor.path, "critic": config.critic.path, "reference": config.reference.path}
     for role, path in own.items():
         if path is not None and path not in paths.values() and role in roles:
             paths[f"{role}.path"] = path
     return {key: path for key, path in paths.items() if path}
+
+
+def missing(path: str, kind: str) -> str:
+    """That `path` is not there, and how far along it things exist."""
+    parents = [parent for parent in Path(path).absolute().parents if os.path.isdir(parent) and os.access(parent, os.R_OK)]
+    nearby = nearest(Path(path).name, [entry.name for entry in parents[0].iterdir()]) if parents else ""
+    return f"{kind} {path!r} does not exist{nearby or f' (the last folder on the way that does is {parents[0]})'}"
 
 
 def _tokenizer_is_there(config: Config) -> Iterator[Mistake]:
@@ -107,7 +110,7 @@ def _tokenizer_is_there(config: Config) -> Iterator[Mistake]:
     if not path or (not folder.is_dir() and (key == "model.path" or HUB_NAME.fullmatch(path))):
         return
     if not folder.is_dir():
-        yield Mistake(key, _missing(path, "folder"))
+        yield Missing(key, missing(path, "folder"))
     elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
         problem = f"folder {path!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
         yield Mistake(key, f"{problem}. Save one there, or name another folder in model.tokenizer")
@@ -121,22 +124,3 @@ def _context_tokens(model_config: object) -> int | None:
             return int(model_config[name])
     text_config = model_config.get("text_config")
     return _context_tokens(text_config) if isinstance(text_config, dict) else None
-
-
-def _top_level_names(tree: ast.Module) -> Iterator[str]:
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            yield from (alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Assign):
-            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
-        elif isinstance(node, ast.If | ast.Try):
-            yield "*"  # what such a block defines depends on where it runs
-
-
-def _missing(path: str, kind: str) -> str:
-    """That `path` is not there, and how far along it things exist."""
-    parents = [parent for parent in Path(path).absolute().parents if parent.is_dir()]
-    nearby = nearest(Path(path).name, [entry.name for entry in parents[0].iterdir()]) if parents else ""
-    return f"{kind} {path!r} does not exist{nearby or f' (the last folder on the way that does is {parents[0]})'}"

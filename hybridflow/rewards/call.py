@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, SupportsFloat, TypedDict, cast
 
+from hybridflow.config.reward_signature import SignatureError, call_for
 from hybridflow.config.schema import RewardConfig
 from hybridflow.errors import RewardError
 from hybridflow.registry import REWARDS, load, nearest
@@ -30,8 +31,6 @@ Kind = Literal["sequential", "batch"]
 MAIN_KEYS = ("overall", "score")
 TAKEN_METRICS = ("mean", "std", "failed")
 """What `reward/...` says of the reward itself; see controller/batch_metrics.py."""
-FOUR_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-SIGNATURES = "(reward_input, **kwargs) or (data_source, solution_str, ground_truth, extra_info=None, **kwargs)"
 
 
 class RewardInput(TypedDict):
@@ -136,49 +135,21 @@ def _uniform(
     function: Callable[..., object], kind: Kind, options: Mapping[str, object], asked: str
 ) -> Callable[[object], object]:
     """A function of one argument that calls `function` in the way that its signature asks for."""
-    parameters = inspect.signature(function).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    places = [
-        p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in options
-    ]
-    num_required = sum(p.default is p.empty for p in places)
-    by_name = {"solution_str", "ground_truth"} <= set(parameters)
-    if not by_name and (num_required == 2 or not places):
-        raise RewardError(f"{asked}: takes ({', '.join(parameters)}); expected {SIGNATURES}")
-    if not by_name and num_required < 3:
-        _check_rest(parameters, {places[0].name}, options, asked)
+    try:
+        way = call_for(inspect.signature(function).parameters, options, is_batch=kind == "batch")
+    except SignatureError as error:
+        raise RewardError(f"{asked}: {error}") from error
+    if way.style == "one":
         return lambda given: function(given, **options)
-    if kind == "batch":
-        raise RewardError(f"{asked}: a batch function takes one list of dicts, (reward_inputs, **kwargs)")
-    if by_name:
-        names = [name for name in FOUR_ARGUMENTS if takes_any or name in parameters]
-        _check_rest(parameters, set(names), options, asked)
-        return lambda given: function(**{name: _argument(given, name) for name in names}, **options)
-    taken = FOUR_ARGUMENTS[: len(places)]
-    _check_rest(parameters, {p.name for p in places[: len(taken)]}, options, asked)
-    return lambda given: function(*[_argument(given, name) for name in taken], **options)
+    if way.style == "by_name":
+        return lambda given: function(**{name: _argument(given, name) for name in way.arguments}, **options)
+    return lambda given: function(*[_argument(given, name) for name in way.arguments], **options)
 
 
 def _argument(given: object, name: str) -> object:
     """One of the four arguments."""
     reward_input = cast(Mapping[str, object], given)
     return reward_input["response" if name == "solution_str" else name]
-
-
-def _check_rest(
-    parameters: Mapping[str, inspect.Parameter], supplied: set[str], options: Mapping[str, object], asked: str
-) -> None:
-    """Options supply all parameters that are left and have no default, and nothing that the function does not take."""
-    named = [p for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in supplied]
-    names = [p.name for p in named]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for option in options:
-        if option not in names and not takes_any:
-            takes = f"it takes {', '.join(names) or 'no options'}"
-            raise RewardError(f"{asked}: the function does not take reward.options.{option}; {takes}{nearest(option, names)}")
-    for parameter in named:
-        if parameter.default is parameter.empty and parameter.name not in options:
-            raise RewardError(f"{asked}: the function needs {parameter.name!r}; set reward.options.{parameter.name}")
 
 
 def _as_score(result: object) -> Score:

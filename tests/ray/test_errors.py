@@ -44,6 +44,7 @@ def said(toy: Toy, folder: Path, overrides: Sequence[str], capsys: pytest.Captur
         ("data.max_response_tokens=500", "data.max_prompt_tokens=96 and data.max_response_tokens=500 make 596 tokens;"),
         ("data.train_files=absent.parquet", "data.train_files: file 'absent.parquet' does not exist"),
         ("reward.function=compute_scores", "reward.function: {here}/digit_share.py has no 'compute_scores'; did you mean"),
+        ("reward.options.reward_input=2", "compute_score of {here}/digit_share.py: takes (reward_input, options); expected"),
         ("reward.path=absent.py", "reward.path: file 'absent.py' does not exist"),
         ("checkpoint.resume=absent", "checkpoint.resume: folder 'absent' does not exist"),
     ],
@@ -92,13 +93,13 @@ def test_a_cluster_that_does_not_answer_ends_the_run_at_once(
     assert not (tmp_path / "run").exists() and not ray.is_initialized()
 
 
-def test_a_run_folder_that_cannot_be_written_is_told(
-    toy: Toy, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_folder_that_cannot_be_written_is_told_before_anything_starts(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     code, text = said(toy, tmp_path / "file" / "run", [], capsys)
-    assert code == 2
-    assert "run.folder:" in text and "cannot be written: Not a directory" in text
+    assert code == 2 and not ray.is_initialized()
+    assert f"run.folder: {tmp_path}/file/run cannot be written: {tmp_path}/file is a file" in text
 
 
 def test_a_pool_that_the_cluster_cannot_hold_is_told(

@@ -295,6 +295,67 @@ def test_a_reward_file_with_the_function_is_accepted_without_running_it(tmp_path
     assert mistakes_of([*right_run(tmp_path), f"reward.path={file}", "reward.name=not_used"]) == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["reward.name=gsm8k", "reward.options.weight=2"],
+            "gsm8k: the function does not take reward.options.weight; it takes no",
+        ),
+        (
+            ["reward.options={weight: 2}"],
+            "by_data_source: the function does not take reward.options.weight; it takes no options",
+        ),
+        (
+            ["reward.name=math", "reward.options.reward_input=2"],
+            "math: takes (reward_input); expected (reward_input, **kwargs)",
+        ),
+    ],
+)
+def test_options_that_a_built_in_rule_does_not_take_are_a_mistake(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    assert expected in only_mistake(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            "def compute_score(x, *, weight=1): ...",
+            "does not take reward.options.wieght; it takes weight; did you mean 'weight'?",
+        ),
+        ("def compute_score(x, y=1, /, **more): ...", ""),
+        ("def compute_score(x, wieght): ...", ""),
+        ("def compute_score(x, other, wieght=2): ...", "takes (x, other, wieght); expected (reward_input"),
+        (
+            "def compute_score(source, text, truth, extra, weight=1): ...",
+            "does not take reward.options.wieght; it takes weight",
+        ),
+        ("def compute_score(solution_str, ground_truth, wieght, method): ...", "needs 'method'; set reward.options.method"),
+        ("REWARD_TYPE = 'batch'\ndef compute_score(a, b, c, wieght): ...", "a batch function takes one list of dicts"),
+        ("from functools import cache\n@cache\ndef compute_score(x): ...", ""),
+    ],
+)
+def test_options_that_the_users_function_does_not_take_are_a_mistake(tmp_path: Path, source: str, expected: str) -> None:
+    (tmp_path / "reward.py").write_text(source)
+    found = mistakes_of([*right_run(tmp_path), f"reward.path={tmp_path / 'reward.py'}", "reward.options.wieght=2"])
+    assert (expected in "".join(found)) if expected else not found
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    folder = tmp_path / "file" / "deep" / "run"
+    problem = f"run.folder: {folder} cannot be written: {tmp_path / 'file'} is a file. Choose another"
+    assert only_mistake(tmp_path, f"run.folder={folder}") == problem
+    assert only_mistake(tmp_path, f"run.folder={tmp_path / 'link' / 'run'}").endswith(
+        "link is a link to nowhere. Choose another"
+    )
+    assert mistakes_of([*right_run(tmp_path), f"run.folder={tmp_path / 'not' / 'yet' / 'there'}"]) == []
+    # The tests may run as a user to whom no folder is closed.
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    assert "is a folder that this user may not write" in only_mistake(tmp_path, f"run.folder={tmp_path / 'run'}")
+
+
 def test_a_missing_reward_file_is_a_mistake(tmp_path: Path) -> None:
     assert only_mistake(tmp_path, "reward.path=/absent.py").startswith("reward.path: file '/absent.py' does not exist")
 
