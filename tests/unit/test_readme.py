@@ -28,7 +28,7 @@ def test_the_reward_function_of_the_readme_runs() -> None:
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(((?:docs|CONTRIBUTING)[^)]*)\)", README))
 def test_links_of_the_readme_lead_somewhere(target: str) -> None:
-    assert (ROOT / target).is_file()
+    assert (ROOT / target).exists()
 
 
 def test_folders_of_the_readme_are_those_of_the_package() -> None:
