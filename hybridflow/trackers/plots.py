@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,8 +14,10 @@ from hybridflow.trackers.jsonl import read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NOT_PHASES_OF_A_STEP = {"seconds/step", "seconds/validation", "seconds/checkpoint", "seconds/scoring_after_generation"}
+COLORS = tuple(f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive"))
 MAX_PHASES = 7
 """Phases with a colour of their own; the shorter ones are drawn together."""
 SMOOTHED_FROM_STEPS = 40
@@ -68,6 +71,8 @@ class Panel:
     """Of the vertical axis."""
     lines: tuple[Line, ...] = ()
     axis: Literal["fitted", "from zero", "logarithmic"] = "fitted"
+    lowest: float = -math.inf
+    """Values below are cut off: how far below says nothing, and would flatten the rest."""
     phases: bool = False
     """Draw the seconds of all phases on top of each other, behind the lines."""
 
@@ -86,7 +91,8 @@ def plot_run(folder: str | Path) -> list[Path]:
     paths = []
     for name, panels in figures(run).items():
         if measured := [panel for panel in panels if _is_measured(panel, run)]:
-            paths.append(_draw_figure(run, measured, target / f"{name}.png"))
+            paths.append(target / f"{name}.png")
+            drawn(run, measured, f"{run.name}: {name}").savefig(paths[-1], dpi=110)
     return paths
 
 
@@ -116,18 +122,19 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _learning(run: Run) -> tuple[Panel, ...]:
-    colors = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-    not_scores = ("/std", "/failed")
-    training = [name for name in run.names("reward/") if not name.endswith(not_scores)]
-    validation = [name for name in run.names("validation/reward/") if not name.endswith(not_scores)]
-    training_lines = [Line(name, _score(name), color) for name, color in zip(training, colors, strict=False)]
-    validation_lines = [
-        Line(name, _score(name), color, with_ends=True) for name, color in zip(validation, colors, strict=False)
-    ]
+    training, validation = _scores(run, "reward/"), _scores(run, "validation/reward/")
+    colors = dict(zip(dict.fromkeys([*training.values(), *validation.values()]), cycle(COLORS), strict=False))
+    training_lines = [Line(name, score, colors[score]) for name, score in training.items()]
+    validation_lines = [Line(name, score, colors[score], with_ends=True) for name, score in validation.items()]
     return (
         Panel(title="Training: the step's responses", unit="mean over responses", lines=tuple(training_lines)),
         Panel(title="Validation: held-out prompts", unit="mean over responses", lines=tuple(validation_lines)),
     )
+
+
+def _scores(run: Run, prefix: str) -> dict[str, str]:
+    """Metric -> what people call it."""
+    return {name: _score(name) for name in run.names(prefix) if not name.endswith(("/std", "/failed"))}
 
 
 def _score(metric: str) -> str:
@@ -136,28 +143,36 @@ def _score(metric: str) -> str:
     return "reward" if name == "mean" else name.replace("_", " ")
 
 
+def merged(lines: Sequence[Line], run: Run) -> list[Line]:
+    """The lines that were measured; those that would lie on each other are one, with the names of all."""
+    found: dict[tuple[tuple[int, float], ...], Line] = {}
+    for line in lines:
+        if points := tuple(zip(*run.series(line.metric), strict=True)):
+            above = found.get(points)
+            found[points] = replace(above, label=f"{above.label} = {line.label}") if above else line
+    return list(found.values())
+
+
 def _is_measured(panel: Panel, run: Run) -> bool:
     return any(run.series(line.metric)[0] for line in panel.lines)
 
 
-def _draw_figure(run: Run, panels: Sequence[Panel], path: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def drawn(run: Run, panels: Sequence[Panel], title: str) -> Figure:
+    """The panels in rows of two; of an odd number, the first has a row of its own."""
     from matplotlib.figure import Figure
 
-    num_columns = min(2, len(panels))
-    num_rows = math.ceil(len(panels) / num_columns)
+    num_rows = (len(panels) + 1) // 2
     # Not pyplot: it keeps global state and asks for a display.
-    figure = Figure(figsize=(6.4 * num_columns, 4.1 * num_rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(6.4 * min(2, len(panels)), 4.1 * num_rows + 0.6), layout="constrained")
     smoothing = "" if run.window == 1 else f"   (thin: each step, bold: mean of the last {run.window} steps)"
-    figure.suptitle(f"{run.name}: {path.stem}{smoothing}", fontsize=12)
-    places = figure.subplots(num_rows, num_columns, squeeze=False).flat
-    for axes in places[len(panels) :]:
-        axes.set_axis_off()
-    for axes, panel in zip(places, panels, strict=False):
-        _draw_panel(axes, panel, run)
-    figure.savefig(path, dpi=110)
-    return path
+    figure.suptitle(f"{title}{smoothing}", fontsize=12)
+    grid = figure.add_gridspec(num_rows, 2)
+    num_wide = len(panels) % 2
+    for index, panel in enumerate(panels):
+        row, column = divmod(index + num_wide, 2)
+        is_wide = index < num_wide
+        _draw_panel(figure.add_subplot(grid[0, :] if is_wide else grid[row, column]), panel, run)
+    return figure
 
 
 def _draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
@@ -172,12 +187,18 @@ def _draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if panel.phases:
         _draw_phases(axes, run)
-    for line in panel.lines:
+    for line in merged(panel.lines, run):
         _draw_line(axes, line, run)
     if panel.axis == "logarithmic":
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
     if panel.axis == "from zero":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    if panel.phases:
+        _cut_first_step(axes, run)
+    if axes.get_ylim()[0] < panel.lowest:
+        axes.set_ylim(bottom=panel.lowest)
     # Below the diagram: inside, it would cover the curves of some runs.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
 
@@ -185,8 +206,6 @@ def _draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
 def _draw_line(axes: Axes, line: Line, run: Run) -> None:
     """The metric; in long runs its running mean, with the raw values thin behind."""
     steps, values = run.series(line.metric)
-    if not steps:
-        return
     if line.with_ends:
         ends = f"{line.label}: {values[0]:.3g} → {values[-1]:.3g}"
         axes.plot(steps, values, color=line.color, label=ends, linewidth=1.8, marker="o", markersize=4)
@@ -194,7 +213,7 @@ def _draw_line(axes: Axes, line: Line, run: Run) -> None:
     if run.window > 1:
         axes.plot(steps, values, color=line.color, alpha=0.3, linewidth=0.8)
         values = running_mean(values, run.window)
-    marker = "o" if run.window == 1 else None
+    marker = "o" if run.window == 1 or len(steps) == 1 else None
     axes.plot(steps, values, color=line.color, label=line.label, linewidth=1.8, marker=marker, markersize=3)
 
 
@@ -213,6 +232,15 @@ def _draw_phases(axes: Axes, run: Run) -> None:
     for label, values in stack.items():
         axes.bar(steps, values, bottom=bottom, width=1.0, label=label, alpha=0.75)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+
+
+def _cut_first_step(axes: Axes, run: Run) -> None:
+    """Let a first step that compiles kernels leave the diagram at the top, and say how long it took."""
+    steps, seconds = run.series("seconds/step")
+    longest = max(seconds[1:], default=math.inf)
+    if seconds and seconds[0] > 2 * longest:
+        axes.set_ylim(top=1.5 * longest)
+        axes.annotate(f" {seconds[0]:.3g} s", (steps[0], 1.5 * longest), va="top", fontsize=9)
 
 
 def _number(value: object) -> float:
@@ -234,11 +262,8 @@ HEALTH = (
         unit="nats per token",
         lines=(Line("actor/entropy", "entropy", "tab:green"),),
     ),
-    Panel(
-        title="Losses",
-        unit="loss",
-        lines=(Line("actor/loss", "actor", "tab:blue"), Line("critic/loss", "critic", "tab:orange")),
-    ),
+    Panel(title="Loss of the actor", unit="loss", lines=(Line("actor/loss", "actor", "tab:blue"),)),
+    Panel(title="Loss of the critic", unit="half the squared error", lines=(Line("critic/loss", "critic", "tab:orange"),)),
     Panel(
         title="Clipped by the loss",
         unit="share of tokens",
@@ -258,7 +283,8 @@ HEALTH = (
     Panel(
         title="What the critic knows",
         unit="share of the returns' variance",
-        lines=(Line("critic/explained_variance", "explained variance (1 is all of it)", "tab:orange"),),
+        lowest=-1.0,
+        lines=(Line("critic/explained_variance", "explained variance (1 is all of it, below -1 is cut off)", "tab:orange"),),
     ),
     Panel(
         title="Lengths",

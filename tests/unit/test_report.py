@@ -9,7 +9,7 @@ import pytest
 
 from hybridflow.errors import DataError
 from hybridflow.report import main
-from hybridflow.trackers.plots import HEALTH, SPEED, figures, plot_run, read_run, running_mean
+from hybridflow.trackers.plots import HEALTH, SPEED, drawn, figures, merged, plot_run, read_run, running_mean
 
 pytest.importorskip("matplotlib")
 
@@ -61,6 +61,42 @@ def test_metrics_of_the_users_own_reward_get_a_line(tmp_path: Path):
     run = read_run(write_run(tmp_path, num_steps=2, reward__mean=0.5, reward__std=0.1, reward__format=0.9))
     (training, _) = figures(run)["learning"]
     assert [(line.metric, line.label) for line in training.lines] == [("reward/mean", "reward"), ("reward/format", "format")]
+
+
+def test_curves_that_lie_on_each_other_are_one_with_all_names(tmp_path: Path):
+    scores = {"reward__mean": 0.5, "reward__overall": 0.5, "reward__format": 0.9, "reward__accuracy": 0.5}
+    run = read_run(write_run(tmp_path, num_steps=2, **scores))
+    (training, _) = figures(run)["learning"]
+    assert [line.label for line in merged(training.lines, run)] == ["reward = overall = accuracy", "format"]
+
+
+def test_a_score_has_the_same_color_in_training_and_validation(tmp_path: Path):
+    scores = {"reward__mean": 0.5, "reward__format": 0.9, "validation__reward__format": 0.9}
+    training, validation = figures(read_run(write_run(tmp_path, num_steps=2, **scores)))["learning"]
+    assert validation.lines[0].color == training.lines[1].color
+
+
+def test_no_quarter_of_a_figure_is_empty(tmp_path: Path):
+    run = read_run(write_run(tmp_path, num_steps=2, **{line.metric: 1.0 for panel in SPEED for line in panel.lines}))
+    figures = {count: drawn(run, SPEED[:count], "") for count in (1, 2, 3, 4)}
+    widths = {count: [len(axes.get_subplotspec().colspan) for axes in figure.axes] for count, figure in figures.items()}
+    assert widths == {1: [2], 2: [1, 1], 3: [2, 1, 1], 4: [1, 1, 1, 1]}
+
+
+def test_a_critic_that_was_far_off_once_does_not_flatten_its_curve(tmp_path: Path):
+    values = [-12795.0, -0.5, 0.25]
+    lines = [{"step": step, "critic/explained_variance": value} for step, value in enumerate(values, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (panel,) = [panel for panel in HEALTH if panel.title == "What the critic knows"]
+    assert drawn(read_run(tmp_path), [panel], "").axes[0].get_ylim()[0] == -1
+
+
+def test_a_first_step_that_compiles_does_not_flatten_the_times_of_the_others(tmp_path: Path):
+    lines = [{"step": step, "seconds/step": 30.0 if step == 1 else 2.0, "seconds/actor.update": 1.0} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (axes,) = drawn(read_run(tmp_path), SPEED[:1], "").axes
+    assert axes.get_ylim() == (0, 3)
+    assert [text.get_text().strip() for text in axes.texts] == ["30 s"]
 
 
 def test_a_running_mean_looks_back_only():
