@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.load import load_config
@@ -18,8 +19,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m hybridflow.train", description=__doc__)
     parser.add_argument("config", help="YAML file; docs/configuration.md lists every key")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, for example actor.learning_rate=1e-6")
-    parser.add_argument("--dry-run", action="store_true", help="check and print the configuration and placement, start nothing")
-    return parser.parse_intermixed_args(arguments)  # options may stand between the overrides
+    parser.add_argument("--dry-run", action="store_true", help="print what would run where; what is missing here is a warning")
+    options = parser.parse_intermixed_args(arguments)  # options may stand between the overrides
+    if "=" in options.config and not Path(options.config).exists():
+        found = f"a YAML file comes first, and the first argument is {options.config!r}"
+        parser.error(f"{found}. For example: {parser.prog} configs/quickstart.yaml {options.config}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,16 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     options = parse(arguments)
     try:
-        config = load_config(options.config, options.overrides)
+        config = load_config(options.config, options.overrides, is_dry_run=options.dry_run, asks_hub=True)
+        if options.dry_run:
+            sys.stdout.write(plan(config))
+            return 0
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    if options.dry_run:
-        from hybridflow.controller.launch import all_roles
-        from hybridflow.controller.placement import placement_lines
-
-        sys.stdout.write("\n".join([resolved_yaml(config), *placement_lines(config, all_roles(config)), ""]))
-        return 0
     # Imported here, so that a mistake in the configuration or --help waits for neither Ray nor torch.
     from hybridflow.controller.run import run
 
@@ -52,6 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"\nStopped. {how_to_go_on(config)}\n")
         return 130
     return 0
+
+
+def plan(config: Config) -> str:
+    """What a dry run prints: every key with its value, and where each role would run."""
+    from hybridflow.controller.launch import all_roles
+    from hybridflow.controller.placement import placement_lines
+
+    return "\n".join([resolved_yaml(config), *placement_lines(config, all_roles(config)), ""])
 
 
 def how_to_go_on(config: Config) -> str:

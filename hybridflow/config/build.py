@@ -25,12 +25,13 @@ class UnfitError(ValueError):
 class Builder:
     """Builds dataclasses; `mistakes` grows instead of an exception being raised at the first.
 
-    `place_of` answers where a key was given; `known_keys` and `aliases` are what a misspelt key is compared with.
+    `place_of` answers where a key was given; `known_keys`, and `aliases` with what they stand for, are what a misspelt key is
+    compared with.
     """
 
-    def __init__(self, place_of: Callable[[str], str], known_keys: Iterable[str], aliases: Iterable[str] = ()):
+    def __init__(self, place_of: Callable[[str], str], known_keys: Iterable[str], aliases: Mapping[str, str] | None = None):
         self.place_of = place_of
-        self.known_keys, self.aliases = list(known_keys), list(aliases)
+        self.known_keys, self.aliases = list(known_keys), aliases or {}
         self.mistakes: list[Mistake] = []
 
     def build(self, kind: type[T], values: object, *, path: str = "", default: T | None = None) -> T | None:
@@ -73,11 +74,24 @@ class Builder:
         if isinstance(hint, type) and is_dataclass(hint):
             built = self.build(hint, value, path=key, default=None if default is MISSING else default)
             return {name: built} if built is not None else {}
+        if get_origin(hint) is Mapping and isinstance(value, Mapping):
+            return {name: self._mapping(key, get_args(hint)[1], value)}
         try:
             return {name: convert(value, hint)}
         except UnfitError as error:
             self.add(key, str(error))
             return {}
+
+    def _mapping(self, key: str, hint: object, value: Mapping[object, object]) -> dict[str, object]:
+        """The entries of a mapping. One that does not fit stays as text: other keys may refer to it by its name."""
+        entries: dict[str, object] = {}
+        for name, element in value.items():
+            try:
+                entries[str(name)] = convert(element, hint)
+            except UnfitError as error:
+                self.add(_join(key, name), str(error))
+                entries[str(name)] = str(element)
+        return entries
 
     def _instance(self, kind: type[T], given: dict[str, Any], path: str, default: T | None) -> T | None:
         try:
@@ -214,12 +228,14 @@ def wanted(hint: object) -> str:
     return NAMES.get(hint, str(hint)) if isinstance(hint, type) else str(hint)
 
 
-def suggestion(key: str, known_keys: Iterable[str], aliases: Iterable[str] = ()) -> str:
+def suggestion(key: str, known_keys: Iterable[str], aliases: Mapping[str, str]) -> str:
     """`; did you mean 'section.name'?` for the nearest known key: in its own section, else anywhere, else by its last word.
 
-    `aliases` are compared too, where they are very near.
+    A bare last word is answered with every key that ends in it. `aliases` are compared too, where they are very near.
     """
     known = list(known_keys)
+    if "." not in key and (words := _keys_ending_in(key, known, aliases)):
+        return f"; did you mean {' or '.join(map(repr, words))}?"
     if words := difflib.get_close_matches(key, [*known, *aliases], 1, 0.9):
         return f"; did you mean {words[0]!r}?"
     section, _, name = key.rpartition(".")
@@ -231,6 +247,12 @@ def suggestion(key: str, known_keys: Iterable[str], aliases: Iterable[str] = ())
     if siblings:
         return f". Keys of this section: {', '.join(siblings)}"
     return f". Sections: {', '.join(dict.fromkeys(other.partition('.')[0] for other in known))}"
+
+
+def _keys_ending_in(word: str, known: Iterable[str], aliases: Mapping[str, str]) -> list[str]:
+    """Those known keys whose last word it is; else what the aliases stand for that end in it."""
+    exact = [key for key in known if _last(key) == word]
+    return exact or list(dict.fromkeys(ours for alias, ours in aliases.items() if ours and _last(alias) == word))
 
 
 def keys_of(kind: type, path: str = "") -> list[str]:

@@ -38,14 +38,21 @@ beside plain YAML:
   that a file below gives to its algorithm; options on the same level refine it.
 
 A list or a mapping is replaced as a whole: `placement.pools: {all: 1x8}` leaves no other pool. A dotted key,
-`placement.pools.main=1x8`, changes one entry. `~` at the start of a path is the home folder. `--dry-run` prints what comes of
-it all. Every mistake is reported at once, before anything starts.
+`placement.pools.main=1x8`, changes one entry. `~` at the start of a path is the home folder. Every mistake is
+reported at once, before anything starts.
+
+`--dry-run` prints what comes of it all, and where each role would run. What this machine lacks and the one that is to run may
+have, such as a data file, vLLM, GPUs or a network, is a warning then. The exit code is 0 where nothing else is wrong, else 2.
+
+A model with a name like `org/name`, and no folder of that name here, is asked for on the hub before anything starts, in one
+request. With HF_HUB_OFFLINE=1 it is looked for in the hub's cache. Where a cluster is joined, what is found is a warning: the
+ranks load models, on machines of their own.
 """
 
 
 VERL_INTRODUCTION = """\
 Accepted in YAML and on the command line, so that most of a script written for verl carries over. What is not listed is a
-mistake, which says what to set in its place where there is something.
+mistake, which says what to set in its place where there is something. A key that becomes nothing is accepted with a warning.
 `actor_rollout_ref.`, `data.` and `trainer.` may be left out.
 """
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,41 +16,48 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridflow import registry
 from hybridflow.config import verl_keys
-from hybridflow.config.build import Builder, found, keys_of
+from hybridflow.config.build import Builder, keys_of
+from hybridflow.config.build import found as shown
+from hybridflow.config.findings import Missing, Remark
 from hybridflow.config.rules import AlgorithmClass, check
 from hybridflow.config.schema import AlgorithmConfig, Config
 from hybridflow.config.settings import KNOWN_KEYS, Setting, Settings, default_mappings
 from hybridflow.errors import ConfigError, Mistake
 
+logger = logging.getLogger("hybridflow")
+
 COMMAND_LINE = "command line"
 MAPPINGS = default_mappings()
 
 
-def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | None, overrides: Sequence[str] = (), *, is_dry_run: bool = False, asks_hub: bool = False) -> Config:
     """The configuration in the YAML file at `path` (None: the defaults alone) with `key=value` overrides on top.
 
     Keys of verl are accepted in both, and translated (hybridflow/config/verl_keys.py). Neither torch nor Ray is imported.
+    With `asks_hub`, models that are named as on the hub are asked for there. In a dry run, what this machine lacks and another
+    may have is a warning. Warnings are logged.
 
     Raises:
         ConfigError: with every mistake found, not only the first.
     """
     settings = Settings(resolve_value)
-    mistakes = settings.mistakes
-    for layer in read_files(path, mistakes) if path else ():
+    layers = read_files(path, settings.mistakes) if path else []
+    unread = list(settings.mistakes)
+    for layer in layers:
         settings.apply(layer)
-    settings.apply(read_overrides(overrides, mistakes))
+    settings.apply(read_overrides(overrides, settings.mistakes))
     values = resolve(settings)
-    algorithm = _algorithm_of(values, settings)
+    algorithm = _algorithm_of(values, settings) if not unread or settings.place_of("algorithm.name") else None
     options = keys_of(algorithm.config_class, "algorithm") if algorithm else []
-    builder = Builder(settings.place_of, [*KNOWN_KEYS, *options], aliases=verl_keys.KEYS)
+    builder = Builder(settings.place_of, [*KNOWN_KEYS, *options], aliases=verl_keys.stands_for())
     config = build_config(builder, values, algorithm)
-    mistakes += builder.mistakes
-    noted = {mistake.key for mistake in mistakes}
-    for mistake in check(config, algorithm):
-        if mistake.key not in noted:
-            mistakes.append(replace(mistake, where=mistake.where or settings.place_of(mistake.key)))
-    if mistakes:
-        raise ConfigError(mistakes)
+    mistakes = settings.mistakes + builder.mistakes
+    found = check(config, algorithm, is_partial=bool(unread), asks_hub=asks_hub)
+    for mistake in _without_doubtful(found, {mistake.key for mistake in mistakes}, builder.known_keys):
+        mistakes.append(replace(mistake, where=mistake.where or settings.place_of(mistake.key)))
+    if unread:  # a key that is given nowhere may be in the file that could not be read
+        mistakes = [mistake for mistake in mistakes if mistake.where or mistake in unread]
+    _tell([*settings.remarks, *mistakes], is_dry_run=is_dry_run)
     return config
 
 
@@ -66,7 +76,7 @@ def read_files(path: str, mistakes: list[Mistake]) -> list[list[Setting]]:
         layers.insert(0, list(_flatten(tree, path, lines)))
         place = f"{path}:{lines.get('base', 1)}"
         if base is not None and not isinstance(base, str):
-            mistakes.append(Mistake("base", f"found {found(base)}; needed: the path of a YAML file", place))
+            mistakes.append(Mistake("base", f"found {shown(base)}; needed: the path of a YAML file", place))
             break
         path = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(base))) if base else ""
     return layers
@@ -140,18 +150,43 @@ def build_config(builder: Builder, values: Mapping[str, object], algorithm: Algo
     config = builder.build(Config, sections, default=Config())
     assert config is not None
     if not isinstance(section, Mapping):
-        builder.add("algorithm", f"found {found(section)}; needed: the name of an algorithm, or a section with `name`")
+        builder.add("algorithm", f"found {shown(section)}; needed: the name of an algorithm, or a section with `name`")
         return config
     given = dict(section)
     name = given.pop("name", AlgorithmConfig.name)
     if not isinstance(name, str):
-        builder.add("algorithm.name", f"found {found(name)}; needed: text")
+        builder.add("algorithm.name", f"found {shown(name)}; needed: text")
         return config
+    if algorithm is not None:
+        for option in _options_of_others(name) - set(keys_of(algorithm.config_class)):
+            given.pop(option, None)
     options = builder.build(algorithm.config_class, given, path="algorithm") if algorithm else None
     return replace(config, algorithm=AlgorithmConfig(name=name, options=options))
 
 
+def _without_doubtful(mistakes: Iterable[Mistake], noted: Collection[str], known_keys: Iterable[str]) -> list[Mistake]:
+    """Without those of or about keys with a mistake of their own (`noted`): what they were found with is a default."""
+    keys = [key for key in known_keys if key in noted]
+    names = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, keys))})(?!\w|\.\w)")
+    return [m for m in mistakes if m.key not in noted and not (keys and names.search(m.problem))]
+
+
+def _tell(mistakes: Sequence[Mistake], *, is_dry_run: bool) -> None:
+    """Log what stops nothing, and raise what does."""
+    stopping = []
+    for mistake in mistakes:
+        if isinstance(mistake, Remark):
+            logger.warning("%s", mistake)
+        elif is_dry_run and isinstance(mistake, Missing):
+            logger.warning("not on this machine: %s", mistake)
+        else:
+            stopping.append(mistake)
+    if stopping:
+        raise ConfigError(stopping)
+
+
 def _algorithm_of(values: Mapping[str, object], settings: Settings) -> AlgorithmClass | None:
+    """The class that `algorithm.name` names; where it is not known the nearest, to check the other options against."""
     section = values.get("algorithm", {})
     name = section.get("name", AlgorithmConfig.name) if isinstance(section, Mapping) else None
     if not isinstance(name, str):
@@ -161,7 +196,15 @@ def _algorithm_of(values: Mapping[str, object], settings: Settings) -> Algorithm
     except ConfigError as error:
         place = settings.place_of("algorithm.name")
         settings.mistakes += [replace(mistake, where=place) for mistake in error.mistakes]
-        return None
+    near = difflib.get_close_matches(name, registry.ALGORITHMS, n=1)
+    return load_algorithm(near[0]) if near and ":" not in name else None
+
+
+def _options_of_others(name: str) -> set[str]:
+    """Options of any built-in algorithm where `name` is none, and may stand for another than the nearest."""
+    if registry.unknown_name(name, registry.ALGORITHMS) is None:
+        return set()
+    return {option for other in registry.ALGORITHMS for option in keys_of(load_algorithm(other).config_class)}
 
 
 def _escaped(value: object) -> object:

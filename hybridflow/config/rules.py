@@ -12,7 +12,8 @@ from operator import attrgetter
 from typing import ClassVar, Protocol
 
 from hybridflow import registry
-from hybridflow.config import rules_files, rules_placement, rules_reward
+from hybridflow.config import rules_files, rules_hub, rules_placement, rules_reward
+from hybridflow.config.findings import Missing
 from hybridflow.config.ranges import BELOW_ONE, COUNT, NOT_NEGATIVE, OPEN_SHARE, POSITIVE, SHARE, TOP_P
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake
@@ -97,11 +98,18 @@ LOG_PROBS_AFTER_CUTS = ("vllm",)
 """Engines whose log-probabilities are, unless told otherwise, of the tokens that top_p, top_k and min_p leave."""
 
 
-def check(config: Config, algorithm: AlgorithmClass | None) -> list[Mistake]:
-    """Every mistake that the rules find in `config`, in the order of the rules; `algorithm` None skips what depends on it."""
+def check(
+    config: Config, algorithm: AlgorithmClass | None, *, is_partial: bool = False, asks_hub: bool = False
+) -> list[Mistake]:
+    """Every mistake that the rules find in `config`, in their order; `algorithm` None skips what depends on it.
+
+    Where only a part of what the user gave is known, keys are judged one by one. `asks_hub` adds the rule that needs a network.
+    """
+    rules = (RULES_OF_ONE_KEY if is_partial else RULES) + ((rules_hub.hub_models_can_be_had,) if asks_hub else ())
     if algorithm is None or config.algorithm.options is None:
-        return [mistake for rule in RULES for mistake in rule(config, tuple(registry.ROLES))]
-    return [mistake for rule in RULES for mistake in rule(config, algorithm.roles(config))] + algorithm.check(config)
+        return [mistake for rule in rules for mistake in rule(config, tuple(registry.ROLES))]
+    mistakes = [mistake for rule in rules for mistake in rule(config, algorithm.roles(config))]
+    return mistakes if is_partial else mistakes + algorithm.check(config)
 
 
 def values_are_in_range(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -129,8 +137,10 @@ def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]
     named += [("trackers.names", name, registry.TRACKERS) for name in config.trackers.names]
     named += [(f"placement.workers.{role}", name, registry.ROLES) for role, name in config.placement.workers.items()]
     for key, name, table in named:
-        if problem := registry.unknown_name(name, table) or module_is_missing(name):
+        if problem := registry.unknown_name(name, table) or name_is_malformed(name):
             yield Mistake(key, problem)
+        elif problem := module_is_missing(name):
+            yield Missing(key, problem)
 
 
 def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -140,10 +150,10 @@ def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[M
         is_asked = name in value if isinstance(value, tuple) else name == value
         is_unused = key == "rollout.engine" and "rollout" not in roles
         if is_asked and not is_unused and not is_installed(package):
-            yield Mistake(key, f"{name!r} needs the package {package!r}, which is not installed: {advice}")
+            yield Missing(key, f"{name!r} needs the package {package!r}, which is not installed: {advice}")
     if config.model.lora_rank and not is_installed("peft"):
         advice = "pip install 'hybridflow[lora]', or set model.lora_rank=0"
-        yield Mistake("model.lora_rank", f"adapters need the package 'peft', which is not installed: {advice}")
+        yield Missing("model.lora_rank", f"adapters need the package 'peft', which is not installed: {advice}")
 
 
 def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -170,32 +180,42 @@ def is_installed(package: str) -> bool:
     return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
+def name_is_malformed(name: str) -> str | None:
+    """Why `my_package.module:Name` cannot be read as such; None where it can, or `name` has no colon."""
+    module, colon, attribute = name.partition(":")
+    is_whole = bool(module.partition(".")[0] and attribute)
+    return f"found {name!r}; needed: my_package.module:Name" if colon and not is_whole else None
+
+
 def module_is_missing(name: str) -> str | None:
     """Why the top module of `my_package.module:Name` cannot be imported; None where it can, or `name` has no colon."""
-    module, colon, attribute = name.partition(":")
+    module, colon, _ = name.partition(":")
     package = module.partition(".")[0]
-    if not colon:
+    if not colon or is_installed(package):
         return None
-    if not package or not attribute:
-        return f"found {name!r}; needed: my_package.module:Name"
-    if not is_installed(package):
-        return f"found {name!r}, but no module {package!r} is on the Python path. Install it, or add its folder to PYTHONPATH"
-    return None
+    return f"found {name!r}, but no module {package!r} is on the Python path. Install it, or add its folder to PYTHONPATH"
 
 
-RULES: tuple[Rule, ...] = (
+RULES_OF_ONE_KEY: tuple[Rule, ...] = (
     values_are_in_range,
-    weights_match_files,
     names_are_known,
     packages_are_installed,
-    log_probs_are_of_all_tokens,
     rules_files.data_files_exist,
     rules_files.models_are_complete,
-    rules_files.rows_fit_the_context,
-    rules_reward.reward_function_can_be_called,
+    rules_reward.reward_file_exists,
     rules_files.checkpoint_exists,
     rules_files.run_folder_can_be_written,
     rules_placement.pools_are_well_formed,
+)
+"""What can be judged of a key where others are not known, since a file could not be read."""
+
+RULES: tuple[Rule, ...] = (
+    *RULES_OF_ONE_KEY,
+    weights_match_files,
+    log_probs_are_of_all_tokens,
+    rules_files.tokenizer_is_there,
+    rules_files.rows_fit_the_context,
+    rules_reward.reward_function_can_be_called,
     rules_placement.roles_have_pools,
     rules_placement.roles_have_workers,
     rules_placement.ranks_divide,

@@ -43,7 +43,21 @@ def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[Mist
             yield Mistake(key, f"folder {path!r} holds no config.json. Give the folder of a saved Hugging Face model")
         elif not any(file for pattern in WEIGHTS for file in Path(path).glob(pattern)):
             yield Mistake(key, f"folder {path!r} holds no weights ({' or '.join(WEIGHTS)})")
-    yield from _tokenizer_is_there(config)
+
+
+def tokenizer_is_there(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """The folder of the tokenizer, or else of the model, holds a vocabulary."""
+    key, path = "model.tokenizer", config.model.tokenizer
+    if path is None:
+        key, path = "model.path", config.model.path
+    folder = Path(path)
+    if not path or (not folder.is_dir() and (key == "model.path" or HUB_NAME.fullmatch(path))):
+        return
+    if not folder.is_dir():
+        yield Missing(key, missing(path, "folder"))
+    elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        problem = f"folder {path!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
+        yield Mistake(key, f"{problem}. Save one there, or name another folder in model.tokenizer")
 
 
 def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -100,20 +114,6 @@ def missing(path: str, kind: str) -> str:
     parents = [parent for parent in Path(path).absolute().parents if os.path.isdir(parent) and os.access(parent, os.R_OK)]
     nearby = nearest(Path(path).name, [entry.name for entry in parents[0].iterdir()]) if parents else ""
     return f"{kind} {path!r} does not exist{nearby or f' (the last folder on the way that does is {parents[0]})'}"
-
-
-def _tokenizer_is_there(config: Config) -> Iterator[Mistake]:
-    key, path = "model.tokenizer", config.model.tokenizer
-    if path is None:
-        key, path = "model.path", config.model.path
-    folder = Path(path)
-    if not path or (not folder.is_dir() and (key == "model.path" or HUB_NAME.fullmatch(path))):
-        return
-    if not folder.is_dir():
-        yield Missing(key, missing(path, "folder"))
-    elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        problem = f"folder {path!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
-        yield Mistake(key, f"{problem}. Save one there, or name another folder in model.tokenizer")
 
 
 def _context_tokens(model_config: object) -> int | None:

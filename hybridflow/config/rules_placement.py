@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
 from hybridflow import registry
+from hybridflow.config.findings import Missing, joins_a_cluster
 from hybridflow.config.pools import PoolSize, cpu_slots_of_this_machine, gpus_of_this_machine, parse_pool
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake, PlacementError
 from hybridflow.registry import nearest
 
-SEQUENCE_PARALLEL_ROLES = ("actor", "critic", "reference")
+SEQUENCE_PARALLEL_ROLES = frozenset({"actor", "critic", "reference"})
 
 
 def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -22,7 +22,10 @@ def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[Mi
         try:
             parse_pool(text)
         except PlacementError as error:
-            yield Mistake(f"placement.pools.{name}", str(error))
+            # What must divide its ranks cannot be judged without a size, so it is told with it.
+            divisors = [f"{key}={number}" for key, number in _divisors_of(name, config, roles).items() if number > 1]
+            more = f". Its ranks must be a multiple of {' and of '.join(divisors)}" if divisors else ""
+            yield Mistake(f"placement.pools.{name}", f"{error}{more}")
 
 
 def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -48,44 +51,56 @@ def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[Mista
 
 def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """Ranks that work as one fit into the ranks of their pool, and those of an engine into a node."""
-    sizes = parsed_pools(config)
     unit = "GPUs" if uses_gpus(config) else "ranks"
-    pool = pool_of("rollout", config)
-    size, tensor = sizes.get(pool), config.rollout.tensor_parallel
-    if "rollout" in roles and size is not None and tensor >= 1 and size.ranks_per_node % tensor:
-        node = "" if size.nodes == 1 else " on each node"
-        problem = f"found {tensor}, which does not divide the {size.ranks_per_node} {unit}{node} of pool {pool!r}"
-        yield Mistake("rollout.tensor_parallel", f"{problem}. Use {_divisors(size.ranks_per_node)}.")
-    sequence = config.model.sequence_parallel
-    for pool in dict.fromkeys(pool_of(role, config) for role in SEQUENCE_PARALLEL_ROLES if role in roles):
-        size = sizes.get(pool)
-        if size is not None and sequence >= 1 and size.num_ranks % sequence:
-            problem = f"found {sequence}, which does not divide the {size.num_ranks} {unit} of pool {pool!r}"
-            yield Mistake("model.sequence_parallel", f"{problem}. Use {_divisors(size.num_ranks)}.")
+    for pool, size in parsed_pools(config).items():
+        for key, number in _divisors_of(pool, config, roles).items():
+            is_engine = key == "rollout.tensor_parallel"
+            ranks = size.ranks_per_node if is_engine else size.num_ranks
+            if number >= 1 and ranks % number:
+                node = " on each node" if is_engine and size.nodes > 1 else ""
+                problem = f"found {number}, which does not divide the {ranks} {unit}{node} of pool {pool!r}"
+                yield Mistake(key, f"{problem}. Use {_divisors(ranks)}.")
 
 
 def slots_suffice(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """A cluster that is started here has a slot for every rank. One that is joined is asked when the run starts."""
-    if config.run.ray_address is not None or os.environ.get("RAY_ADDRESS"):
+    if joins_a_cluster(config):
         return
-    sizes = parsed_pools(config)
+    used = {pool_of(role, config) for role in ("data", *roles)}
+    sizes = {name: size for name, size in parsed_pools(config).items() if name in used}
     for name, size in sizes.items():
         if size.nodes > 1:
             problem = f"found {size}, but a cluster that is started here has one node. Join a larger one with run.ray_address"
-            yield Mistake(f"placement.pools.{name}", problem)
-    num_gpus, num_slots = gpus_of_this_machine(), cpu_slots_of_this_machine(config.placement.cpu_slots)
-    on_gpu = {name: size for name, size in sizes.items() if uses_gpus(config) and not size.is_cpu and size.nodes == 1}
-    needed = sum(size.num_ranks for size in on_gpu.values())
+            yield Missing(f"placement.pools.{name}", problem)
+    sizes = {name: size for name, size in sizes.items() if size.nodes == 1}
+    yield from _enough_gpus({name: size for name, size in sizes.items() if uses_gpus(config) and not size.is_cpu})
+    yield from _enough_cpu_slots(sizes, config.placement.cpu_slots)  # a rank with a GPU takes a CPU slot too
+
+
+def _enough_gpus(sizes: Mapping[str, PoolSize]) -> Iterator[Mistake]:
+    needed, num_gpus = sum(size.num_ranks for size in sizes.values()), gpus_of_this_machine()
     if needed and not num_gpus:
         problem = "found cuda, but the NVIDIA driver shows no GPU on this machine. Set run.device=cpu"
-        yield Mistake("run.device", f"{problem}, or CUDA_VISIBLE_DEVICES where there is one after all")
+        yield Missing("run.device", f"{problem}, or CUDA_VISIBLE_DEVICES where there is one after all")
     elif needed > num_gpus:
-        problem = f"{_listed(on_gpu)} need {needed} GPUs; this machine has {num_gpus}"
-        yield Mistake("placement.pools", f"{problem}. Use fewer ranks, or join a larger cluster with run.ray_address")
-    needed = sum(size.num_ranks for size in sizes.values() if size.nodes == 1)
-    if needed > num_slots:  # a rank with a GPU takes a CPU slot too
-        problem = f"{_listed(sizes)} need {needed} CPU slots; this machine has {num_slots}"
-        yield Mistake("placement.pools", f"{problem}. Use fewer ranks, or set placement.cpu_slots={needed} to share cores")
+        problem = f"{_listed(sizes)} need {needed} GPUs; this machine has {num_gpus}"
+        yield Missing("placement.pools", f"{problem}. Use fewer ranks, or join a larger cluster with run.ray_address")
+
+
+def _enough_cpu_slots(sizes: Mapping[str, PoolSize], asked: int | None) -> Iterator[Mistake]:
+    needed, num_slots = sum(size.num_ranks for size in sizes.values()), cpu_slots_of_this_machine(asked)
+    if needed <= num_slots:
+        return
+    parts = " + ".join(str(size.num_ranks) for size in sizes.values())
+    total = f"{parts} = {needed}" if len(sizes) > 1 else str(needed)
+    source = "this machine has" if asked is None else "placement.cpu_slots gives"
+    problem = f"{_listed(sizes)} need {total} CPU slots, one for each rank; {source} {num_slots}"
+    largest = max(sizes, key=lambda name: sizes[name].num_ranks)
+    left = sizes[largest].num_ranks - (needed - num_slots)
+    smaller = f"placement.pools.{largest}={PoolSize(1, left, sizes[largest].is_cpu)}" if left >= 1 else "pools of fewer ranks"
+    advice = f"Set {smaller}, or placement.cpu_slots={needed}, with which ranks share cores"
+    kind = Missing if asked is None else Mistake
+    yield kind("placement.pools", f"{problem}. {advice}")
 
 
 def parsed_pools(config: Config) -> dict[str, PoolSize]:
@@ -107,6 +122,13 @@ def pool_of(role: str, config: Config) -> str:
 def uses_gpus(config: Config) -> bool:
     """Whether ranks get GPUs; where that is left to `auto`, this machine's tell."""
     return config.run.device == "cuda" or (config.run.device == "auto" and gpus_of_this_machine() > 0)
+
+
+def _divisors_of(pool: str, config: Config, roles: tuple[str, ...]) -> dict[str, int]:
+    """What must divide the ranks of a pool, by key."""
+    here = {role for role in roles if pool_of(role, config) == pool}
+    divisors = {"rollout.tensor_parallel": config.rollout.tensor_parallel} if "rollout" in here else {}
+    return divisors | ({"model.sequence_parallel": config.model.sequence_parallel} if here & SEQUENCE_PARALLEL_ROLES else {})
 
 
 def _divisors(number: int) -> str:

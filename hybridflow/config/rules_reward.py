@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +18,17 @@ from hybridflow.errors import Mistake
 from hybridflow.registry import nearest
 
 
+def reward_file_exists(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """The user's file is there."""
+    if config.reward.path is not None and not os.path.isfile(config.reward.path):
+        yield Missing("reward.path", missing(config.reward.path, "file"))
+
+
 def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """The user's file parses and defines the function; this or the built-in rule takes `reward.options`."""
-    if config.reward.path is not None:
+    if config.reward.path is not None and os.path.isfile(config.reward.path):
         yield from _own_function(config, Path(config.reward.path))
-    elif config.reward.name in registry.REWARDS:
+    elif config.reward.path is None and config.reward.name in registry.REWARDS:
         module, _, function = registry.REWARDS[config.reward.name].partition(":")
         spec = importlib.util.find_spec(module)
         assert spec is not None and spec.origin is not None, f"{module} has no file"
@@ -32,9 +39,6 @@ def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Ite
 
 def _own_function(config: Config, file: Path) -> Iterator[Mistake]:
     name = config.reward.function
-    if not file.is_file():
-        yield Missing("reward.path", missing(str(file), "file"))
-        return
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hybridflow.config import verl_keys
 from hybridflow.config.build import keys_of
+from hybridflow.config.findings import Remark
 from hybridflow.config.schema import Config
 from hybridflow.config.verl_values import UntranslatableError
 from hybridflow.errors import Mistake
@@ -44,6 +45,7 @@ class Settings:
     def __init__(self, resolve: Callable[[object, Mapping[str, object]], object]):
         self.values: dict[str, object] = {}
         self.mistakes: list[Mistake] = []
+        self.remarks: list[Remark] = []
         self._resolve = resolve
         self._verl_values: dict[str, object] = {}  # kept for interpolations that name verl's keys
         self._places: dict[str, str] = {}
@@ -100,6 +102,8 @@ class Settings:
         try:
             value = self._resolve(setting.value, self.context())
             _insert(self._verl_values, verl_keys.full_name(setting.key), value)
+            if translation.warning and value is not None:
+                self.remarks.append(Remark(setting.key, translation.warning, setting.place))
             for key, translated in translation.apply(value, self.get).items():
                 self._put(key, translated, f"{setting.place} ({setting.key})")
         except UntranslatableError as error:

@@ -29,6 +29,8 @@ class Translation:
     becomes: str
     """In words, for the documentation."""
     apply: Apply
+    warning: str = ""
+    """What a user is told who gives the key."""
 
 
 def to(*targets: str, by: Convert | None = None) -> Translation:
@@ -67,6 +69,11 @@ def nothing(advice: str) -> Translation:
     return Translation(f"no equivalent: {advice}", apply)
 
 
+def ignored(reason: str) -> Translation:
+    """A key that changes nothing here: accepted, with a warning."""
+    return Translation(f"nothing: {reason}", lambda value, given: {}, warning=f"verl's key changes nothing here: {reason}")
+
+
 PACKED = always(True, "rows are packed without padding")
 BY_TOKENS = always(True, "microbatches are cut by tokens (tokens_per_microbatch)")
 ACTOR, ROLLOUT, REF, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref", "model"))
@@ -85,11 +92,11 @@ KEYS: Mapping[str, Translation] = {
     # data
     "data.val_files": to("data.validation_files", by=lambda value: [] if value is None else value),
     "data.train_batch_size": to("data.prompts_per_step"),
-    "data.val_batch_size": nothing("all validation prompts go to the engine at once; leave it out"),
+    "data.val_batch_size": ignored("all validation prompts go to the engine at once"),
     "data.max_prompt_length": to("data.max_prompt_tokens"),
     "data.max_response_length": to("data.max_response_tokens"),
     "data.filter_overlong_prompts": by("`data.overlong_prompts`", values.overlong_prompts),
-    "data.filter_overlong_prompts_workers": nothing("filtering needs no processes of its own; leave it out"),
+    "data.filter_overlong_prompts_workers": ignored("filtering needs no processes of its own"),
     "data.truncation": by("`data.overlong_prompts`", values.truncation),
     "data.seed": to("run.seed"),
     "data.tokenizer": to("model.tokenizer"),
@@ -97,7 +104,7 @@ KEYS: Mapping[str, Translation] = {
     "data.val_max_samples": to("validation.max_prompts", by=lambda value: None if value == -1 else value),
     "data.prompt_key": always("prompt", "the column of prompts is called so; rename yours when preparing the data"),
     "data.reward_fn_key": always("data_source", "the column that names the source is called so"),
-    "data.return_raw_chat": nothing("prompts are lists of messages or strings; leave it out"),
+    "data.return_raw_chat": ignored("prompts are lists of messages or strings"),
     "data.image_key": nothing("prompts are text; leave it out"),
     # model
     f"{MODEL}.path": to("model.path"),
@@ -174,14 +181,14 @@ KEYS: Mapping[str, Translation] = {
     f"{ROLLOUT}.enforce_eager": to("rollout.enforce_eager"),
     f"{ROLLOUT}.enable_chunked_prefill": to("rollout.engine_options.enable_chunked_prefill"),
     f"{ROLLOUT}.free_cache_engine": by("`rollout.sleep`", values.cache_is_freed),
-    f"{ROLLOUT}.load_format": nothing("the engine gets its weights from the trainer"),
+    f"{ROLLOUT}.load_format": ignored("the engine gets its weights from the trainer"),
     f"{ROLLOUT}.calculate_log_probs": nothing("set algorithm.old_log_probs: rollout to use the engine's"),
     f"{ROLLOUT}.log_prob_use_dynamic_bsz": BY_TOKENS,
     f"{ROLLOUT}.log_prob_max_token_len_per_gpu": by(
         "`actor.tokens_per_microbatch`, where nothing else sets it", values.unless_given("actor.tokens_per_microbatch")
     ),
-    f"{ROLLOUT}.log_prob_micro_batch_size": nothing("set actor.tokens_per_microbatch"),
-    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": nothing("set actor.tokens_per_microbatch"),
+    f"{ROLLOUT}.log_prob_micro_batch_size": ignored("microbatches are cut by tokens, see actor.tokens_per_microbatch"),
+    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": ignored("microbatches are cut by tokens, see actor.tokens_per_microbatch"),
     f"{ROLLOUT}.val_kwargs.temperature": to("validation.temperature"),
     f"{ROLLOUT}.val_kwargs.top_p": to("validation.top_p"),
     f"{ROLLOUT}.val_kwargs.top_k": to("validation.top_k", by=count_or_zero),
@@ -191,7 +198,7 @@ KEYS: Mapping[str, Translation] = {
     f"{REF}.strategy": always(("fsdp", "fsdp2"), "models run on FSDP2"),
     f"{REF}.log_prob_use_dynamic_bsz": BY_TOKENS,
     f"{REF}.log_prob_max_token_len_per_gpu": to("reference.tokens_per_microbatch"),
-    f"{REF}.log_prob_micro_batch_size": nothing("set reference.tokens_per_microbatch"),
+    f"{REF}.log_prob_micro_batch_size": ignored("microbatches are cut by tokens, see reference.tokens_per_microbatch"),
     f"{REF}.log_prob_micro_batch_size_per_gpu": by(
         "`reference.tokens_per_microbatch`", rows_to_tokens("reference.tokens_per_microbatch")
     ),
@@ -251,7 +258,7 @@ KEYS: Mapping[str, Translation] = {
     "trainer.resume_mode": by("`checkpoint.resume`", values.resume_mode),
     "trainer.resume_from_path": by("`checkpoint.resume`", values.resume_path),
     "trainer.device": to("run.device"),
-    "trainer.use_legacy_worker_impl": nothing("leave it out"),
+    "trainer.use_legacy_worker_impl": ignored("there is one implementation of workers"),
     "ray_init.num_cpus": to("placement.cpu_slots"),
     "ray_kwargs.ray_init.num_cpus": to("placement.cpu_slots"),
 }
@@ -269,6 +276,12 @@ SHORT_FORMS = ("actor_rollout_ref.", "data.", "trainer.")
 SECTIONS = frozenset({"actor_rollout_ref", "trainer", "custom_reward_function", "reward_model", "reward_manager", "ray_init"})
 SECTIONS |= {"ray_kwargs", "global_profiler", "transfer_queue", "hydra", "npu_profile"}
 """Top-level sections that only verl has."""
+
+
+def stands_for() -> dict[str, str]:
+    """Each key of verl's with the one of ours that takes its value; empty where it is none, or more."""
+    ours = {key: translation.becomes.split("`") for key, translation in KEYS.items()}
+    return {key: parts[1] if len(parts) == 3 and not parts[0] else "" for key, parts in ours.items()}
 
 
 def full_name(key: str) -> str:

@@ -39,7 +39,7 @@ def said(toy: Toy, folder: Path, overrides: Sequence[str], capsys: pytest.Captur
         ("algorithm.prompts_per_update=8", "algorithm.prompts_per_update: found 8, more than the 4 prompts of"),
         (
             "placement.pools.main=1x99",
-            "placement.pools: pools main (1x99), scoring (1x1 cpu) need 100 CPU slots; this machine has",
+            "placement.pools: pools main (1x99), scoring (1x1 cpu) need 99 + 1 = 100 CPU slots, one for each rank;",
         ),
         ("data.max_response_tokens=500", "data.max_prompt_tokens=96 and data.max_response_tokens=500 make 596 tokens;"),
         ("data.train_files=absent.parquet", "data.train_files: file 'absent.parquet' does not exist"),

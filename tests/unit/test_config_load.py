@@ -10,7 +10,7 @@ import pytest
 
 from hybridflow.config.load import load_config
 from hybridflow.errors import ConfigError
-from tests.unit.config_cases import mistakes_of, right_run
+from tests.unit.config_cases import mistakes_of, model_folder, right_run
 
 OWN_ALGORITHM = '''
 from dataclasses import dataclass
@@ -110,6 +110,25 @@ def test_a_missing_file_does_not_hide_the_other_mistakes(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize("text", [None, "run: {seed: 1\n"])
+def test_of_a_file_that_cannot_be_read_nothing_is_missed(tmp_path: Path, text: str | None) -> None:
+    file = str(tmp_path / "run.yaml") if text is None else written(tmp_path, "run.yaml", text)
+    (found,) = mistakes_of([], file)
+    assert file in found
+    # Its algorithm, pools, and tokenizer may be such that nothing of this is a mistake.
+    model = model_folder(tmp_path / "model", without="tokenizer.json")
+    unclear = [
+        f"model.path={model}",
+        "rollout.tensor_parallel=3",
+        "algorithm.steps=3",
+        "reward.options.x=1",
+        "data.train_weights=3",
+    ]
+    assert len(mistakes_of(unclear, file)) == 1
+    clear = ["run.seed=-1", "reward.path=/absent.py", "rollout.engine=torhc", "no.key=3", "algorithm=grpo", "algorithm.steps=3"]
+    assert len(mistakes_of(clear, file)) == 1 + 5
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -174,9 +193,36 @@ def test_the_short_form_works_in_a_file(tmp_path: Path) -> None:
     assert (config.algorithm.name, vars(config.algorithm.options)["clip"]) == ("grpo", (0.1, 0.3))
 
 
-def test_an_unknown_algorithm_is_answered_with_the_nearest(tmp_path: Path) -> None:
-    (found,) = mistakes_of([*right_run(tmp_path), "algorithm=gprp", "algorithm.anything=1"])
-    assert found.startswith("command line: algorithm.name: 'gprp' is not known; did you mean 'grpo'?")
+def test_an_unknown_algorithm_is_answered_with_the_nearest_and_its_options_are_checked(tmp_path: Path) -> None:
+    options = ["algorithm.epoch=1", "algorithm.clip=high", "data.prompts_per_step=8", "algorithm.prompts_per_update=9"]
+    found = mistakes_of([*right_run(tmp_path), "algorithm=gprp", *options])
+    starts = (
+        "algorithm.name: 'gprp' is not known; did you mean 'grpo'?",
+        "algorithm.epoch: no such key; did you mean 'algorithm.epochs'?",
+        "algorithm.clip: found 'high' (text)",
+        "algorithm.prompts_per_update: found 9, more than the 8 prompts",
+    )
+    assert all(text.startswith(f"command line: {start}") for start, text in zip(starts, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gprp", "remax", "no_such_module:Mine"])
+def test_an_option_is_no_mistake_where_the_algorithm_is_not_known_and_may_have_it(tmp_path: Path, name: str) -> None:
+    option = "gae_lambda" if name == "gprp" else "anything"  # the former is PPO's, and the nearest is GRPO
+    assert len(mistakes_of([*right_run(tmp_path), f"algorithm={name}", f"algorithm.{option}=0.5"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "keys"),
+    [
+        ("learning_rate", "'actor.learning_rate' or 'critic.learning_rate'"),
+        ("lr", "'actor.learning_rate' or 'critic.learning_rate'"),
+        ("total_steps", "'run.total_steps'"),
+        ("epochs", "'algorithm.epochs'"),
+        ("ppo_mini_batch_size", "'algorithm.prompts_per_update'"),
+    ],
+)
+def test_a_last_word_alone_is_answered_with_the_keys_that_end_in_it(tmp_path: Path, word: str, keys: str) -> None:
+    assert mistakes_of([*right_run(tmp_path), f"{word}=3"]) == [f"command line: {word}: no such key; did you mean {keys}?"]
 
 
 def test_an_option_of_another_algorithm_is_a_mistake(tmp_path: Path) -> None:

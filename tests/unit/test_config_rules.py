@@ -85,11 +85,20 @@ def test_sequence_parallel_divides_the_ranks_of_trained_roles(tmp_path: Path) ->
     assert only_mistake(tmp_path, "placement.pools.main=1x3", "model.sequence_parallel=2") == expected
 
 
-def test_more_ranks_than_cpu_slots_are_a_mistake(tmp_path: Path) -> None:
+def test_more_ranks_than_cpu_slots_are_a_mistake_that_says_which_pools_and_what_to_set(tmp_path: Path) -> None:
     found = only_mistake(tmp_path, "placement.pools.main=1x4")
-    expected = "placement.pools: pools main (1x4), scoring (1x1 cpu) need 5 CPU slots; this machine has 4."
-    assert found == f"{expected} Use fewer ranks, or set placement.cpu_slots=5 to share cores"
-    assert mistakes_of([*right_run(tmp_path), "placement.pools.main=1x4", "placement.cpu_slots=5"]) == []
+    expected = (
+        "placement.pools: pools main (1x4), scoring (1x1 cpu) need 4 + 1 = 5 CPU slots, one for each rank; this machine has 4."
+    )
+    assert found == f"{expected} Set placement.pools.main=1x3, or placement.cpu_slots=5, with which ranks share cores"
+    for advised in ("placement.pools.main=1x3", "placement.cpu_slots=5"):
+        assert mistakes_of([*right_run(tmp_path), "placement.pools.main=1x4", advised]) == []
+    found = only_mistake(tmp_path, "placement.pools.main=1x4", "placement.cpu_slots=2")
+    assert "placement.cpu_slots gives 2. Set placement.pools.main=1x1, or placement.cpu_slots=5" in found
+
+
+def test_a_pool_without_roles_needs_no_slots(tmp_path: Path) -> None:
+    assert mistakes_of([*right_run(tmp_path), "placement.pools.spare=1x99"]) == []
 
 
 def test_more_ranks_than_gpus_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +123,25 @@ def test_slots_of_a_cluster_to_be_joined_are_not_judged_here(tmp_path: Path, mon
 def test_a_pool_that_does_not_parse_is_one_mistake(tmp_path: Path) -> None:
     expected = "placement.pools.main: found '8 GPUs'; needed: nodes x ranks per node, for example 2x8 or '1x4 cpu'"
     assert only_mistake(tmp_path, "placement.pools.main='8 GPUs'") == expected
+
+
+def test_what_divides_the_ranks_of_a_pool_that_does_not_parse_is_told_with_it(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "placement.pools.main=abc", "rollout.tensor_parallel=3", "model.sequence_parallel=2")
+    assert found.endswith("Its ranks must be a multiple of rollout.tensor_parallel=3 and of model.sequence_parallel=2")
+    found = only_mistake(tmp_path, "placement.pools.scoring=abc", "rollout.tensor_parallel=1")
+    assert found.endswith("for example 2x8 or '1x4 cpu'")
+
+
+def test_a_pool_whose_size_is_no_text_keeps_its_name(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "placement.pools.all=8", "placement.roles.actor=all")
+    assert found.startswith("placement.pools.all: found 8 (integer); needed: text")
+
+
+def test_what_is_compared_with_a_key_that_does_not_fit_is_not_told(tmp_path: Path) -> None:
+    wrong = ["data.prompts_per_step=x", "algorithm.prompts_per_update=100"]  # more than the default of 64
+    assert only_mistake(tmp_path, *wrong).startswith("data.prompts_per_step: found 'x'")
+    wrong = ["data.train_files=[1]", "data.train_weights=[1,2]"]
+    assert only_mistake(tmp_path, *wrong).startswith("data.train_files: found")
 
 
 def test_a_role_on_an_unknown_pool_is_a_mistake(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_our_key_on_the_command_line_wins_over_verls_in_the_file(tmp_path: Path)
         ("reward_model.enable=True", "found True; only False is possible: rewards come from rules and functions"),
         ("actor_rollout_ref.actor.strategy=megatron", "only 'fsdp' or 'fsdp2' is possible: training runs on FSDP2"),
         ("algorithm.adv_estimator=rloo", "verl's 'rloo' has no equivalent here; allowed: gae, grpo"),
-        ("data.val_batch_size=512", "no equivalent here: all validation prompts go to the engine at once; leave it out"),
+        ("data.image_key=images", "no equivalent here: prompts are text; leave it out"),
         ("actor_rollout_ref.actor.megatron.seed=1", "no equivalent here: leave it out. docs/configuration.md lists"),
         (
             "actor_rollout_ref.rollout.gpu_memory_utilisation=0.5",
@@ -251,6 +251,33 @@ def test_what_has_no_equivalent_is_a_mistake_that_says_what_to_do(tmp_path: Path
     (found,) = mistakes_of([*right_run(tmp_path), override])
     assert found.startswith(f"command line: {override.partition('=')[0]}: ")
     assert problem in found
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data.val_batch_size",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size",
+        "trainer.use_legacy_worker_impl",
+    ],
+)
+def test_a_key_that_changes_nothing_here_is_accepted_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    assert loaded(tmp_path, f"{key}=16") == loaded(tmp_path)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"command line: {key}: verl's key changes nothing here: ")
+    caplog.clear()
+    loaded(tmp_path, f"{key}=null")
+    assert not caplog.messages
+
+
+def test_rows_of_a_microbatch_of_the_reference_become_tokens(tmp_path: Path) -> None:
+    lengths = ["data.max_prompt_length=100", "data.max_response_length=28"]
+    config = loaded(tmp_path, *lengths, "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4")
+    assert config.reference.tokens_per_microbatch == 4 * (100 + 28)
 
 
 def test_a_mistake_in_a_translated_key_names_both(tmp_path: Path) -> None:
