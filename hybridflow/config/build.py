@@ -80,7 +80,8 @@ class Builder:
             return {name: convert(value, hint)}
         except UnfitError as error:
             self.add(key, str(error))
-            return {}
+            # Whoever meant other entries than the default's must not be told what is wrong with those.
+            return {name: {}} if get_origin(hint) is Mapping else {}
 
     def _mapping(self, key: str, hint: object, value: Mapping[object, object]) -> dict[str, object]:
         """The entries of a mapping. One that does not fit stays as text: other keys may refer to it by its name."""

@@ -55,8 +55,9 @@ def hub_models_can_be_had(config: Config, roles: tuple[str, ...]) -> Iterator[Mi
             if lacking := _lacking_in_cache(name, is_tokenizer=key == "model.tokenizer"):
                 yield kind(key, f"{here}{name!r} is no folder, {answer.problem}, and {lacking}. {_advice(name)}")
             else:
-                known = f"{answer.problem}; its cache holds {name!r}"
-                yield Remark(key, f"{known}. Set HF_HUB_OFFLINE=1 to load that without minutes of retries")
+                yield Remark(
+                    key, f"{answer.problem}; its cache holds {name!r}. Set HF_HUB_OFFLINE=1 to use that without asking"
+                )
 
 
 def _names(config: Config, roles: tuple[str, ...]) -> dict[str, str]:

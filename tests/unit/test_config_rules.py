@@ -137,6 +137,11 @@ def test_a_pool_whose_size_is_no_text_keeps_its_name(tmp_path: Path) -> None:
     assert found.startswith("placement.pools.all: found 8 (integer); needed: text")
 
 
+def test_pools_that_are_no_mapping_are_one_mistake(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "placement.pools=1x8", "placement.roles.actor=all", "rollout.tensor_parallel=2")
+    assert found.startswith("placement.pools: found '1x8' (text); needed: a mapping from names to text")
+
+
 def test_what_is_compared_with_a_key_that_does_not_fit_is_not_told(tmp_path: Path) -> None:
     wrong = ["data.prompts_per_step=x", "algorithm.prompts_per_update=100"]  # more than the default of 64
     assert only_mistake(tmp_path, *wrong).startswith("data.prompts_per_step: found 'x'")

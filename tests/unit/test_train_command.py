@@ -1,4 +1,4 @@
-"""What the command says when a run is stopped."""
+"""What the command says to what it is given, in a dry run, and when a run is stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,73 @@ import pytest
 
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.config.schema import CheckpointConfig, Config, RunConfig
-from hybridflow.train import how_to_go_on
+from hybridflow.train import how_to_go_on, main
+from tests.unit.config_cases import right_run
+
+ELSEWHERE = [
+    "model.path=models/not/here",
+    "data.train_files=absent.parquet",
+    "reward.path=absent.py",
+    "placement.pools={main: 2x8}",
+    "placement.roles={}",
+    "run.device=cuda",
+    "checkpoint.resume=absent",
+]
+"""A plan for two nodes of eight GPUs."""
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A right run as a file, on a machine without GPU where no cluster is known."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    lines = [override.replace("=", ": ", 1) for override in right_run(tmp_path)]
+    (tmp_path / "run.yaml").write_text("\n".join(lines) + "\n")
+    return str(tmp_path / "run.yaml")
+
+
+def test_a_dry_run_of_a_plan_for_other_machines_shows_it_and_warns_of_what_is_missing_here(
+    yaml_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hybridflow.config.rules.is_installed", lambda package: package not in ("vllm", "peft"))
+    code = main([yaml_file, *ELSEWHERE, "rollout.engine=vllm", "model.lora_rank=8", "--dry-run"])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    assert "actor on pool 'main': 2 node(s) x 8 GPU(s), data 16" in output.out
+    keys = ("model.path", "data.train_files", "reward.path", "placement.pools.main", "rollout.engine", "model.lora_rank")
+    for key in (*keys, "checkpoint.resume"):
+        (warning,) = [message for message in caplog.messages if f"command line: {key}: " in message]
+        assert warning.startswith("not on this machine: ")
+
+
+def test_a_dry_run_with_a_mistake_that_every_machine_would_find_fails(
+    yaml_file: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main([yaml_file, *ELSEWHERE, "rollout.tensor_parallel=3", "--dry-run"]) == 2
+    output = capsys.readouterr()
+    assert not output.out and output.err.startswith(
+        "1 mistake in the configuration:\n  command line: rollout.tensor_parallel: "
+    )
+    assert any("data.train_files" in message for message in caplog.messages)
+
+
+def test_what_is_a_warning_in_a_dry_run_stops_a_run(yaml_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([yaml_file, *ELSEWHERE]) == 2
+    assert "data.train_files: file 'absent.parquet' does not exist" in capsys.readouterr().err
+
+
+def test_a_class_that_does_not_import_ends_a_dry_run_as_a_mistake(yaml_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([yaml_file, "model.path=/absent", "placement.workers.actor=no_such_package.x:Y", "--dry-run"]) == 2
+    assert "placement.workers.actor: 'no_such_package.x:Y' needs module" in capsys.readouterr().err
+
+
+def test_a_command_without_a_file_says_that_one_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["rollout.engine=torch", "run.seed=1"])
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert "a YAML file comes first, and the first argument is 'rollout.engine=torch'" in text
+    assert "python -m hybridflow.train configs/quickstart.yaml rollout.engine=torch" in text
 
 
 @pytest.mark.parametrize(
