@@ -33,6 +33,8 @@ logger = logging.getLogger("hybridflow")
 
 CLOSING_TIMEOUT_S = 5.0
 """For what ranks do before they are killed, when the run has failed."""
+SECONDS_OF_SILENCE = 30.0
+"""After which the log says again what a launch waits for."""
 Jobs = dict["ray.ObjectRef[Any]", str]
 """Calls that are under way, with words for what is being done where."""
 
@@ -115,6 +117,7 @@ def launched(config: Config) -> Iterator[Launched]:
         building = {"data": _start_building(config, placed["data"], pools[placed["data"].pool])}  # needs no plan
         asked = planning.ask(config, placed, pools, device)
         for name, references in asked.items():
+            logger.info("finding out what the GPUs of pool '%s' hold", name)
             _wait_for(_named("finding out what its GPU holds", pools[name], references), config.run.timeout_s)
         plan = planning.decide(config, placed, asked)
         for place in placed.values():
@@ -152,6 +155,7 @@ def _close_quickly(groups: Mapping[str, Worker]) -> None:
 def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
+        logger.info("the ranks of pool '%s' import their libraries and join", pool.name)
         meeting_place: str = ray.get([process.meeting_place.remote() for process in pool.processes[:1]])[0]
         joining = [process.connect.remote(meeting_place, timeout_s) for process in pool.processes]
         _wait_for(_named(f"joining the ranks of pool '{pool.name}'", pool, joining), timeout_s)
@@ -160,7 +164,7 @@ def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:
 def _start_building(config: Config, place: RolePlace, pool: Pool) -> Jobs:
     """Let all ranks build their worker of a role from `config`, in which the plan has settled what was left to it."""
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
-    logger.info("building %s on pool '%s' (%d ranks)", place.role, place.pool, place.size.num_ranks)
+    logger.info("building %s on pool '%s' (%d rank(s))", place.role, place.pool, place.size.num_ranks)
     started = [process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes]
     return _named(f"building role '{place.role}'", pool, started)
 
@@ -183,10 +187,15 @@ def _group(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker
 
 
 def _wait_for(jobs: Jobs, timeout_s: float) -> None:
-    """Wait for all; the first failure is raised at once, not when the slowest rank is done."""
-    pending, deadline = list(jobs), time.monotonic() + timeout_s
+    """Wait for all; the first failure is raised at once, not when the slowest rank is done. What takes long is said."""
+    pending, started = list(jobs), time.monotonic()
     while pending:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        left = max(0.0, started + timeout_s - time.monotonic())
+        ready, pending = ray.wait(pending, num_returns=1, timeout=min(left, SECONDS_OF_SILENCE))
+        if not ready and left > SECONDS_OF_SILENCE:
+            more = f", and {len(pending) - 1} more" if len(pending) > 1 else ""
+            logger.info("not done after %.0f s: %s%s", time.monotonic() - started, jobs[pending[0]], more)
+            continue
         if not ready:
             late = "; ".join(jobs[reference] for reference in pending)
             raise CallTimeoutError(f"not done after run.timeout_s={timeout_s:g}: {late}")
@@ -204,6 +213,8 @@ def _environment(config: Config) -> dict[str, str]:
     environment = {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": str(config.run.seed)}
     # Threads that wait for others spin by default, and take the cores from the ranks beside them.
     environment |= {"OMP_WAIT_POLICY": "PASSIVE"}
+    # torch warns of host names that it cannot look up, which it does not need.
+    environment |= {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     # How many threads add up a sum changes its last digits: a number that the user gives holds on every machine.
     num_threads = os.environ.get("OMP_NUM_THREADS", "")
     return environment | ({"OMP_NUM_THREADS": num_threads} if num_threads.isdigit() and int(num_threads) else {})

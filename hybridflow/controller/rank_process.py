@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 
 import ray
@@ -90,12 +93,17 @@ class RankProcess:
         # Ray's own check waits for process 1 as the parent, which it never is under systemd's user sessions and the like.
         end_with_parent()
         os.environ.update(place.environment)
+        prepare_console(logging.INFO if place.rank == 0 else logging.WARNING)
         if os.path.isdir(place.folder):
             os.chdir(place.folder)
         self.place = place
         self.workers: dict[str, Worker] = {}
         self.listening: socket.socket | None = None
         self.has_process_group = False
+
+    def __repr__(self) -> str:
+        """What Ray puts before each line that this process writes, in place of the name of the class."""
+        return f"{self.place.pool} rank {self.place.rank}"
 
     def meeting_place(self) -> str:
         """`host:port` of this rank, for the ranks of the pool to meet at. The port is this rank's from here on."""
@@ -179,6 +187,17 @@ class RankProcess:
         cause = str(error) if isinstance(error, HybridflowError) else "".join(traceback.format_exception(error)[1:])
         named = f"{type(error).__name__}: {cause}" if isinstance(error, HybridflowError) else cause
         return WorkerError(role=role, rank=self.place.rank, node=self.node(), method=method, cause=named)
+
+
+def prepare_console(level: int) -> None:
+    """Write this package's log to stderr, which Ray takes to the console. Lines begin with the time, as the command's do."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log = logging.getLogger("hybridflow")
+    log.setLevel(level)
+    log.handlers = [handler]
+    log.propagate = False  # libraries that a role imports may have given the root logger a handler
+    warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled", category=UserWarning)  # torch's compiler
 
 
 def _marked_method(worker_class: type[Worker], name: str) -> RemoteMethod[Worker, ..., object]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from hybridflow.config.schema import Config
 from hybridflow.controller.cluster import cluster, is_in_copied_folder
 from hybridflow.controller.launch import algorithm_class, all_roles, launched
 from hybridflow.controller.loop import Loop
-from hybridflow.controller.placement import placement_lines
+from hybridflow.controller.placement import device_type, placement_lines
 from hybridflow.errors import ConfigError, Mistake
 
 logger = logging.getLogger("hybridflow")
@@ -25,6 +27,8 @@ def run(config: Config) -> None:
     """
     started = time.perf_counter()
     folder = Path(config.run.folder)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
     with cluster(config):
         for line in placement_lines(config, all_roles(config)):
             logger.info(line)
@@ -37,6 +41,8 @@ def run(config: Config) -> None:
                 "%d training and %d validation prompts; %d steps", data.num_prompts, data.num_validation_prompts, total_steps
             )
             logger.info("ready for the first step after %.1f s", time.perf_counter() - started)
+            if device_type(config) == "cuda":
+                logger.info("the first step compiles kernels: it may take half a minute more than the following ones")
             Loop(config, groups, algorithm, total_steps=total_steps).run()
     logger.info("done: everything is in %s", folder)
 
