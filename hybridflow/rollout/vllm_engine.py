@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # vLLM 0.24 reads it when it is imported
 from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import LinearBase
@@ -43,6 +46,16 @@ SHARED_MEMORY = Path("/dev/shm")
 OFFSET_PER_TOKEN = 4
 """By which a kernel of random numbers moves a generator of CUDA."""
 draw_token_by_token: Callable[..., torch.Tensor] | None = getattr(topk_topp_sampler, "random_sample", None)
+SPEAK_OF_INTERNALS = (
+    "config.vllm",  # that eager means no compiling
+    "engine.arg_utils",  # that the random state of this process is used; that prompts are not taken in chunks
+    "platforms.cpu",  # which parts a CPU does without
+    "triton_utils.jit_monitor",  # that the first step compiles kernels
+    "utils.jit_monitor",  # the same in 0.32
+    "v1.engine.input_processor",  # that prompts should come through classes that other releases lack
+    "v1.worker.cpu_worker",  # which allocators could be preloaded
+)
+"""Loggers of vLLM whose warnings tell our users nothing that they could act on."""
 FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -57,9 +70,8 @@ class VllmEngine(Engine):
         self.logprobs_mode = str(arguments["logprobs_mode"])
         self.unlisted = "flat_logprobs" in SamplingParams.__struct_fields__
         """Log-probabilities come as flat lists: no object per token."""
-        logger.info(
-            "vLLM: loading %s, %s", spec.model, "eager" if arguments["enforce_eager"] else "compiling, capturing CUDA graphs"
-        )
+        building = "compiling and capturing CUDA graphs: about a minute the first time, 20 s with vLLM's compile cache"
+        logger.info("vLLM: loading %s, %s", spec.model, "eager" if arguments["enforce_eager"] else building)
         _prepare_process(spec)
         with _kept_random_state(), _groups_of(spec.layout):  # vLLM seeds the generators of the whole process
             self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -227,6 +239,8 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
+    if "use_tqdm_on_load" in known:  # a bar becomes dozens of lines on its way through Ray
+        arguments["use_tqdm_on_load"] = False
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = int(spec.cpu_cache_gib * 2**30)
         # A prompt in several chunks breaks requests with a seed on CPU: vLLM winds their generators back by
@@ -257,11 +271,11 @@ def _is_one_of_many(spec: EngineSpec) -> bool:
 
 def _prepare_process(spec: EngineSpec) -> None:
     """What vLLM has no arguments for."""
+    _silence_internals()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights arrive as tensors, requests without a socket
     if dist.is_initialized():
         os.environ["RANK"] = str(dist.get_rank())
         os.environ["LOCAL_RANK"] = str(spec.device.index or 0)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if importlib.util.find_spec("flashinfer") is None:  # a dependency of vLLM that not every machine has a build of
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if spec.device.type == "cuda" and draw_token_by_token is not None:
@@ -330,6 +344,19 @@ def _keep_process_groups(engine: LLMEngine) -> None:
     finalizer = vars(engine.engine_core).get("_finalizer")
     if isinstance(finalizer, weakref.finalize):
         finalizer.detach()
+
+
+def _silence_internals() -> None:
+    """Keep from the console what tells our users nothing; whoever asks for another level of vLLM's log gets it all."""
+    if os.environ["VLLM_LOGGING_LEVEL"] != "WARNING":
+        return
+    for name in SPEAK_OF_INTERNALS:
+        logging.getLogger(f"vllm.{name}").addFilter(_is_error)  # levels do not survive that vLLM 0.32 starts its log anew
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _quieten() -> None:

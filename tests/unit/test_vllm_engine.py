@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,3 +166,38 @@ def test_rows_without_a_seed_are_drawn_as_vllm_does() -> None:
     with torch.random.fork_rng():
         assert draw_at_once(probs_BV, {}).tolist() == [0, 1, 2]
         assert draw_at_once(probs_BV, {1: torch.Generator().manual_seed(0)}).tolist() == [0, 1, 2]
+
+
+ONE_ANSWER = """
+import sys
+from hybridflow.rollout.vllm_engine import VllmEngine
+from tests.unit.test_engine_contract import prompts, requests, spec_of
+from tests.unit.test_vllm_engine import GREEDY
+
+engine = VllmEngine(spec_of(sys.argv[1]))
+engine.generate(requests(prompts(1), GREEDY))
+engine.close()
+"""
+
+
+def written(model: str, environment: dict[str, str]) -> str:
+    """What a process that builds an engine and asks it once writes to the console."""
+    command = [sys.executable, "-c", ONE_ANSWER, model]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    ended = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=True)
+    return ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_vllm_is_silent_where_nothing_is_wrong_unless_asked_to_speak(folders: tuple[str, str]) -> None:
+    silent = written(folders[0], {})
+    assert [word for word in ("INFO ", "WARNING ", "FutureWarning", "Loading safetensors") if word in silent] == [], silent
+    speaking = written(folders[0], {"VLLM_LOGGING_LEVEL": "INFO"})
+    assert "INFO " in speaking and "The global random seed" in speaking
+
+
+def test_the_users_options_hold_over_ours(folders: tuple[str, str]) -> None:
+    from hybridflow.rollout.vllm_engine import _arguments
+
+    assert _arguments(spec_of(folders[0]))["use_tqdm_on_load"] is False
+    assert _arguments(spec_of(folders[0], options={"use_tqdm_on_load": True}))["use_tqdm_on_load"] is True
