@@ -1,0 +1,37 @@
+"""Ctrl-C at any time: the run ends soon, says what the same command would do, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.ray.processes import StartedProcess, training, wait_until
+from tests.ray.runs import Toy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+def after_first_step(run: StartedProcess, folder: Path) -> None:
+    run.wait_for(folder / "metrics.jsonl")
+
+
+def while_roles_are_built(run: StartedProcess, folder: Path) -> None:
+    wait_until(lambda: "building actor" in run.log.read_text(), run.log.read_text)
+
+
+@pytest.mark.parametrize("moment", [while_roles_are_built, after_first_step])
+def test_ctrl_c_ends_the_run_soon(toy: Toy, tmp_path: Path, moment: Callable[[StartedProcess, Path], None]) -> None:
+    endless = ["run.total_steps=100000", "trackers.names=[jsonl]"]
+    with training([str(toy.config), f"run.folder={tmp_path / 'run'}", *endless], tmp_path / "log") as run:
+        moment(run, tmp_path / "run")
+        started = time.monotonic()
+        os.kill(run.driver.pid, signal.SIGINT)
+        assert run.wait() == 130, run.log.read_text()
+        assert time.monotonic() - started < 30
+        assert "Stopped. There is no checkpoint yet: the same command starts anew." in run.log.read_text()
+        wait_until(lambda: not run.working(), lambda: "\n".join(run.working()))
