@@ -46,7 +46,10 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, is_dry_run: 
     for layer in layers:
         settings.apply(layer)
     settings.apply(read_overrides(overrides, settings.mistakes))
+    num_mistakes = len(settings.mistakes)
     values = resolve(settings)
+    if unread:  # what an interpolation refers to may be there
+        del settings.mistakes[num_mistakes:]
     algorithm = _algorithm_of(values, settings) if not unread or settings.place_of("algorithm.name") else None
     options = keys_of(algorithm.config_class, "algorithm") if algorithm else []
     builder = Builder(settings.place_of, [*KNOWN_KEYS, *options], aliases=verl_keys.stands_for())

@@ -117,13 +117,8 @@ def test_of_a_file_that_cannot_be_read_nothing_is_missed(tmp_path: Path, text: s
     assert file in found
     # Its algorithm, pools, and tokenizer may be such that nothing of this is a mistake.
     model = model_folder(tmp_path / "model", without="tokenizer.json")
-    unclear = [
-        f"model.path={model}",
-        "rollout.tensor_parallel=3",
-        "algorithm.steps=3",
-        "reward.options.x=1",
-        "data.train_weights=3",
-    ]
+    unclear = [f"model.path={model}", "critic.path=${actor.folder}", "rollout.tensor_parallel=3", "data.train_weights=3"]
+    unclear += ["algorithm.steps=3", "reward.options.x=1"]
     assert len(mistakes_of(unclear, file)) == 1
     clear = ["run.seed=-1", "reward.path=/absent.py", "rollout.engine=torhc", "no.key=3", "algorithm=grpo", "algorithm.steps=3"]
     assert len(mistakes_of(clear, file)) == 1 + 5
