@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_is_pending = threading.Event()
+_lost: list[bool] = []
+"""Not empty while a Ctrl-C has not arrived. A handler that took a lock could interrupt itself while it has it."""
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def noticed() -> Iterator[None]:
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    _is_pending.clear()
+    seen()
     signal.signal(signal.SIGINT, _note)
     try:
         yield
@@ -33,16 +34,16 @@ def noticed() -> Iterator[None]:
 
 def raise_if_lost() -> None:
     """Raise the KeyboardInterrupt that nobody has seen, in the main thread."""
-    if _is_pending.is_set() and threading.current_thread() is threading.main_thread():
+    if _lost and threading.current_thread() is threading.main_thread():
         seen()
         raise KeyboardInterrupt
 
 
 def seen() -> None:
     """What was raised has arrived: the run is ending."""
-    _is_pending.clear()
+    _lost.clear()
 
 
 def _note(signal_number: int, frame: FrameType | None) -> None:
-    _is_pending.set()
+    _lost.append(True)
     raise KeyboardInterrupt

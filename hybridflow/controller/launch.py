@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from hybridflow import registry
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.config.schema import Config
-from hybridflow.controller import planning
+from hybridflow.controller import interrupts, planning
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import RolePlace, device_type, places, start_pool
@@ -131,6 +131,7 @@ def launched(config: Config) -> Iterator[Launched]:
         try:
             yield Launched(groups, placed, log, dataset, engine_sleeps=plan.engine_sleeps)
         except BaseException:
+            interrupts.seen()
             _close_quickly(groups)
             raise
         for worker in groups.values():
@@ -190,6 +191,7 @@ def _wait_for(jobs: Jobs, timeout_s: float) -> None:
     """Wait for all; the first failure is raised at once, not when the slowest rank is done. What takes long is said."""
     pending, started = list(jobs), time.monotonic()
     while pending:
+        interrupts.raise_if_lost()
         left = max(0.0, started + timeout_s - time.monotonic())
         ready, pending = ray.wait(pending, num_returns=1, timeout=min(left, SECONDS_OF_SILENCE))
         if not ready and left > SECONDS_OF_SILENCE:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.schema import Config
+from hybridflow.controller import interrupts
 from hybridflow.controller.cluster import cluster, is_in_copied_folder
 from hybridflow.controller.launch import algorithm_class, all_roles, launched
 from hybridflow.controller.loop import Loop
@@ -29,7 +30,7 @@ def run(config: Config) -> None:
     folder = Path(config.run.folder)
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
-    with cluster(config):
+    with interrupts.noticed(), cluster(config):
         for line in placement_lines(config, all_roles(config)):
             logger.info(line)
         prepare_folder(folder, config)

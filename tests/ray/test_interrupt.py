@@ -35,3 +35,11 @@ def test_ctrl_c_ends_the_run_soon(toy: Toy, tmp_path: Path, moment: Callable[[St
         assert time.monotonic() - started < 30
         assert "Stopped. There is no checkpoint yet: the same command starts anew." in run.log.read_text()
         wait_until(lambda: not run.working(), lambda: "\n".join(run.working()))
+
+
+def test_a_ctrl_c_that_python_forgets_ends_the_run_too(toy: Toy, tmp_path: Path) -> None:
+    settings = ["run.total_steps=100000", "trackers.names=[jsonl]", "algorithm.name=tests.ray.forgetful:Forgetful"]
+    with training([str(toy.config), f"run.folder={tmp_path / 'run'}", *settings], tmp_path / "log") as run:
+        assert run.wait() == 130, run.log.read_text()
+        assert "Exception ignored in" in run.log.read_text(), "the test itself: it arrived"
+        assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1, "it ended in the second step"

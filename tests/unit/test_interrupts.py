@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
 import pytest
 
 from hybridflow.controller import interrupts
-
-
-class InterruptedAtItsEnd:
-    """Ctrl-C comes while this is being finalized, where Python forgets it."""
-
-    def __del__(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(1000):  # the handler runs between two of these
-            pass
+from tests.ray.forgetful import InterruptedAtItsEnd
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
