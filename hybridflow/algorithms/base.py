@@ -14,7 +14,7 @@ import numpy as np
 from hybridflow import ops
 from hybridflow.algorithms.respond import respond
 from hybridflow.batch import Batch
-from hybridflow.config.ranges import POSITIVE
+from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE
 from hybridflow.errors import Mistake
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.workers.remote import CombinedFuture, Future
@@ -48,6 +48,24 @@ class ImportanceOptions:
     def importance_correction(self) -> ImportanceCorrection | None:
         """For a loss; None where neither a bound nor a mask is set."""
         return ops.importance_correction(self.importance_cap, self.importance_level, self.importance_mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions(ImportanceOptions):
+    """To inherit from: how a step's rows become updates of a policy with a clipped ratio."""
+
+    prompts_per_update: Annotated[int, COUNT] | None = None
+    """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
+    epochs: Annotated[int, COUNT] = 1
+    """Passes over the step's rows."""
+    clip: tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]] = (0.2, 0.2)
+    """The probability ratio is kept within [1 - low, 1 + high]."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def is_on_policy(self, run: RunConfig) -> bool:
+        """Whether a step makes a single update, for which the policy's own log-probabilities are the old ones."""
+        return self.epochs == 1 and self.prompts_per_update in (None, run.data.prompts_per_step)
 
 
 class Algorithm(ABC):

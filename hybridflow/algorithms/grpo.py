@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm, ImportanceOptions, check_prompts_per_update
+from hybridflow.algorithms.base import Algorithm, PolicyOptions, check_prompts_per_update
 from hybridflow.batch import Batch
-from hybridflow.config.ranges import AT_LEAST_TWO, COUNT, NOT_NEGATIVE
+from hybridflow.config.ranges import AT_LEAST_TWO, NOT_NEGATIVE
 from hybridflow.errors import Mistake
 from hybridflow.metrics import Metrics
 
@@ -24,23 +24,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ImportanceOptions):
+class Config(PolicyOptions):
     """Options of GRPO."""
 
     responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 8
     """Responses generated to each prompt: the group whose mean is the baseline."""
-    prompts_per_update: Annotated[int, COUNT] | None = None
-    """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one on-policy update."""
-    epochs: Annotated[int, COUNT] = 1
-    """Passes over the step's rows."""
-    clip: tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]] = (0.2, 0.2)
-    """The probability ratio is kept within [1 - low, 1 + high]."""
     scale_by_std: bool = True
     """Divide by the group's standard deviation; False is Dr. GRPO, arXiv:2503.20783."""
     kl_coefficient: Annotated[float, NOT_NEGATIVE] = 0.001
     """Weight of the k3 KL to the reference policy, added to the loss; 0 needs no reference."""
-    entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
     """How token losses become one number."""
 
@@ -59,7 +51,7 @@ class GRPO(Algorithm):
         rows = prompts.repeat(self.config.responses_per_prompt)
         rows, scores = self.respond(rows, self.rollout, self.reward)  # scores begin while others still generate
         pending = [scores]  # the rest of them overlaps with the calls below where they do not share ranks
-        if not self.is_on_policy:
+        if not self.config.is_on_policy(self.run):
             pending.append(self.actor.log_probs.start(rows))
         if self.config.kl_coefficient:
             pending.append(self.reference.log_probs.start(rows))
@@ -72,11 +64,6 @@ class GRPO(Algorithm):
         calls = [self.actor.update.start(part, loss=self.policy_loss()) for part in parts]
         return Metrics.merged(call.result() for call in calls)
 
-    @property
-    def is_on_policy(self) -> bool:
-        """Whether the step makes a single update, for which the policy's own log-probabilities are the old ones."""
-        return self.config.epochs == 1 and self.config.prompts_per_update in (None, self.run.data.prompts_per_step)
-
     def policy_loss(self) -> ops.PolicyLoss:
         """The clipped surrogate with one advantage for all tokens of a response."""
         return ops.PolicyLoss(
@@ -85,7 +72,7 @@ class GRPO(Algorithm):
             kl_estimator="k3",
             entropy_coefficient=self.config.entropy_coefficient,
             advantage="advantage",
-            old_log_probs="current" if self.is_on_policy else "log_probs",
+            old_log_probs="current" if self.config.is_on_policy(self.run) else "log_probs",
             aggregation=self.config.loss_aggregation,
             max_tokens=self.run.data.max_response_tokens,
             correction=self.config.importance_correction,

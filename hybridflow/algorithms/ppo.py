@@ -1,6 +1,7 @@
 """PPO: a critic's values turn rewards into advantages of every token, and the policy moves within a clip.
 
 Schulman et al. 2017, arXiv:1707.06347, eq. 7; KL to a reference in the reward, Ouyang et al. 2022, arXiv:2203.02155, eq. 2.
+Where a step makes one update and the reward has no KL in it, the update's own log-probabilities are the old ones: a pass less.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm, ImportanceOptions, check_prompts_per_update
+from hybridflow.algorithms.base import Algorithm, PolicyOptions, check_prompts_per_update
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import ABOVE_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 from hybridflow.errors import Mistake
@@ -30,29 +31,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ImportanceOptions):
+class Config(PolicyOptions):
     """Options of PPO."""
 
     responses_per_prompt: Annotated[int, COUNT] = 1
     """Responses generated to each prompt."""
-    prompts_per_update: Annotated[int, COUNT] | None = None
-    """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
-    epochs: Annotated[int, COUNT] = 1
-    """Passes over the step's rows."""
     gamma: Annotated[float, SHARE] = 1.0
     """Discount per token."""
     gae_lambda: Annotated[float, SHARE] = 1.0
     """Between one-step (0) and whole-response (1) estimates of advantages."""
     whiten_advantages: bool = True
     """Shift and scale the step's advantages to mean 0 and variance 1 over all tokens."""
-    clip: tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]] = (0.2, 0.2)
-    """The probability ratio is kept within [1 - low, 1 + high]."""
     dual_clip: Annotated[float, ABOVE_ONE] | None = None
     """Bound of the ratio where the advantage is negative; null for none."""
     value_clip: Annotated[float, POSITIVE] | None = 0.5
     """Values may move this far from those of collection; null for any distance."""
-    entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
     kl_in: Literal["reward", "loss", "none"] = "reward"
     """Where the KL to the reference counts: in each token's reward, in the loss, or nowhere (no reference is loaded)."""
     kl_coefficient: Annotated[float, NOT_NEGATIVE] = 0.001
@@ -68,7 +61,8 @@ class Config(ImportanceOptions):
     critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps at the start in which only the critic learns."""
     old_log_probs: Literal["actor", "rollout"] = "actor"
-    """Denominator of the ratio: recomputed by the actor, or as the engine returned them (saves a forward pass)."""
+    """Denominator of the ratio: the actor's, computed before the updates only where a step has several or `kl_in: reward` needs
+    them, or as the engine returned them (saves that forward pass)."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """How token losses become one number."""
 
@@ -93,7 +87,7 @@ class PPO(Algorithm):
         rows = prompts.repeat(self.config.responses_per_prompt)
         rows, scores = self.respond(rows, self.rollout, self.reward)  # scores begin while others still generate
         pending = [scores, self.critic.values.start(rows)]  # roles on different pools overlap
-        if self.config.old_log_probs == "actor":
+        if self.old_log_probs == "log_probs":
             pending.append(self.actor.log_probs.start(rows))
         if self.config.kl_in != "none":
             pending.append(self.reference.log_probs.start(rows))
@@ -109,6 +103,15 @@ class PPO(Algorithm):
         metrics = Metrics.merged([self.steer_kl(batch), *(call.result() for call in calls)])
         return metrics + Metrics({"critic/explained_variance": ops.explained_variance(metrics, prefix="critic/")})
 
+    @property
+    def old_log_probs(self) -> Literal["log_probs", "rollout_log_probs", "current"]:
+        """Denominator of the ratio. The actor's are the current ones, and cost no pass, where the policy is updated once or, in
+        the critic's warm-up, not at all; the KL in the reward is needed before."""
+        if self.config.old_log_probs == "rollout":
+            return "rollout_log_probs"
+        is_settled = self.step <= self.config.critic_warmup_steps or self.config.is_on_policy(self.run)
+        return "current" if is_settled and self.config.kl_in != "reward" else "log_probs"
+
     def advantages(self) -> TokenAdvantages:
         """GAE over token rewards that carry the KL penalty, computed where the values are."""
         return TokenAdvantages(
@@ -117,7 +120,7 @@ class PPO(Algorithm):
             whiten=self.config.whiten_advantages,
             kl_coefficient=self.kl.coefficient if self.config.kl_in == "reward" else 0.0,
             kl_estimator=self.config.kl_estimator,
-            log_probs="log_probs" if self.config.old_log_probs == "actor" else "rollout_log_probs",
+            log_probs="log_probs" if self.old_log_probs == "log_probs" else "rollout_log_probs",
         )
 
     def policy_loss(self) -> ops.PolicyLoss:
@@ -128,7 +131,7 @@ class PPO(Algorithm):
             entropy_coefficient=self.config.entropy_coefficient,
             kl_coefficient=self.config.kl_coefficient if self.config.kl_in == "loss" else 0.0,
             kl_estimator=self.config.kl_estimator,
-            old_log_probs="log_probs" if self.config.old_log_probs == "actor" else "rollout_log_probs",
+            old_log_probs=self.old_log_probs,
             aggregation=self.config.loss_aggregation,
             max_tokens=self.run.data.max_response_tokens,
             correction=self.config.importance_correction,
@@ -151,8 +154,7 @@ class PPO(Algorithm):
 
     @classmethod
     def unused_roles(cls, run: RunConfig) -> set[str]:
-        options = run.algorithm.options
-        return {"reference"} if isinstance(options, Config) and options.kl_in == "none" else set()
+        return {"reference"} if isinstance(run.algorithm.options, Config) and run.algorithm.options.kl_in == "none" else set()
 
     @classmethod
     def check(cls, run: RunConfig) -> list[Mistake]:
