@@ -83,11 +83,10 @@ def _attention_of(kernel_for: Callable[[torch.Tensor], Kernel]) -> Callable[...,
 
 
 def _refuse_what_would_be_ignored(spans: RowSpans, sliding_window: int | None, others: dict[str, object]) -> None:
-    if sliding_window is not None and spans.max_tokens > sliding_window:
-        raise ModelError(
-            f"a row has {spans.max_tokens} tokens and the model attends to the last {sliding_window} only (sliding window), "
-            "which packed attention does not do. Keep prompt and response within the window, or use another model"
-        )
+    assert sliding_window is None or spans.max_tokens <= sliding_window, (
+        f"a row has {spans.max_tokens} tokens and a layer attends to the last {sliding_window} only, which packed attention "
+        "does not do; load_causal_lm refuses such models"
+    )
     for name in ("softcap", "s_aux"):
         if others.get(name) is not None:
             raise ModelError(f"the model's attention uses {name}, which packed attention does not do. Use another model")

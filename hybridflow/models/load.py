@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ class ModelSource:
     """Name under which transformers finds the attention; see `attention.implementation`."""
     dtype: torch.dtype
     """Of the parameters."""
+    max_row_tokens: int | None = None
+    """Tokens of the longest row, prompt and response together; None where no rows will be computed."""
     trust_remote_code: bool = False
 
 
@@ -43,9 +45,10 @@ def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False) -> PreTrai
     """The model on the CPU, ready for training without dropout; a skeleton has its shapes but no values (meta device).
 
     Raises:
-        ModelError: the folder or name holds no causal language model that can be trained on packed rows.
+        ModelError: the folder or name holds no causal language model that can be trained on packed rows of that length.
     """
     config = load_config(source.path, trust_remote_code=source.trust_remote_code)
+    _check_window(config, source)  # before the weights are read, which takes long
     with _explained(source.path, "a causal language model"):
         model = _skeleton(source, config) if is_skeleton else _with_weights(source, config)
     _check_trainable(model, source.path)
@@ -141,6 +144,25 @@ def _check_trainable(model: PreTrainedModel, path: str) -> None:
         raise ModelError(f"{path!r} ({type(model).__name__}) has no linear output layer over a vocabulary, so it is no policy")
     if model.base_model is model:
         raise ModelError(f"{path!r} ({type(model).__name__}) does not separate its backbone from its output layer")
+
+
+def _check_window(config: PretrainedConfig, source: ModelSource) -> None:
+    """Refuse rows beyond a sliding window before there are any: packed attention sees a row from its beginning."""
+    window = _sliding_window(config.get_text_config().to_dict())
+    if window is not None and source.max_row_tokens is not None and source.max_row_tokens > window:
+        raise ModelError(
+            f"{source.path!r} attends to the last {window} tokens only (sliding window), which packed attention does not do, "
+            f"and rows may have {source.max_row_tokens} tokens (data.max_prompt_tokens + data.max_response_tokens). Lower these "
+            f"to {window} together, or use another model"
+        )
+
+
+def _sliding_window(settings: Mapping[str, object]) -> int | None:
+    """Tokens that a layer with a sliding window sees; None where no layer has one. Without `layer_types` all layers do."""
+    layer_types, window = settings.get("layer_types"), settings.get("sliding_window")
+    is_used = settings.get("use_sliding_window") is not False
+    has_such_layers = not isinstance(layer_types, list) or "sliding_attention" in layer_types
+    return window if isinstance(window, int) and is_used and has_such_layers else None
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:

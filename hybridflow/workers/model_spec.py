@@ -42,6 +42,7 @@ def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.d
         path=path or config.model.path,
         attention=implementation(config.model.attention, context.device, compute_dtype(config, context.device)),
         dtype=dtype,
+        max_row_tokens=config.max_model_tokens,
         trust_remote_code=config.model.trust_remote_code,
     )
     return ModelSpec(

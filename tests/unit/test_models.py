@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from hybridflow.batch import Ragged
 from hybridflow.errors import ModelError
@@ -18,8 +29,9 @@ from hybridflow.models.load import ModelSource, load_causal_lm, load_tokenizer
 from hybridflow.models.lora import Adapters
 from hybridflow.models.packing import pack
 from hybridflow.parallel.layout import Layout
+from hybridflow.workers.model_spec import frozen_model, trained_model
 from tests.toy import make_tiny_model
-from tests.training_rows import random_batch
+from tests.training_rows import context_of, random_batch, training_config
 
 CPU = torch.device("cpu")
 LENGTHS = [(3, 5), (1, 120), (50, 1), (9, 0), (9, 9), (2, 7)]
@@ -177,3 +189,52 @@ def test_layers_that_would_be_computed_wrongly_are_refused(tmp_path: Path) -> No
     config_file.write_text(json.dumps(settings | {"layer_types": ["full_attention", "chunked_attention"]}))
     with pytest.raises(ModelError, match="layers of type chunked_attention"):
         load(str(tmp_path))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+QWEN_WINDOW = {**SMALL, "use_sliding_window": True, "sliding_window": 96}
+
+
+def build_skeleton(config: PretrainedConfig, folder: Path, *, max_row_tokens: int | None) -> None:
+    """As a rank does that reads no weights."""
+    config.save_pretrained(folder)
+    source = ModelSource(path=str(folder), attention=NAME, dtype=torch.float32, max_row_tokens=max_row_tokens)
+    load_causal_lm(source, is_skeleton=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=96), id="all layers"),
+        pytest.param(Qwen2Config(**QWEN_WINDOW, max_window_layers=1), id="the second of two layers"),
+        pytest.param(Qwen3MoeConfig(**QWEN_WINDOW, num_key_value_heads=2), id="all layers, switched on"),
+    ],
+)
+def test_rows_longer_than_a_sliding_window_are_refused_when_the_model_is_built(
+    tmp_path: Path, config: PretrainedConfig
+) -> None:
+    build_skeleton(config, tmp_path, max_row_tokens=96)
+    build_skeleton(config, tmp_path, max_row_tokens=None)
+    with pytest.raises(ModelError, match=r"the last 96 tokens only.*rows may have 97 tokens.*Lower these to 96 together"):
+        build_skeleton(config, tmp_path, max_row_tokens=97)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None), id="null"),
+        pytest.param(LlamaConfig(**SMALL), id="no such setting"),
+        pytest.param(Qwen2Config(**{**QWEN_WINDOW, "use_sliding_window": False}), id="switched off"),
+        pytest.param(Qwen2MoeConfig(**{**QWEN_WINDOW, "use_sliding_window": False}), id="switched off, window 0"),
+        pytest.param(Qwen2Config(**QWEN_WINDOW, max_window_layers=2), id="in no layer"),
+    ],
+)
+def test_a_window_that_no_layer_has_refuses_nothing(tmp_path: Path, config: PretrainedConfig) -> None:
+    build_skeleton(config, tmp_path, max_row_tokens=97)
+
+
+def test_models_of_a_run_are_built_for_its_longest_rows(tiny_model: str) -> None:
+    config = training_config(tiny_model)
+    tokens = config.data.max_prompt_tokens + config.data.max_response_tokens
+    for spec in (trained_model(config, context_of("actor"), None), frozen_model(config, context_of("reference"), None)):
+        assert spec.source.max_row_tokens == tokens
