@@ -29,9 +29,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import Qwen2ForCausalLM
 
 from benchmarks.record import circumstances
 from benchmarks.shapes import SHAPES, Shape, make_model, make_prompts
+from hybridflow.models.heads import ValueModel
+from hybridflow.models.policy import PolicyModel
+from hybridflow.workers.utilisation import FlopsPerToken, flops_per_token
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 WARM_UP_STEPS = 2
@@ -48,7 +52,6 @@ class Workload:
     prompts: int
     response_tokens: int
     responses_per_prompt: int = 1
-    trained_models: int = 2
     gpus: int = 1
     overrides: Mapping[str, object] = field(default_factory=dict)
 
@@ -83,7 +86,6 @@ WORKLOADS = {
         prompts=64,
         response_tokens=512,
         responses_per_prompt=8,
-        trained_models=1,
         overrides=GRPO | ONE_H200,
     ),
     "W4": Workload(
@@ -91,7 +93,6 @@ WORKLOADS = {
         prompts=128,
         response_tokens=1024,
         responses_per_prompt=8,
-        trained_models=1,
         gpus=4,
         overrides=GRPO | FOUR_H200,
     ),
@@ -123,10 +124,23 @@ def read_steps(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def training_flops(shape: Shape, steps: list[dict[str, float]], workload: Workload) -> float:
-    """Floating-point operations of the updates of one step, as 6 per parameter and token, of all trained models."""
-    tokens = statistics.median(step["tokens_per_second"] * step["seconds/step"] for step in steps)
-    return 6.0 * shape.num_parameters * tokens * workload.trained_models
+def flops_of_roles(shape: Shape) -> dict[str, FlopsPerToken]:
+    """What a token costs each role that may be trained."""
+    with torch.device("meta"):
+        causal_lm = Qwen2ForCausalLM(shape.config())
+        causal_lm.tie_weights()
+        models = {"actor": PolicyModel(causal_lm, chunk_tokens=1), "critic": ValueModel(causal_lm)}
+    return {role: flops_per_token(model) for role, model in models.items()}
+
+
+def training_flops(roles: Mapping[str, FlopsPerToken], step: Mapping[str, float]) -> float:
+    """Floating-point operations of the updates of one step, of all trained models."""
+    prompt_share = step["prompt/tokens_mean"] / step["response/tokens_mean"]
+    total = 0.0
+    for role, flops in roles.items():
+        response_tokens = step.get(f"{role}/tokens", 0.0)
+        total += flops.of(response_tokens * (1 + prompt_share), response_tokens)
+    return total
 
 
 def summary(shape: Shape, workload: Workload, steps: list[dict[str, float]]) -> dict[str, float]:
@@ -136,7 +150,9 @@ def summary(shape: Shape, workload: Workload, steps: list[dict[str, float]]) -> 
     medians = {name: statistics.median(step.get(name, 0.0) for step in measured) for name in [*names, "tokens_per_second"]}
     updating = sum(medians.get(f"seconds/{role}.update", 0.0) for role in ("actor", "critic"))
     if updating:
-        medians["training_utilisation"] = training_flops(shape, measured, workload) / updating / workload.gpus / PEAK_FLOPS
+        roles = flops_of_roles(shape)
+        flops = statistics.median(training_flops(roles, step) for step in measured)
+        medians["training_utilisation"] = flops / updating / workload.gpus / PEAK_FLOPS
     medians["seconds/step_min"] = min(step["seconds/step"] for step in measured)
     medians["seconds/step_max"] = max(step["seconds/step"] for step in measured)
     return medians

@@ -25,14 +25,6 @@ class Shape:
     vocabulary: int
     tied: bool
 
-    @property
-    def num_parameters(self) -> int:
-        """Of matrices, embeddings included once where they are tied."""
-        head = self.hidden // self.heads
-        attention = self.hidden * head * (2 * self.heads + 2 * self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
-
     def config(self) -> Qwen2Config:
         """The model's configuration."""
         return Qwen2Config(

@@ -114,8 +114,8 @@ class TrainingCore:
             "skipped_updates": Metric(float(is_skipped and self.context.rank == 0), kind="sum"),
         }
         if self.peak_flops is not None:
-            flops = self.flops_per_token * microbatches.num_tokens / self.context.layout.sequence
-            counted["mfu"] = utilisation(flops, seconds, self.peak_flops)
+            flops = self.flops_per_token.of(microbatches.num_tokens, len(microbatches.response.values))
+            counted["mfu"] = utilisation(flops / self.context.layout.sequence, seconds, self.peak_flops)
         return (to_metrics(metrics) + Metrics(counted)).prefixed(self.context.role)
 
     def _accumulate_gradients(

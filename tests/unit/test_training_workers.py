@@ -56,8 +56,9 @@ def test_utilisation_counts_the_tokens_and_weights_of_an_update(model_path: str,
     actor = actor_of(training_config(model_path))
     monkeypatch.setattr("hybridflow.workers.training.time.perf_counter", lambda: next(ticks))
     metrics = actor.update(random_batch([(3, 5), (1, 1)], seed=0), loss=LOSS)
-    num_weights = sum(weight.numel() for weight in actor.model.parameters())
-    assert metrics["actor/mfu"] == pytest.approx(6 * num_weights * 10 / (2.0 * 1e9))
+    # Two layers of 64 x (64 + 32 + 32 + 64) and 3 x 64 x 128 for 10 tokens; the output layer for 6 tokens of responses.
+    products = 73_728 * 10 + 64 * actor.model.causal_lm.config.vocab_size * 6
+    assert metrics["actor/mfu"] == pytest.approx(6 * products / (2.0 * 1e9))
 
 
 def assert_same_training(found: tuple[ActorWorker, list[Metrics]], expected: tuple[ActorWorker, list[Metrics]]) -> None:
