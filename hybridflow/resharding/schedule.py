@@ -1,4 +1,7 @@
-"""The shortest schedule of sends from one layout of weights to another. Pure Python."""
+"""The shortest schedule of sends from one layout of weights to another. Pure Python.
+
+A reference: syncs carry out the plan of `buckets`, which tests compare with this.
+"""
 
 from __future__ import annotations
 

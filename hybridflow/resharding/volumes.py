@@ -1,4 +1,7 @@
-"""What a change of layout costs each rank, in closed form. HybridFlow (arXiv:2409.19256), table 2."""
+"""What a change of layout costs each rank, in closed form. HybridFlow (arXiv:2409.19256), table 2.
+
+A reference that the schedule is tested against; no sync reads it.
+"""
 
 from __future__ import annotations
 
