@@ -152,8 +152,8 @@ def _check_window(config: PretrainedConfig, source: ModelSource) -> None:
     if window is not None and source.max_row_tokens is not None and source.max_row_tokens > window:
         raise ModelError(
             f"{source.path!r} attends to the last {window} tokens only (sliding window), which packed attention does not do, "
-            f"and rows may have {source.max_row_tokens} tokens (data.max_prompt_tokens + data.max_response_tokens). Lower these "
-            f"to {window} together, or use another model"
+            f"and rows may have {source.max_row_tokens} tokens (data.max_prompt_tokens + data.max_response_tokens). Lower "
+            f"these to {window} together, or use another model"
         )
 
 
