@@ -68,6 +68,9 @@ class Response:
     log_probs: npt.NDArray[np.float32] | None
     """Shape [R], in nats; None where not asked for."""
     finish_reason: FinishReason
+    num_cached_tokens: int = 0
+    """Of the prompt: those whose keys and values were there already, computed for an earlier request. Zero also where an engine
+    does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)

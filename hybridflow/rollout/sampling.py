@@ -87,7 +87,8 @@ def draw(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """One token for each row by the inverse of its cumulative distribution, at a number in [0, 1) as `uniform` gives.
 
     Probabilities need not add up to one. First the block of K tokens is found among N, then the token in it, so that running
-    sums in float64 are short. A token of probability zero is never drawn. Returns int64 of shape [B].
+    sums in float64 are short. A token of probability zero is never drawn, unless its row is not finite or all zeros. Returns
+    int64 of shape [B].
     """
     num_rows, num_tokens = probs_BV.shape
     num_in_block = _num_in_block(num_tokens)
@@ -95,13 +96,13 @@ def draw(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     sums_BN = probs_BNK.sum(-1, dtype=torch.float64)
     up_to_BN = sums_BN.cumsum(-1)
     target_B1 = uniform_B[:, None] * up_to_BN[:, -1:]
-    block_B1 = torch.searchsorted(up_to_BN, target_B1, right=True)
+    block_B1 = torch.searchsorted(up_to_BN, target_B1, right=True).clamp_(max=sums_BN.shape[1] - 1)
     sum_B1 = sums_BN.gather(1, block_B1)
     below_B1 = up_to_BN.gather(1, block_B1) - sum_B1
     share_B1 = ((target_B1 - below_B1) / sum_B1).clamp_(0.0, LARGEST_UNIFORM)
     in_block_BK = probs_BNK.gather(1, block_B1[..., None].expand(-1, 1, num_in_block)).squeeze(1)
     up_to_BK = in_block_BK.cumsum(-1, dtype=torch.float64)
-    place_B1 = torch.searchsorted(up_to_BK, share_B1 * up_to_BK[:, -1:], right=True)
+    place_B1 = torch.searchsorted(up_to_BK, share_B1 * up_to_BK[:, -1:], right=True).clamp_(max=num_in_block - 1)
     return (block_B1 * num_in_block + place_B1).squeeze(1)
 
 

@@ -116,12 +116,12 @@ class EngineThread:
             self._changed.wait_for(lambda: self._is_closed or self._unanswered or self._submitted)
             if self._is_closed:
                 return False
-            if self._admits_while_running or not self._unanswered:
-                while self._submitted:
-                    for request, future in self._submitted[0]:
-                        self._admit(request, future)
-                    self._submitted.popleft()
-                    self._changed.notify_all()
+            # Of ranks that share an engine, one may see two submissions where another sees the first alone: they take one.
+            while self._submitted and (self._admits_while_running or not self._unanswered):
+                for request, future in self._submitted[0]:
+                    self._admit(request, future)
+                self._submitted.popleft()
+                self._changed.notify_all()
             return True
 
     def _admit(self, request: Request, future: Future[Response]) -> None:

@@ -1,7 +1,8 @@
 """Do engine and trainer agree on a few tokens? The check of the first syncs, and where weights cannot be read back.
 
-The engine answers the same fixed prompt after every sync, long enough to fill blocks of its prefix cache, so that a
-cache left over from older weights shows as well.
+The engine answers the same fixed prompt after every sync, long enough to fill blocks of its prefix cache: a cache left over
+from older weights shows in the number of tokens that the engine took from it, however little the weights have moved. Of engines
+that do not tell that number it shows in the log-probabilities, where the weights have moved by more than the tolerance.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
     prompt = np.random.default_rng(0).integers(0, SMALLEST_VOCABULARY, prompt_tokens, dtype=np.int32)
     sampling = Sampling(temperature=config.rollout.temperature or 1.0, max_tokens=response_tokens, ignore_eos=True)
     (response,) = engine.generate([Request(id=0, prompt=prompt, sampling=sampling, seed=config.run.seed)])
+    if response.num_cached_tokens:
+        raise WeightMismatchError(
+            f"after the weight sync the engine of {context.role} rank {context.rank} took {response.num_cached_tokens} of "
+            f"{len(prompt)} probe tokens from its prefix cache, which holds keys and values of older weights. Look at the "
+            "engine's forget_prefixes"
+        )
     assert response.log_probs is not None, "the engine left out log-probabilities that were asked for"
     row = Batch.from_columns(
         {

@@ -134,6 +134,8 @@ def test_a_response_does_not_depend_on_its_neighbours(engine: Engine) -> None:
     alone = [engine.generate([request])[0] for request in asked[:5]]
     assert tokens_of(alone) == tokens_of(together[:5])
     assert tokens_of(engine.generate(asked[::-1])[::-1]) == tokens_of(together)
+    greedy = [replace(request, id=100 + request.id, sampling=replace(RANDOM, temperature=0.0)) for request in asked[:3]]
+    assert tokens_of(engine.generate([greedy[0], *asked, *greedy[1:]])[1:21]) == tokens_of(together)
 
 
 def test_another_seed_gives_another_response(engine: Engine) -> None:

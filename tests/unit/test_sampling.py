@@ -195,3 +195,12 @@ def test_the_ends_of_the_interval_draw_no_token_that_was_cut(number: float) -> N
     probs_BV[:, -700:] = 0.0
     tokens_B = draw(probs_BV, torch.full((20,), number, dtype=torch.float64))
     assert (probs_BV.gather(1, tokens_B[:, None]) > 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_row_without_a_distribution_gives_some_token_and_no_index_out_of_range(value: float) -> None:
+    probs_BV = torch.full((3, 600), value)
+    probs_BV[1] = torch.eye(600)[5]
+    tokens_B = draw(probs_BV, torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64))
+    assert tokens_B[1] == 5
+    assert ((tokens_B >= 0) & (tokens_B < 600)).all()

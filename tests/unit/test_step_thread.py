@@ -132,10 +132,9 @@ def test_requests_join_those_that_run() -> None:
     long = thread.submit([request(1, max_tokens=50)])[0]
     short = thread.submit([request(2, max_tokens=1)])[0]
     engine.may_step.set()
-    short.result(10)
-    assert not long.done() or engine.num_steps < 60
-    long.result(10)
-    assert engine.num_steps <= 51
+    short.result(10), long.result(10)
+    assert engine.admitted[1][0] < 50, "it did not wait for the end of the first"
+    assert engine.num_steps == 50
     thread.close()
 
 
@@ -148,6 +147,17 @@ def test_ranks_that_share_an_engine_start_requests_only_when_it_is_idle() -> Non
         time.sleep(0.001)
     second = thread.submit([request(2, max_tokens=1)])[0]
     engine.may_step.set()
+    first.result(10), second.result(10)
+    assert engine.admitted == [(0, 1), (5, 2)]
+    thread.close()
+
+
+def test_ranks_that_share_an_engine_start_one_submission_at_a_time() -> None:
+    engine = CountingEngine(layout=Layout(tensor=2))
+    thread = EngineThread(engine)
+    with thread._changed:  # both are there before the thread looks, on another rank they may not be
+        first = thread.submit([request(1, max_tokens=5)])[0]
+        second = thread.submit([request(2, max_tokens=5)])[0]
     first.result(10), second.result(10)
     assert engine.admitted == [(0, 1), (5, 2)]
     thread.close()

@@ -159,13 +159,26 @@ def test_draws_at_once_depend_on_seed_and_number_of_the_token_alone() -> None:
     assert draw_at_once(probs_BV[2:], {0: dropped}).tolist() == tokens[2:]
 
 
-def test_rows_without_a_seed_are_drawn_as_vllm_does() -> None:
+def test_rows_without_a_seed_are_drawn_as_vllm_does_and_change_nothing_for_others() -> None:
     from hybridflow.rollout.vllm_engine import draw_at_once
 
-    probs_BV = torch.eye(3)
+    probs_BV = torch.rand(4, 1000, generator=torch.Generator().manual_seed(0))
+    probs_BV[1] = torch.eye(1000)[17]
     with torch.random.fork_rng():
-        assert draw_at_once(probs_BV, {}).tolist() == [0, 1, 2]
-        assert draw_at_once(probs_BV, {1: torch.Generator().manual_seed(0)}).tolist() == [0, 1, 2]
+        assert draw_at_once(probs_BV[1:2], {}).tolist() == [17]
+        tokens = draw_at_once(probs_BV, {row: Counting(row, 3) for row in (3, 0, 2)}).tolist()
+    alone = [draw_at_once(probs_BV[row : row + 1], {0: Counting(row, 3)}).item() for row in (0, 2, 3)]
+    assert tokens == [alone[0], 17, *alone[1:]]
+
+
+def test_an_engine_tells_how_much_of_a_prompt_it_took_from_its_cache(engine: VllmEngine) -> None:
+    engine.forget_prefixes()
+    (prompt,) = (np.resize(prompt, 200) for prompt in prompts(1))
+    asked = [Request(id=0, prompt=prompt, sampling=Sampling(max_tokens=2), seed=1)]
+    first, second = engine.generate(asked)[0], engine.generate(asked)[0]
+    assert (first.num_cached_tokens, second.num_cached_tokens > 100) == (0, True)
+    engine.forget_prefixes()
+    assert engine.generate(asked)[0].num_cached_tokens == 0
 
 
 ONE_ANSWER = """
