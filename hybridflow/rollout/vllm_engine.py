@@ -295,6 +295,9 @@ def draw_at_once(probs_BV: torch.Tensor, generators: dict[int, torch.Generator],
 
     A generator only counts its tokens here; where vLLM drops one it winds it back, by as much as a kernel would have moved it.
     """
+    assert draw_token_by_token is not None
+    if not generators:
+        return draw_token_by_token(probs_BV, generators, *options)
     if len(generators) < len(probs_BV):
         return _draw_apart(probs_BV, generators, *options)
     in_order = [generators[row] for row in range(len(probs_BV))]
@@ -312,8 +315,7 @@ def _draw_apart(probs_BV: torch.Tensor, generators: dict[int, torch.Generator], 
     assert draw_token_by_token is not None
     seeded, others = sorted(generators), [row for row in range(len(probs_BV)) if row not in generators]
     tokens_B = torch.empty(len(probs_BV), dtype=torch.int64, device=probs_BV.device)
-    if seeded:
-        tokens_B[seeded] = draw_at_once(probs_BV[seeded], {place: generators[row] for place, row in enumerate(seeded)})
+    tokens_B[seeded] = draw_at_once(probs_BV[seeded], {place: generators[row] for place, row in enumerate(seeded)})
     tokens_B[others] = draw_token_by_token(probs_BV[others], {}, *options)
     return tokens_B
 
