@@ -56,9 +56,6 @@ SPEAK_OF_INTERNALS = (
     "v1.worker.cpu_worker",  # which allocators could be preloaded
 )
 """Loggers of vLLM whose warnings tell our users nothing that they could act on."""
-forward_cpu: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = getattr(
-    topk_topp_sampler.TopKTopPSampler, "forward_cpu", None
-)
 FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -284,8 +281,6 @@ def _prepare_process(spec: EngineSpec) -> None:
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if spec.device.type == "cuda" and draw_token_by_token is not None:
         topk_topp_sampler.random_sample = draw_at_once
-    if spec.device.type == "cpu" and forward_cpu is not None:
-        topk_topp_sampler.TopKTopPSampler.forward_cpu = _forward_apart
 
 
 def draw_at_once(probs_BV: torch.Tensor, generators: dict[int, torch.Generator], *options: object) -> torch.Tensor:
@@ -318,30 +313,6 @@ def _draw_apart(probs_BV: torch.Tensor, generators: dict[int, torch.Generator], 
     tokens_B[seeded] = draw_at_once(probs_BV[seeded], {place: generators[row] for place, row in enumerate(seeded)})
     tokens_B[others] = draw_token_by_token(probs_BV[others], {}, *options)
     return tokens_B
-
-
-def _forward_apart(
-    sampler: torch.nn.Module,
-    logits_BV: torch.Tensor,
-    generators: dict[int, torch.Generator],
-    top_k_B: torch.Tensor | None,
-    top_p_B: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """In place of vLLM's sampler on the CPU, which (seen in 0.32) forgets the seeds of all rows where one row has none."""
-    assert forward_cpu is not None
-    seeded, others = sorted(generators), [row for row in range(len(logits_BV)) if row not in generators]
-    if not seeded or not others:
-        return forward_cpu(sampler, logits_BV, generators, top_k_B, top_p_B)
-    tokens_B = torch.empty(len(logits_BV), dtype=torch.int64)
-    shown_BV: torch.Tensor | None = None
-    for rows, own in ((seeded, {place: generators[row] for place, row in enumerate(seeded)}), (others, {})):
-        cuts = (None if cut_B is None else cut_B[rows] for cut_B in (top_k_B, top_p_B))
-        tokens, shown = forward_cpu(sampler, logits_BV[rows], own, *cuts)
-        tokens_B[rows] = tokens.long()
-        if shown is not None:
-            shown_BV = torch.empty(logits_BV.shape, dtype=shown.dtype) if shown_BV is None else shown_BV
-            shown_BV[rows] = shown
-    return tokens_B, shown_BV
 
 
 def _draws_at_no_cost(engine: LLMEngine) -> bool:
