@@ -170,10 +170,12 @@ def test_the_line_of_a_step_has_numbers_phases_and_speed():
     assert speed == "step 2.1s  tokens/s 12,345"
 
 
+CROWDED = METRICS + Metrics({"critic/loss": 0.5, "actor/grad_norm": 1.0, "agreement/mean": 0.01, "actor/mfu": 0.5})
+
+
 def test_what_does_not_fit_into_the_line_of_a_step_is_what_matters_least():
-    crowded = METRICS + Metrics({"critic/loss": 0.5, "actor/grad_norm": 1.0, "agreement/mean": 0.01, "actor/mfu": 0.5})
-    assert len(step_line(crowded, max_characters=500)) > 140
-    short = step_line(crowded, max_characters=80)
+    assert len(step_line(CROWDED, max_characters=500)) > 140
+    short = step_line(CROWDED, max_characters=80)
     assert len(short) <= 80
     assert "reward 0.413" in short and "step 2.1s" in short and "critic loss" not in short
 
@@ -211,7 +213,7 @@ def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path, capsys:
     tracker = ConsoleTracker(config(tmp_path), 100, 0)
     tracker.log(0, Metrics({"validation/reward/mean": 0.1}))
     tracker.log(1, METRICS)
-    tracker.log(2, METRICS)
+    tracker.log(2, CROWDED)  # with its head and end, more than a line holds
     tracker.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["validation at step 0", "step 1/100", "step 2/100"]
