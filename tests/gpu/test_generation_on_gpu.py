@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Sampling
-from hybridflow.rollout.torch_engine import TorchEngine
+from hybridflow.rollout.sampling import uniform
 from tests.toy import make_tiny_model
 
 pytestmark = [
@@ -24,6 +25,9 @@ NUM_REQUESTS = 40
 MOST_CHANGED = 4
 """Responses that rounding may change: bfloat16 kernels differ with the number of rows, and a token near the border of two falls
 to the other side."""
+MOST_OUTSIDE, LARGEST_STEP = 0.3, 0.15
+"""Share of the tokens that rounding moves across a border of the float32 model, and by how much probability. The torch engine
+in bfloat16 has 0.16 and 0.05; numbers of other places or seeds would give 0.8 and 0.9."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,24 @@ def test_seeds_decide_whatever_is_generated_beside_them(engine: Engine) -> None:
     assert sum(ours != theirs for ours, theirs in zip(alone, expected, strict=False)) <= 1
 
 
-def test_the_torch_engine_draws_the_same_tokens(engine: Engine, model: str) -> None:
+@torch.no_grad()
+def test_tokens_are_those_that_the_seeds_name(engine: Engine, model: str) -> None:
+    """As the torch engine's are: the number of a seed and place lies between the probabilities up to the token, by a model in
+    float32, give or take what bfloat16 changes."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).cuda()
+    outside: list[float] = []
     asked = requests()
-    expected = [response.tokens.tolist() for response in TorchEngine(spec(model)).generate(asked)]
-    assert changed(engine, asked, expected) <= MOST_CHANGED
+    for response in engine.generate(asked):
+        request = asked[response.id]
+        tokens = torch.from_numpy(np.concatenate([request.prompt, response.tokens])).long().cuda()
+        probs_LV = reference(tokens[None]).logits[0, len(request.prompt) - 1 : -1].double().softmax(-1)
+        numbers_L = torch.from_numpy(
+            uniform(np.full(len(response.tokens), request.seed, np.uint64), np.arange(len(response.tokens)))
+        ).cuda()
+        chosen_L1 = tokens[len(request.prompt) :, None]
+        above_L = probs_LV.cumsum(-1).gather(1, chosen_L1).squeeze(1)
+        below_L = above_L - probs_LV.gather(1, chosen_L1).squeeze(1)
+        outside += torch.maximum(below_L - numbers_L, numbers_L - above_L).clamp(min=0).tolist()
+    assert len(outside) == NUM_REQUESTS * RANDOM.max_tokens
+    assert np.count_nonzero(outside) <= MOST_OUTSIDE * len(outside)
+    assert max(outside) <= LARGEST_STEP
