@@ -3,9 +3,10 @@
     python -m benchmarks.generation --shape 0.5b --requests 64 512
     python -m benchmarks.generation --shape tiny --engine torch --device cpu --requests 16 --tokens 32
 
-Every request has its own seed and asks for log-probabilities, as in training. Where vLLM pays for seeds, as its first model
-runner does, two passes more show what: without seeds, and on CUDA with seeds and vLLM's own drawing. Repetitions of the
-passes alternate, so that a host that drifts hits all alike; the first of each warms up. Other engines have one pass.
+Every request has its own seed and asks for log-probabilities, as in training. With vLLM further passes show what parts of ours
+are worth: its scheduler before every token; and where it pays for seeds, as its first model runner does, no seeds, and on CUDA
+seeds with its own drawing. Repetitions of the passes alternate, so that a host that drifts hits all alike; the first of each
+warms up. Other engines have one pass.
 
 Prints seconds and tokens per second, and writes every repetition to benchmarks/results/generation_SHAPE_ENGINE.json.
 """
@@ -71,6 +72,7 @@ def passes_of(engine: Engine, options: argparse.Namespace) -> Passes:
     from hybridflow.rollout.vllm_engine import VllmEngine, draw_token_by_token
 
     assert isinstance(engine, VllmEngine)
+    passes["a seed each, every token scheduled"] = without_rounds
     if engine.heeds_seeds:
         return passes
     engine.heeds_seeds = True
@@ -78,6 +80,19 @@ def passes_of(engine: Engine, options: argparse.Namespace) -> Passes:
     if options.device == "cuda" and draw_token_by_token is not None:
         passes["a seed each, vLLM's drawing"] = drawn_by_vllm
     return passes
+
+
+@contextmanager
+def without_rounds() -> Iterator[None]:
+    """vLLM's scheduler runs before every token."""
+    from hybridflow.rollout import vllm_scheduler
+
+    ours = vllm_scheduler.STEPS_OF_A_ROUND
+    vllm_scheduler.STEPS_OF_A_ROUND = 1
+    try:
+        yield
+    finally:
+        vllm_scheduler.STEPS_OF_A_ROUND = ours
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, R
 from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.sampling import draw, mixed_seed, uniform
 from hybridflow.rollout.stopping import end_of_sequence_ids
+from hybridflow.rollout.vllm_scheduler import RoundScheduler
 
 logger = logging.getLogger("hybridflow")
 
@@ -50,6 +51,7 @@ OFFSET_PER_TOKEN = 4
 draw_token_by_token: Callable[..., torch.Tensor] | None = getattr(topk_topp_sampler, "random_sample", None)
 keep_all_log_probs: Callable[..., None] | None = getattr(LogprobsProcessor, "_update_sample_logprobs", None)
 SPEAK_OF_INTERNALS = (
+    "config.scheduler",  # that the scheduler is not its own
     "config.vllm",  # that eager means no compiling
     "engine.arg_utils",  # that the random state of this process is used; that prompts are not taken in chunks
     "platforms.cpu",  # which parts a CPU does without
@@ -243,6 +245,8 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
+    if "scheduler_cls" in known:
+        arguments["scheduler_cls"] = RoundScheduler
     if "use_tqdm_on_load" in known:  # a bar becomes dozens of lines on its way through Ray
         arguments["use_tqdm_on_load"] = False
     if on_cpu:

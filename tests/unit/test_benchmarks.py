@@ -64,16 +64,21 @@ def test_an_engine_that_always_heeds_seeds_has_one_pass(tmp_path: Path, monkeypa
 
 
 @pytest.mark.vllm
-def test_vllm_has_a_pass_without_seeds_and_one_with_its_own_drawing() -> None:
+def test_vllm_has_passes_for_each_part_of_ours() -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     from vllm.v1.sample.ops import topk_topp_sampler
 
+    from hybridflow.rollout import vllm_scheduler
     from hybridflow.rollout.vllm_engine import VllmEngine, draw_token_by_token
 
     engine = VllmEngine.__new__(VllmEngine)  # not started: only its seeds matter here
     engine.heeds_seeds = False  # as of the first model runner, started without seeds
     passes = generation.passes_of(engine, options_of("vllm", "cuda"))
-    assert list(passes) == ["a seed each", "no seeds", "a seed each, vLLM's drawing"]
+    every_token = "a seed each, every token scheduled"
+    assert list(passes) == ["a seed each", every_token, "no seeds", "a seed each, vLLM's drawing"]
+    with passes[every_token]():
+        assert vllm_scheduler.STEPS_OF_A_ROUND == 1
+    assert vllm_scheduler.STEPS_OF_A_ROUND > 1
     with passes["a seed each"]():
         assert engine.heeds_seeds
     with passes["no seeds"]():
@@ -90,13 +95,14 @@ def test_vllm_has_a_pass_without_seeds_and_one_with_its_own_drawing() -> None:
 
 
 @pytest.mark.vllm
-def test_vllm_that_pays_nothing_for_seeds_has_one_pass() -> None:
+def test_vllm_that_pays_nothing_for_seeds_has_no_pass_for_them() -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     from hybridflow.rollout.vllm_engine import VllmEngine
 
     engine = VllmEngine.__new__(VllmEngine)
     engine.heeds_seeds = True  # although it was started without seeds
-    assert list(generation.passes_of(engine, options_of("vllm", "cuda"))) == ["a seed each"]
+    passes = generation.passes_of(engine, options_of("vllm", "cuda"))
+    assert list(passes) == ["a seed each", "a seed each, every token scheduled"]
 
 
 def test_several_ranks_are_repeated_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
