@@ -39,7 +39,6 @@ from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, R
 from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.sampling import draw, mixed_seed, uniform
 from hybridflow.rollout.stopping import end_of_sequence_ids
-from hybridflow.rollout.vllm_scheduler import RoundScheduler
 
 logger = logging.getLogger("hybridflow")
 
@@ -246,7 +245,7 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "disable_log_stats": True,
     }
     if "scheduler_cls" in known:
-        arguments["scheduler_cls"] = RoundScheduler
+        arguments["scheduler_cls"] = _scheduler()
     if "use_tqdm_on_load" in known:  # a bar becomes dozens of lines on its way through Ray
         arguments["use_tqdm_on_load"] = False
     if on_cpu:
@@ -265,6 +264,16 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         # vLLM's own all-reduce asks about all devices of its ranks; where each process sees one, NCCL's takes its place.
         arguments["disable_custom_all_reduce"] = torch.cuda.device_count() < spec.layout.tensor
     return arguments | spec.options
+
+
+def _scheduler() -> type | None:
+    """Ours, or None for vLLM's own, which then looks at every token, where a release has moved what ours is made of."""
+    try:
+        from hybridflow.rollout.vllm_scheduler import RoundScheduler
+    except ImportError as error:
+        logger.warning("vLLM's own scheduler runs before every token, which is slower: %s", error)
+        return None
+    return RoundScheduler
 
 
 def _is_one_of_many(spec: EngineSpec) -> bool:

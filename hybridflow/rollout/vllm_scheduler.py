@@ -28,7 +28,7 @@ Outputs = dict[int, Any]
 """Of each client; there is one here."""
 
 
-class RoundScheduler(AsyncScheduler):
+class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's scheduler with repeated decode steps."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -72,8 +72,10 @@ class RoundScheduler(AsyncScheduler):
         requests = [self.requests[name] for name in step.num_scheduled_tokens]
         if any(request.is_prefill_chunk or request.sampling_params.stop for request in requests):
             return 0  # a stop string is found in the text, where tokens after it would stay
-        room = min(self.max_model_len - 1 - request.num_computed_tokens for request in requests)
-        needed = max(request.num_prompt_tokens + request.max_tokens - 1 - request.num_computed_tokens for request in requests)
+        room: int = min(self.max_model_len - 1 - request.num_computed_tokens for request in requests)
+        needed: int = max(
+            request.num_prompt_tokens + request.max_tokens - 1 - request.num_computed_tokens for request in requests
+        )
         return max(0, min(STEPS_OF_A_ROUND - 1, room, needed))
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Outputs:

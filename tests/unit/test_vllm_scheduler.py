@@ -16,7 +16,7 @@ import torch
 
 from tests.toy import make_tiny_model
 
-pytest.importorskip("vllm", reason="NOT RUN: no vLLM")
+pytest.importorskip("vllm", reason="vllm is not installed: rounds of its scheduler are NOT tested on this machine")
 
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -31,6 +31,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from hybridflow.rollout.vllm_scheduler import STEPS_OF_A_ROUND, RoundScheduler
 
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120)]
 BLOCK_SIZE = 16
 MAX_REQUESTS = 24
 MAX_TOKENS_OF_MODEL = 160
