@@ -81,7 +81,7 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Outputs:
         """What a step gave; nothing until the last one of its round is scheduled."""
         self.held.append((scheduler_output, model_runner_output))
-        if self.repetitions_left and self.step is not None and _is_same_round(scheduler_output, self.step):
+        if self.repetitions_left and self.step is not None and _is_same_round(self.held[0][0], self.step):
             return {}
         held, self.held = self.held, []
         outputs: Outputs = {}
