@@ -85,14 +85,14 @@ def passes_of(engine: Engine, options: argparse.Namespace) -> Passes:
 @contextmanager
 def without_rounds() -> Iterator[None]:
     """vLLM's scheduler runs before every token."""
-    from hybridflow.rollout import vllm_scheduler
+    from hybridflow.rollout.vllm_scheduler import RoundScheduler
 
-    ours = vllm_scheduler.STEPS_OF_A_ROUND
-    vllm_scheduler.STEPS_OF_A_ROUND = 1
+    ours = RoundScheduler.steps_of_a_round
+    RoundScheduler.steps_of_a_round = 1
     try:
         yield
     finally:
-        vllm_scheduler.STEPS_OF_A_ROUND = ours
+        RoundScheduler.steps_of_a_round = ours
 
 
 @contextmanager

@@ -244,7 +244,7 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
     }
-    if "scheduler_cls" in known:
+    if "scheduler_cls" in known and "speculative_config" not in spec.options:
         arguments["scheduler_cls"] = _scheduler()
     if "use_tqdm_on_load" in known:  # a bar becomes dozens of lines on its way through Ray
         arguments["use_tqdm_on_load"] = False
@@ -302,8 +302,8 @@ def _prepare_process(spec: EngineSpec) -> None:
 
 
 def keep_chosen_log_probs(processor: LogprobsProcessor, found: LogprobsLists) -> None:
-    """In place of a method of vLLM that also keeps ranks, texts and places of every token, which nobody reads here: a tenth of
-    the time of 512 requests, since generating them is bound by Python. Shape of the log-probabilities [tokens, 1]."""
+    """In place of a method of vLLM that also keeps ranks, texts, places and a sum for every token, which nobody reads here: a
+    tenth of the time of 512 requests, since generating them is bound by Python. Log-probabilities are [tokens, 1]."""
     is_chosen_only = processor.num_logprobs == 0 and hasattr(processor.logprobs, "logprobs")
     if is_chosen_only:
         processor.logprobs.logprobs.extend(found.logprobs[:, 0].tolist())

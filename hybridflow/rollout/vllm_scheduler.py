@@ -2,7 +2,7 @@
 
 vLLM decides before every token which requests run and what memory they get, and afterwards looks at every token, all in Python:
 for a model of 0.5B and 512 requests, three times as long as the GPU computes. While the same requests decode and nothing
-arrives, the next step is the last one with each request a token further; so memory is taken for several tokens, steps are
+arrives, the next step is the last one with each request a token further; so where memory is there for several tokens, steps are
 repeated, and their tokens are handed to vLLM together. Requests that end meanwhile compute a few tokens in vain.
 
 Written for 0.24 and 0.32, through `scheduler_cls` of vLLM's engine. A step with anything unknown in it is not repeated.
@@ -11,25 +11,32 @@ Written for 0.24 and 0.32, through `scheduler_cls` of vLLM's engine. A step with
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
-STEPS_OF_A_ROUND = 8
-"""One that is scheduled and its repetitions. A response that ends early computes half as many tokens in vain, on average."""
 REPEATED_FIELDS = {"num_scheduled_tokens", "total_num_scheduled_tokens", "num_common_prefix_blocks"}
+"""Of a step, what its repetitions have too."""
 MOVED_FIELDS = {"scheduled_cached_reqs", "finished_req_ids"}
-Outputs = dict[int, Any]
-"""Of each client; there is one here."""
+"""What they have otherwise. All other fields must be empty in a step that is repeated."""
+JOINED_FIELDS = {"req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "prompt_logprobs_dict"}
+"""Of a result, what is understood. All other fields must be empty in results that are joined."""
+Step = tuple[SchedulerOutput, ModelRunnerOutput]
+"""One that the model has done, and its result."""
 
 
 class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's scheduler with repeated decode steps."""
+
+    steps_of_a_round = 8
+    """One that is scheduled and its repetitions. A response that ends computes half as many tokens in vain, on average."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -37,37 +44,44 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         self.can_repeat = (
             self.num_spec_tokens == 0
             and self.connector is None
+            and not self.use_pp
             and all(type(group.kv_cache_spec) is FullAttentionSpec for group in groups)
         )
-        if self.can_repeat:
-            self.num_lookahead_tokens += STEPS_OF_A_ROUND - 1
         self.step: SchedulerOutput | None = None
         """The last one."""
         self.repetitions_left = 0
-        self.queues: tuple[int, ...] = ()
-        self.held: list[tuple[SchedulerOutput, ModelRunnerOutput]] = []
-        """Steps that the model has done and vLLM's scheduler not seen, oldest first."""
+        self.state: tuple[object, ...] = ()
+        self.held: list[Step] = []
+        """What vLLM's scheduler has not seen, oldest first."""
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """The next step: the last one with each request a token further, or what vLLM decides."""
-        if self.repetitions_left and self.queues == self._queues():
-            assert self.step is not None
+        if self.step is not None and self.repetitions_left and not self.finished_req_ids and self.state == self._state():
             self.step = _a_token_further(self.step)
             self.repetitions_left -= 1
             self._update_after_schedule(self.step)
-        else:
-            self.step = super().schedule(*args, **kwargs)
-            self.repetitions_left = self._num_repetitions(self.step)
-            self.queues = self._queues()
+            return self.step
+        has_room = self.can_repeat and self._has_room()
+        if self.can_repeat:
+            self.num_lookahead_tokens = self.steps_of_a_round - 1 if has_room else 0
+        self.step = super().schedule(*args, **kwargs)
+        self.repetitions_left = self._num_repetitions(self.step) if has_room else 0
+        self.state = self._state()
         return self.step
 
-    def _queues(self) -> tuple[int, ...]:
-        """Lengths, which change where a request arrives, ends or is sent back."""
-        return len(self.running), len(self.waiting)
+    def _state(self) -> tuple[object, ...]:
+        """What changes where a request arrives, ends or is sent back, or the scheduler is paused."""
+        return self.get_request_counts(), self._pause_state
+
+    def _has_room(self) -> bool:
+        """Whether memory for a round is there without taking it from others: else a step at a time, as vLLM does."""
+        num_blocks: int = len(self.running) * math.ceil(self.steps_of_a_round / self.block_size)
+        num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return 0 < num_blocks <= num_free
 
     def _num_repetitions(self, step: SchedulerOutput) -> int:
-        """How often a step can be repeated: memory and length of the model suffice, and at least one request needs it."""
-        if not self.can_repeat or not _is_decode(step):
+        """How often a step can be repeated: within the length of the model, and as far as at least one request needs it."""
+        if not _is_decode(step):
             return 0
         requests = [self.requests[name] for name in step.num_scheduled_tokens]
         if any(request.is_prefill_chunk or request.sampling_params.stop for request in requests):
@@ -76,21 +90,22 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         needed: int = max(
             request.num_prompt_tokens + request.max_tokens - 1 - request.num_computed_tokens for request in requests
         )
-        return max(0, min(STEPS_OF_A_ROUND - 1, room, needed))
+        return max(0, min(self.steps_of_a_round - 1, room, needed))
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Outputs:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
         """What a step gave; nothing until the last one of its round is scheduled."""
         self.held.append((scheduler_output, model_runner_output))
         if self.repetitions_left and self.step is not None and _is_same_round(self.held[0][0], self.step):
             return {}
         held, self.held = self.held, []
-        outputs: Outputs = {}
+        outputs: dict[int, EngineCoreOutputs] = {}
         for step, result in _joined(held):
             for client, found in super().update_from_output(step, result).items():
                 if client in outputs:
-                    outputs[client].outputs = [*outputs[client].outputs, *found.outputs]
-                else:
-                    outputs[client] = found
+                    found.outputs = [*outputs[client].outputs, *found.outputs]
+                outputs[client] = found
         return outputs
 
 
@@ -119,24 +134,17 @@ def _a_token_further(step: SchedulerOutput) -> SchedulerOutput:
     return dataclasses.replace(step, scheduled_cached_reqs=moved, finished_req_ids=set())
 
 
-def _joined(
-    steps: list[tuple[SchedulerOutput, ModelRunnerOutput]],
-) -> list[tuple[SchedulerOutput, ModelRunnerOutput]]:
+def _joined(steps: list[Step]) -> list[Step]:
     """Steps of one round as one with several tokens of each request, B requests and S steps, as vLLM knows it of speculative
-    decoding; as they are where a step differs from the others."""
-    results = [result for _, result in steps]
+    decoding; as they are where one of them is of another round or holds something else."""
     step, last = steps[-1]
     num_steps, num_requests = len(steps), len(last.req_ids)
-    is_regular = all(
-        _is_same_round(other, step)
-        and result.req_ids == last.req_ids
-        and all(len(tokens) == 1 for tokens in result.sampled_token_ids)
-        and len(result.sampled_token_ids) == num_requests
-        and (result.logprobs is None) == (last.logprobs is None)
-        for other, result in steps
+    is_round = all(
+        _is_same_round(other, step) and result.req_ids == last.req_ids and _is_a_token_each(result) for other, result in steps
     )
-    if num_steps == 1 or not is_regular:
+    if num_steps == 1 or not is_round:
         return steps
+    results = [result for _, result in steps]
     tokens_BS = [list(chain(*tokens)) for tokens in zip(*(result.sampled_token_ids for result in results), strict=True)]
     scheduled = dict.fromkeys(step.num_scheduled_tokens, num_steps)
     return [
@@ -147,14 +155,24 @@ def _joined(
     ]
 
 
+def _is_a_token_each(result: ModelRunnerOutput) -> bool:
+    others = {field.name for field in dataclasses.fields(result)} - JOINED_FIELDS
+    return (
+        len(result.sampled_token_ids) == len(result.req_ids)
+        and all(len(tokens) == 1 for tokens in result.sampled_token_ids)
+        and not any(result.prompt_logprobs_dict.values())
+        and not any(getattr(result, name) for name in others)
+    )
+
+
 def _joined_log_probs(results: list[ModelRunnerOutput]) -> LogprobsLists | None:
-    """Rows [B * S, ...] of all steps, those of a request side by side."""
+    """Rows [B * S, ...] of all steps, those of a request side by side; None where no request asks for them."""
     parts = [result.logprobs for result in results if result.logprobs is not None]
     if not parts:
         return None
-    num_requests = len(results[0].req_ids)
+    num_requests, num_steps = len(results[0].req_ids), len(parts)
     columns = [
         np.stack([column[:num_requests] for column in same], axis=1) for same in zip(*(part[:3] for part in parts), strict=True)
     ]
-    flat = [column.reshape(num_requests * len(parts), *column.shape[2:]) for column in columns]
-    return LogprobsLists(*flat, [number * len(parts) for number in range(num_requests)])
+    flat = [column.reshape(num_requests * num_steps, *column.shape[2:]) for column in columns]
+    return LogprobsLists(*flat, cu_num_generated_tokens=[number * num_steps for number in range(num_requests)])

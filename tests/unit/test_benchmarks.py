@@ -68,8 +68,8 @@ def test_vllm_has_passes_for_each_part_of_ours() -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from hybridflow.rollout import vllm_scheduler
     from hybridflow.rollout.vllm_engine import VllmEngine, draw_token_by_token
+    from hybridflow.rollout.vllm_scheduler import RoundScheduler
 
     engine = VllmEngine.__new__(VllmEngine)  # not started: only its seeds matter here
     engine.heeds_seeds = False  # as of the first model runner, started without seeds
@@ -77,8 +77,8 @@ def test_vllm_has_passes_for_each_part_of_ours() -> None:
     every_token = "a seed each, every token scheduled"
     assert list(passes) == ["a seed each", every_token, "no seeds", "a seed each, vLLM's drawing"]
     with passes[every_token]():
-        assert vllm_scheduler.STEPS_OF_A_ROUND == 1
-    assert vllm_scheduler.STEPS_OF_A_ROUND > 1
+        assert RoundScheduler.steps_of_a_round == 1
+    assert RoundScheduler.steps_of_a_round > 1
     with passes["a seed each"]():
         assert engine.heeds_seeds
     with passes["no seeds"]():

@@ -1,7 +1,7 @@
 """Rounds of decode steps: what vLLM's scheduler hands out with them is what it hands out without, request by request.
 
-A model that is only told positions stands in: its token depends on the request and the position, and it checks what a worker
-would read: that positions follow each other and have memory.
+A worker stands in whose token depends on all tokens before it, and which checks what it is told: tokens that resumed requests
+have said, positions, and that memory holds what was computed of these very tokens.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from hybridflow.rollout.vllm_scheduler import STEPS_OF_A_ROUND, RoundScheduler
+from hybridflow.rollout.vllm_scheduler import RoundScheduler
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120)]
 BLOCK_SIZE = 16
@@ -70,46 +71,53 @@ def scheduler_of(kind: type[AsyncScheduler], config: VllmConfig, *, num_blocks: 
     )
 
 
-def token_at(name: str, position: int) -> int:
-    """What the model says after this many tokens: a pure function, as with seeds; `END` once in 30 positions."""
-    number = (int(name) * 7919 + position * 104729) % 999_983
-    return END if number % 30 == 0 else 10 + number % 50
+def further(state: int, token: int) -> int:
+    """What is known after one token more: a pure function of all tokens so far, as keys and values are."""
+    return (state * 1_000_003 + token * 7919 + 12345) % (2**61 - 1)
+
+
+def token_after(state: int) -> int:
+    """What the model says: `END` once in 40 times."""
+    number = (state >> 7) % 1000
+    return END if number % 40 == 0 else 10 + number % 50
 
 
 @dataclass
 class Model:
-    """Holds what a worker knows of requests: their tokens computed so far and their memory."""
+    """A worker of vLLM's first or second model runner: holds tokens of requests, and what is written to memory."""
 
-    computed: dict[str, int] = field(default_factory=dict)
+    is_second: bool = False
+    tokens: dict[str, list[int]] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
-    said: dict[str, int] = field(default_factory=dict)
+    """Of prompts."""
     blocks: dict[str, list[int]] = field(default_factory=dict)
+    memory: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Of block and place: the state after the token there."""
+    in_last_step: set[str] = field(default_factory=set)
     num_steps: int = 0
 
     def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
         self.num_steps += 1
+        for name in step.finished_req_ids | ((step.preempted_req_ids or set()) if self.is_second else set()):
+            self.tokens.pop(name, None)
+        starts = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
         for new in step.scheduled_new_reqs:
-            self.computed[new.req_id], self.blocks[new.req_id] = new.num_computed_tokens, list(new.block_ids[0])
-            self.lengths[new.req_id] = len(new.prompt_token_ids)
+            assert new.req_id not in self.tokens, "the worker hears of the end of every request"
+            self.tokens[new.req_id] = list(new.prefill_token_ids if self.is_second else new.prompt_token_ids)
+            self.lengths[new.req_id], self.blocks[new.req_id] = len(new.prompt_token_ids), list(new.block_ids[0])
         known = step.scheduled_cached_reqs
-        assert known.num_output_tokens == [self.said.get(name, 0) for name in known.req_ids]
-        for name, number, blocks in zip(known.req_ids, known.num_computed_tokens, known.new_block_ids, strict=True):
-            if name in known.resumed_req_ids:
-                self.computed[name], self.blocks[name] = number, []
-            assert self.computed[name] == number, "positions follow each other"
-            self.blocks[name] += blocks[0] if blocks else []
+        for place, name in enumerate(known.req_ids):
+            starts[name] = known.num_computed_tokens[place]
+            blocks = known.new_block_ids[place]
+            self.blocks[name] = [*([] if name in known.resumed_req_ids else self.blocks[name]), *(blocks[0] if blocks else [])]
+            num_said = len(self.tokens[name]) - self.lengths[name]
+            assert self.is_second or known.num_output_tokens[place] == num_said
+            if not self.is_second and name not in self.in_last_step and num_said:
+                assert known.all_token_ids[name][-num_said:] == self.tokens[name][-num_said:], "what a resumed request has said"
         names = list(step.num_scheduled_tokens)
-        sampled: list[list[int]] = []
-        for name in names:
-            self.computed[name] += step.num_scheduled_tokens[name]
-            assert self.computed[name] <= MAX_TOKENS_OF_MODEL
-            assert self.computed[name] <= BLOCK_SIZE * len(self.blocks[name]), "every position has memory"
-            is_prompt_done = self.computed[name] >= self.lengths[name]
-            sampled.append([token_at(name, self.computed[name])] if is_prompt_done else [])
-            self.said[name] = self.said.get(name, 0) + is_prompt_done
-        used = [block for name in names for block in self.blocks[name][self.lengths[name] // BLOCK_SIZE :]]
-        assert len(set(used)) == len(used), "no two requests write to the same memory"
-        tokens_B1 = np.array([tokens or [0] for tokens in sampled])
+        self.in_last_step = set(names)
+        sampled = [self.compute(name, starts[name], starts[name] + step.num_scheduled_tokens[name]) for name in names]
+        tokens_B1 = np.array([tokens or [0] for tokens in sampled]).reshape(len(names), 1)
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
@@ -117,6 +125,21 @@ class Model:
             logprobs=LogprobsLists(tokens_B1, -tokens_B1.astype(np.float32), tokens_B1[:, 0]),
             prompt_logprobs_dict={},
         )
+
+    def compute(self, name: str, start: int, end: int) -> list[int]:
+        """The token after the last one that is known, if computed up to there."""
+        tokens, state = self.tokens[name], 1
+        assert end <= min(len(tokens), MAX_TOKENS_OF_MODEL)
+        for position in range(end):
+            state = further(state, tokens[position])
+            place = self.blocks[name][position // BLOCK_SIZE], position % BLOCK_SIZE
+            if position >= start:
+                self.memory[place] = state
+            assert self.memory[place] == state, "memory holds what was computed of these tokens"
+        if end < len(tokens):
+            return []
+        tokens.append(token_after(state))
+        return tokens[-1:]
 
 
 @dataclass
@@ -130,10 +153,12 @@ class Run:
 
 
 def request(name: int, *, prompt_tokens: int, max_tokens: int, ends: bool = True, **sampling: Any) -> Request:
+    """Prompts of every third request begin alike."""
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=[END] if ends else [], logprobs=0, **sampling)
+    prompt = [(7 * place + name % 3 + (name if place > 0.7 * prompt_tokens else 0)) % 50 for place in range(prompt_tokens)]
     return Request(
         request_id=str(name),
-        prompt_token_ids=[name % 50] * prompt_tokens,
+        prompt_token_ids=prompt,
         sampling_params=params,
         pooling_params=None,
         block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
@@ -142,7 +167,8 @@ def request(name: int, *, prompt_tokens: int, max_tokens: int, ends: bool = True
 
 def run(scheduler: AsyncScheduler, arrivals: dict[int, list[Request]], aborts: dict[int, str], *, depth: int) -> Run:
     """As vLLM's engine does: `depth` steps are under way (2: the next one is scheduled while one runs)."""
-    model, found, under_way = Model(), Run(), deque[tuple[SchedulerOutput, ModelRunnerOutput]]()
+    model, found = Model(is_second=scheduler.use_v2_model_runner), Run()
+    under_way = deque[tuple[SchedulerOutput, ModelRunnerOutput]]()
     number = 0
     while number <= max(arrivals) or scheduler.has_requests() or under_way:
         for arriving in arrivals.get(number, []):
@@ -173,9 +199,14 @@ def expected(arrivals: dict[int, list[Request]]) -> dict[str, list[int]]:
     responses = {}
     for arriving in (one for several in arrivals.values() for one in several):
         tokens: list[int] = []
+        state = 1
+        for token in arriving.prompt_token_ids:
+            state = further(state, token)
         most = min(arriving.max_tokens, MAX_TOKENS_OF_MODEL - arriving.num_prompt_tokens)
-        while len(tokens) < most and tokens[-1:] != [END]:
-            tokens.append(token_at(arriving.request_id, arriving.num_prompt_tokens + len(tokens)))
+        ends = bool(arriving.sampling_params.stop_token_ids)
+        while len(tokens) < most and not (ends and tokens[-1:] == [END]):
+            tokens.append(token_after(state))
+            state = further(state, tokens[-1])
         responses[arriving.request_id] = tokens
     return responses
 
@@ -191,19 +222,51 @@ def some_requests(seed: int, count: int = 80) -> dict[int, list[Request]]:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("num_blocks", [1000, 60])
+@pytest.mark.parametrize("num_blocks", [1000, 60, 25])
 @pytest.mark.parametrize("tokens_of_a_step", [64, MAX_REQUESTS])
+@pytest.mark.parametrize("is_second_runner", [False, True])
 def test_requests_get_their_tokens_with_and_without_rounds(
-    config: VllmConfig, depth: int, num_blocks: int, tokens_of_a_step: int
+    config: VllmConfig, depth: int, num_blocks: int, tokens_of_a_step: int, is_second_runner: bool
 ) -> None:
-    """Also where memory is short, so that requests are preempted, and where prompts come in chunks of single tokens."""
+    """Also where memory is short, so that requests are preempted, and where prompts come in small chunks."""
     config.scheduler_config.max_num_batched_tokens = tokens_of_a_step
-    for seed in range(4):
-        found = run(scheduler_of(RoundScheduler, config, num_blocks=num_blocks), some_requests(seed), {}, depth=depth)
+    for seed in range(3):
+        scheduler = scheduler_of(RoundScheduler, config, num_blocks=num_blocks)
+        scheduler.use_v2_model_runner = is_second_runner
+        found = run(scheduler, some_requests(seed), {}, depth=depth)
         assert found.tokens == expected(some_requests(seed))
         assert found.log_probs == {name: [-float(token) for token in tokens] for name, tokens in found.tokens.items()}
-        plain = run(scheduler_of(AsyncScheduler, config, num_blocks=num_blocks), some_requests(seed), {}, depth=depth)
-        assert found.reasons == plain.reasons
+    plain = run(scheduler_of(AsyncScheduler, config, num_blocks=num_blocks), some_requests(seed), {}, depth=depth)
+    assert found.reasons == plain.reasons
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_memory_that_suffices_without_rounds_suffices(config: VllmConfig, depth: int) -> None:
+    config.scheduler_config.max_num_batched_tokens = 64
+    for prompt_tokens, num_blocks in ((100, 9), (60, 4)):
+        max_tokens = num_blocks * BLOCK_SIZE - prompt_tokens
+        lone = {0: [request(1, prompt_tokens=prompt_tokens, max_tokens=max_tokens, ends=False)]}
+        scheduler = scheduler_of(RoundScheduler, config, num_blocks=num_blocks + 1)  # one is vLLM's own
+        assert run(scheduler, lone, {}, depth=depth).tokens == expected(lone)
+    several = {0: [request(name, prompt_tokens=64, max_tokens=64, ends=False) for name in range(1, 9)]}
+    assert run(scheduler_of(RoundScheduler, config, num_blocks=1 + 8 * 8), several, {}, depth=depth).tokens == expected(several)
+    assert sum(one.num_preemptions for one in several[0]) == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_arrivals_keep_no_answers_back(config: VllmConfig, depth: int) -> None:
+    scheduler = scheduler_of(RoundScheduler, config)
+    for name in range(1, MAX_REQUESTS + 1):
+        scheduler.add_request(request(name, prompt_tokens=1, max_tokens=100, ends=False))
+    model, under_way, num_answers = Model(), deque[tuple[SchedulerOutput, ModelRunnerOutput]](), 0
+    for number in range(60):
+        if number % 4 == 0:
+            scheduler.add_request(request(1000 + number, prompt_tokens=5, max_tokens=1, ends=False))
+        step = scheduler.schedule()
+        under_way.append((step, model.run(step)))
+        if len(under_way) == depth:
+            num_answers += bool(scheduler.update_from_output(*under_way.popleft()))
+    assert num_answers >= 60 // 8
 
 
 def count_of_schedules(monkeypatch: pytest.MonkeyPatch) -> list[None]:
@@ -222,7 +285,7 @@ def test_a_round_is_scheduled_once(config: VllmConfig, monkeypatch: pytest.Monke
     found = run(scheduler_of(RoundScheduler, config), long, {}, depth=2)
     assert [len(tokens) for tokens in found.tokens.values()] == [100] * 3
     assert found.num_steps <= 102, "no step in vain where all end together"
-    assert len(calls) <= found.num_steps // STEPS_OF_A_ROUND + 5
+    assert len(calls) <= found.num_steps // RoundScheduler.steps_of_a_round + 5
 
 
 def test_aborted_requests_end_and_the_others_go_on(config: VllmConfig) -> None:
@@ -258,6 +321,43 @@ def test_requests_that_arrive_within_a_round_do_not_wait_for_its_end(config: Vll
     assert steps[3].num_scheduled_tokens is steps[1].num_scheduled_tokens, "within a round"
     scheduler.add_request(request(2, prompt_tokens=10, max_tokens=100))
     assert scheduler.schedule().num_scheduled_tokens == {"1": 1, "2": 10}
+
+
+def test_the_worker_hears_of_an_abort_beside_an_arrival(config: VllmConfig) -> None:
+    config.scheduler_config.max_num_batched_tokens = 64
+    scheduler, heard = scheduler_of(RoundScheduler, config), set[str]()
+    for name in range(1, MAX_REQUESTS + 2):
+        scheduler.add_request(request(name, prompt_tokens=1, max_tokens=100, ends=False))
+    for _ in range(4):
+        heard |= scheduler.schedule().finished_req_ids
+    assert scheduler.repetitions_left
+    scheduler.finish_requests(str(MAX_REQUESTS + 1), RequestStatus.FINISHED_ABORTED)  # which waited
+    scheduler.add_request(request(99, prompt_tokens=1, max_tokens=100))
+    assert str(MAX_REQUESTS + 1) in scheduler.schedule().finished_req_ids
+
+
+def test_a_paused_scheduler_repeats_nothing(config: VllmConfig) -> None:
+    scheduler = scheduler_of(RoundScheduler, config)
+    scheduler.add_request(request(1, prompt_tokens=10, max_tokens=100, ends=False))
+    assert [scheduler.schedule().total_num_scheduled_tokens for _ in range(4)] == [10, 1, 1, 1]
+    assert scheduler.repetitions_left
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    assert scheduler.schedule().total_num_scheduled_tokens == 0
+
+
+def test_results_with_more_than_tokens_are_not_joined(config: VllmConfig) -> None:
+    """Log-probabilities of a prompt come with its last chunk, which may be a single token."""
+    config.scheduler_config.max_num_batched_tokens = MAX_REQUESTS
+    scheduler, model, outputs = scheduler_of(RoundScheduler, config), Model(), []
+    scheduler.add_request(request(1, prompt_tokens=MAX_REQUESTS + 1, max_tokens=20, ends=False, prompt_logprobs=0))
+    for number in range(20):
+        step = scheduler.schedule()
+        result = model.run(step)
+        if number == 1:
+            assert step.num_scheduled_tokens == {"1": 1}
+            result.prompt_logprobs_dict = {"1": "of the prompt"}
+        outputs += [output for found in scheduler.update_from_output(step, result).values() for output in found.outputs]
+    assert [output.new_prompt_logprobs_tensors for output in outputs].count("of the prompt") == 1
 
 
 @pytest.mark.parametrize("what", ["stop strings", "sliding window"])
