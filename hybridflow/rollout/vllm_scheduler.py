@@ -36,7 +36,9 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's scheduler with repeated decode steps."""
 
     steps_of_a_round = 8
-    """One that is scheduled and its repetitions. A response that ends computes half as many tokens in vain, on average."""
+    """One that is scheduled and its repetitions, at most."""
+    tokens_per_repetition = 8
+    """That requests must have said on average: short responses would compute much in vain."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -86,11 +88,11 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         requests = [self.requests[name] for name in step.num_scheduled_tokens]
         if any(request.is_prefill_chunk or request.sampling_params.stop for request in requests):
             return 0  # a stop string is found in the text, where tokens after it would stay
+        num_said: list[int] = [request.num_computed_tokens - request.num_prompt_tokens for request in requests]
         room: int = min(self.max_model_len - 1 - request.num_computed_tokens for request in requests)
-        needed: int = max(
-            request.num_prompt_tokens + request.max_tokens - 1 - request.num_computed_tokens for request in requests
-        )
-        return max(0, min(self.steps_of_a_round - 1, room, needed))
+        needed: int = max(request.max_tokens - 1 - number for request, number in zip(requests, num_said, strict=True))
+        most = min(self.steps_of_a_round - 1, sum(num_said) // (self.tokens_per_repetition * len(requests)))
+        return max(0, min(most, room, needed))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

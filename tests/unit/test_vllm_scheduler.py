@@ -39,6 +39,12 @@ MAX_TOKENS_OF_MODEL = 160
 END = 7
 
 
+@pytest.fixture(autouse=True)
+def long_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soon after the start, since responses are short here."""
+    monkeypatch.setattr(RoundScheduler, "tokens_per_repetition", 1)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
     scheduler = SchedulerConfig(
@@ -288,6 +294,15 @@ def test_a_round_is_scheduled_once(config: VllmConfig, monkeypatch: pytest.Monke
     assert len(calls) <= found.num_steps // RoundScheduler.steps_of_a_round + 5
 
 
+def test_short_responses_compute_little_in_vain(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {0: [request(name, prompt_tokens=10, max_tokens=2 + name % 9, ends=False) for name in range(80)]}
+    plain = run(scheduler_of(AsyncScheduler, config), asked, {}, depth=2)
+    monkeypatch.undo()
+    asked = {0: [request(name, prompt_tokens=10, max_tokens=2 + name % 9, ends=False) for name in range(80)]}
+    found = run(scheduler_of(RoundScheduler, config), asked, {}, depth=2)
+    assert found.num_steps <= plain.num_steps + 2
+
+
 def test_aborted_requests_end_and_the_others_go_on(config: VllmConfig) -> None:
     for seed in range(4):
         arrivals = some_requests(seed)
@@ -316,11 +331,17 @@ def test_requests_that_arrive_within_a_round_do_not_wait_for_its_end(config: Vll
     config.scheduler_config.max_num_batched_tokens = 64
     scheduler = scheduler_of(RoundScheduler, config)
     scheduler.add_request(request(1, prompt_tokens=10, max_tokens=100))
-    steps = [scheduler.schedule() for _ in range(4)]
-    assert [len(step.scheduled_new_reqs) for step in steps] == [1, 0, 0, 0]
-    assert steps[3].num_scheduled_tokens is steps[1].num_scheduled_tokens, "within a round"
+    assert in_a_round(scheduler)[-1].num_scheduled_tokens == {"1": 1}
     scheduler.add_request(request(2, prompt_tokens=10, max_tokens=100))
     assert scheduler.schedule().num_scheduled_tokens == {"1": 1, "2": 10}
+
+
+def in_a_round(scheduler: AsyncScheduler) -> list[SchedulerOutput]:
+    """Steps, the last of which is to be repeated."""
+    steps = [scheduler.schedule()]
+    while scheduler.repetitions_left < 2:
+        steps.append(scheduler.schedule())
+    return steps
 
 
 def test_the_worker_hears_of_an_abort_beside_an_arrival(config: VllmConfig) -> None:
@@ -328,9 +349,8 @@ def test_the_worker_hears_of_an_abort_beside_an_arrival(config: VllmConfig) -> N
     scheduler, heard = scheduler_of(RoundScheduler, config), set[str]()
     for name in range(1, MAX_REQUESTS + 2):
         scheduler.add_request(request(name, prompt_tokens=1, max_tokens=100, ends=False))
-    for _ in range(4):
-        heard |= scheduler.schedule().finished_req_ids
-    assert scheduler.repetitions_left
+    for step in in_a_round(scheduler):
+        heard |= step.finished_req_ids
     scheduler.finish_requests(str(MAX_REQUESTS + 1), RequestStatus.FINISHED_ABORTED)  # which waited
     scheduler.add_request(request(99, prompt_tokens=1, max_tokens=100))
     assert str(MAX_REQUESTS + 1) in scheduler.schedule().finished_req_ids
@@ -339,8 +359,7 @@ def test_the_worker_hears_of_an_abort_beside_an_arrival(config: VllmConfig) -> N
 def test_a_paused_scheduler_repeats_nothing(config: VllmConfig) -> None:
     scheduler = scheduler_of(RoundScheduler, config)
     scheduler.add_request(request(1, prompt_tokens=10, max_tokens=100, ends=False))
-    assert [scheduler.schedule().total_num_scheduled_tokens for _ in range(4)] == [10, 1, 1, 1]
-    assert scheduler.repetitions_left
+    assert in_a_round(scheduler)[-1].total_num_scheduled_tokens == 1
     scheduler.set_pause_state(PauseState.PAUSED_ALL)
     assert scheduler.schedule().total_num_scheduled_tokens == 0
 
