@@ -300,6 +300,7 @@ def test_a_round_is_scheduled_once(config: VllmConfig, monkeypatch: pytest.Monke
 
 def test_short_responses_compute_little_in_vain(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    config.scheduler_config.max_num_batched_tokens = 512
     runs = [
         run(
             scheduler_of(kind, config),
