@@ -63,7 +63,7 @@ class SyncReport:
     buffer_bytes: int = 0
     """Kept from sync to sync for what travels."""
     unreadable: tuple[str, ...] = ()
-    """Tensors that the engine keeps in a form that cannot be compared bit by bit."""
+    """Tensors that the engine of some rank keeps in a form that cannot be compared bit by bit."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of `gather`, `transfer`, `load` and `checksum`, where they occur."""
 
@@ -107,7 +107,7 @@ class ColocatedSync:
             bytes_missing=self.bytes_missing,
             num_tensors=len(named),
             buffer_bytes=self.buffer_bytes,
-            unreadable=self.verifier.unreadable,
+            unreadable=self.unreadable,
             seconds=timeline.seconds(),
         )
 
@@ -135,6 +135,12 @@ class ColocatedSync:
             runs.insert(self.part, self.assembler.received[bucket][self.shard])
         self.packer = Packer(plan, self.shard, self.outgoing, takes_fingerprints=settings.verify)
         self.verifier = Verifier(plan, self.part, target.held_weights(), device=settings.device, place=settings.place)
+        unreadable = [self.verifier.unreadable]
+        if self.group is not None:
+            unreadable *= self.group.size()
+            dist.all_gather_object(unreadable, self.verifier.unreadable, group=self.group)
+        self.unreadable = tuple(sorted({name for names in unreadable for name in names}))
+        """Weights that some rank's engine cannot show: all ranks must decide alike what follows from it."""
         self.loads = settings.loads(plan, self.verifier, target)
         return plan
 

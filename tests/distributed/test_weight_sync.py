@@ -148,6 +148,22 @@ def sync_with_a_forgetful_second_rank(rank: int, num_ranks: int) -> None:
         sync.sync(tensors, engine)
 
 
+class Hidden(FakeEngine):
+    """Cannot show one of its weights."""
+
+    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor) for name, tensor in super().held_weights() if name != "q")
+
+
+def sync_with_a_second_rank_that_hides_a_weight(rank: int, num_ranks: int) -> None:
+    sync = ColocatedSync(settings(rank), dist.group.WORLD)
+    engine = (Hidden if rank == 1 else FakeEngine)(UNEVEN)
+    for seed in (0, 1):
+        tensors = whole_tensors(UNEVEN, seed)
+        assert sync.sync(sharded(tensors, num_ranks), engine).unreadable == ("q",), "all ranks probe, or none"
+        assert_holds(engine, tensors)
+
+
 class Halves:
     """The layout of tensor-parallel engines on `num_ranks` ranks; the tensor rank of each is `tensor_rank_of[rank]`."""
 
@@ -225,6 +241,10 @@ def test_bytes_received_are_those_of_the_schedule(tmp_path: Path):
 
 def test_a_mismatch_names_tensor_and_rank_on_the_rank_that_has_it(tmp_path: Path):
     on_ranks(2, sync_with_a_forgetful_second_rank, tmp_path)
+
+
+def test_all_ranks_know_what_one_cannot_show(tmp_path: Path):
+    on_ranks(2, sync_with_a_second_rank_that_hides_a_weight, tmp_path)
 
 
 @pytest.mark.parametrize(
