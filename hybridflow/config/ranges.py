@@ -34,3 +34,6 @@ OPEN_SHARE = Range(low=0, high=1, is_low_allowed=False, is_high_allowed=False)
 BELOW_ONE = Range(low=0, high=1, is_high_allowed=False)
 AT_LEAST_TWO = Range(low=2)
 ABOVE_ONE = Range(low=1, is_low_allowed=False)
+TEMPERATURE = Range(low=0.01, high=2)
+"""vLLM computes at 0.01 what is asked for below, and refuses more than 2."""
+TEMPERATURE_OR_GREEDY = Range(low=0, high=2)

@@ -1,6 +1,6 @@
 """What values are allowed, alone and together. Every rule is a small function in one list, and all of them answer.
 
-The rules about files are in rules_files.py, those about ranks and pools in rules_placement.py.
+Rules about files are in rules_files.py, about ranks and pools in rules_placement.py, about engines in rules_engine.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,19 @@ from operator import attrgetter
 from typing import ClassVar, Protocol
 
 from hybridflow import registry
-from hybridflow.config import rules_files, rules_hub, rules_placement, rules_reward
+from hybridflow.config import rules_engine, rules_files, rules_hub, rules_placement, rules_reward
 from hybridflow.config.findings import Missing
-from hybridflow.config.ranges import BELOW_ONE, COUNT, NOT_NEGATIVE, OPEN_SHARE, POSITIVE, SHARE, TOP_P
+from hybridflow.config.ranges import (
+    BELOW_ONE,
+    COUNT,
+    NOT_NEGATIVE,
+    OPEN_SHARE,
+    POSITIVE,
+    SHARE,
+    TEMPERATURE,
+    TEMPERATURE_OR_GREEDY,
+    TOP_P,
+)
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake
 
@@ -59,7 +69,7 @@ RANGES = {
     "data.max_response_tokens": COUNT,
     **{f"{role}.{name}": allowed for role in ("actor", "critic") for name, allowed in TRAINING_RANGES.items()},
     "reference.tokens_per_microbatch": COUNT,
-    "rollout.temperature": POSITIVE,
+    "rollout.temperature": TEMPERATURE,
     "rollout.top_p": TOP_P,
     "rollout.top_k": NOT_NEGATIVE,
     "rollout.min_p": BELOW_ONE,
@@ -69,7 +79,7 @@ RANGES = {
     "rollout.cpu_cache_gib": POSITIVE,
     "rollout.sync_bucket_mib": COUNT,
     "validation.every_steps": NOT_NEGATIVE,
-    "validation.temperature": NOT_NEGATIVE,
+    "validation.temperature": TEMPERATURE_OR_GREEDY,
     "validation.top_p": TOP_P,
     "validation.top_k": NOT_NEGATIVE,
     "validation.responses_per_prompt": COUNT,
@@ -93,9 +103,6 @@ PACKAGES = {
     ("trackers.names", "tensorboard"): ("tensorboard", "pip install tensorboard, or leave it out of trackers.names"),
 }
 """The optional package that a value of a key needs, and what to do where it is not installed."""
-
-LOG_PROBS_AFTER_CUTS = ("vllm",)
-"""Engines whose log-probabilities are, unless told otherwise, of the tokens that top_p, top_k and min_p leave."""
 
 
 def check(
@@ -156,25 +163,6 @@ def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[M
         yield Missing("model.lora_rank", f"adapters need the package 'peft', which is not installed: {advice}")
 
 
-def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
-    """The engine can give the log-probabilities that training computes: at the temperature, and before any cut."""
-    rollout = config.rollout
-    if rollout.engine not in LOG_PROBS_AFTER_CUTS or "rollout" not in roles:
-        return
-    mode = rollout.engine_options.get("logprobs_mode", "processed_logprobs")
-    cuts = {"top_p": (rollout.top_p, 1), "top_k": (rollout.top_k, 0), "min_p": (rollout.min_p, 0)}
-    for name, (found, whole) in cuts.items():
-        if found != whole and mode == "processed_logprobs":
-            problem = (
-                f"found {found}, and {rollout.engine} would give log-probabilities of the tokens left; training's are of all"
-            )
-            advice = f"Set it to {whole}; or, at temperature 1, set rollout.engine_options.logprobs_mode=raw_logprobs"
-            yield Mistake(f"rollout.{name}", f"{problem}. {advice}")
-    if mode != "processed_logprobs" and rollout.temperature != 1:
-        problem = f"found {mode}, which is at temperature 1, and rollout.temperature={rollout.temperature}"
-        yield Mistake("rollout.engine_options.logprobs_mode", f"{problem}. Leave it out, or set the temperature to 1")
-
-
 def is_installed(package: str) -> bool:
     """Whether a top-level module can be imported; it is not."""
     return package in sys.modules or importlib.util.find_spec(package) is not None
@@ -212,7 +200,8 @@ RULES_OF_ONE_KEY: tuple[Rule, ...] = (
 RULES: tuple[Rule, ...] = (
     *RULES_OF_ONE_KEY,
     weights_match_files,
-    log_probs_are_of_all_tokens,
+    rules_engine.options_are_known,
+    rules_engine.log_probs_are_of_all_tokens,
     rules_files.tokenizer_is_there,
     rules_files.rows_fit_the_context,
     rules_reward.reward_function_can_be_called,

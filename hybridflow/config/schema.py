@@ -152,7 +152,8 @@ class RolloutConfig:
     temperature: float = 1.0
     """Divides the logits, in generation and in training."""
     top_p: float = 1.0
-    """Smallest set of tokens whose probabilities reach this sum."""
+    """Smallest set of tokens whose probabilities reach this sum. Training's log-probabilities are of all tokens, so with vLLM
+    this and the next two need temperature 1 and `engine_options: {logprobs_mode: raw_logprobs}`."""
     top_k: int = 0
     """The most probable tokens kept; 0 keeps all."""
     min_p: float = 0.0
@@ -186,7 +187,7 @@ class RolloutConfig:
     sync_bucket_mib: int = 512
     """Weights travel to the engine in flat buckets of this size."""
     engine_options: Mapping[str, object] = field(default_factory=dict)
-    """Passed through to the engine's own constructor."""
+    """Passed through to the engine's own constructor: its arguments that have no key of ours."""
 
     def dtype_on(self, device_type: str) -> Literal["bfloat16", "float32"]:
         """`dtype` with `auto` resolved for `cuda` or `cpu`."""

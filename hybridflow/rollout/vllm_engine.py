@@ -1,11 +1,10 @@
-"""Generation with vLLM in this process, through its public `LLMEngine`: the only file that imports vllm.
+"""Generation with vLLM in this process, through its public `LLMEngine`.
 
 Written for 0.24 on CUDA and 0.32 on CPU. What differs between releases is probed, not compared by version.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import logging
 import os
@@ -34,11 +33,11 @@ from vllm.v1.sample.ops import topk_topp_sampler
 
 from hybridflow.errors import EngineError
 from hybridflow.parallel.layout import Layout
-from hybridflow.registry import nearest
 from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
 from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.sampling import draw, mixed_seed, uniform
 from hybridflow.rollout.stopping import end_of_sequence_ids
+from hybridflow.rollout.vllm_arguments import engine_arguments, why_not_started
 
 logger = logging.getLogger("hybridflow")
 
@@ -68,7 +67,7 @@ class VllmEngine(Engine):
 
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
-        arguments = _arguments(spec)
+        arguments = engine_arguments(spec)
         tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
         self.end_ids = end_of_sequence_ids(spec.model, tokenizer, trust_remote_code=spec.trust_remote_code)
         self.logprobs_mode = str(arguments["logprobs_mode"])
@@ -78,7 +77,10 @@ class VllmEngine(Engine):
         logger.info("vLLM: loading %s, %s", spec.model, "eager" if arguments["enforce_eager"] else building)
         _prepare_process(spec)
         with _kept_random_state(), _groups_of(spec.layout):  # vLLM seeds the generators of the whole process
-            self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            try:
+                self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            except ValueError as error:  # pydantic's among them
+                raise EngineError(why_not_started(error, spec)) from error
         _quieten()
         _keep_process_groups(self.engine)
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
@@ -222,68 +224,6 @@ class VllmEngine(Engine):
     def close(self) -> None:
         # Not the engine's own shutdown: it destroys the process groups of the whole process, training's with them.
         self.engine.model_executor.shutdown()
-
-
-def _arguments(spec: EngineSpec) -> dict[str, object]:
-    """What the engine is built with: ours, then the user's options over them."""
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    if unknown := [name for name in spec.options if name not in known]:
-        raise EngineError(f"rollout.engine_options.{unknown[0]} is no argument of vLLM's engine{nearest(unknown[0], known)}")
-    on_cpu = spec.device.type == "cpu"
-    arguments: dict[str, object] = {
-        "model": spec.model,
-        "tokenizer": spec.tokenizer or spec.model,
-        "trust_remote_code": spec.trust_remote_code,
-        "dtype": spec.dtype,
-        "seed": spec.seed,
-        "max_model_len": spec.max_model_tokens,
-        "max_num_seqs": spec.max_requests,
-        "tensor_parallel_size": spec.layout.tensor,
-        "enforce_eager": spec.enforce_eager or on_cpu,  # there are no CUDA graphs to gain, and compiling takes a minute
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
-        "disable_log_stats": True,
-    }
-    if "scheduler_cls" in known and "speculative_config" not in spec.options:
-        arguments["scheduler_cls"] = _scheduler()
-    if "use_tqdm_on_load" in known:  # a bar becomes dozens of lines on its way through Ray
-        arguments["use_tqdm_on_load"] = False
-    if on_cpu:
-        arguments["kv_cache_memory_bytes"] = int(spec.cpu_cache_gib * 2**30)
-        # A prompt in several chunks breaks requests with a seed on CPU: vLLM winds their generators back by
-        # Generator.set_offset, which torch has for CUDA only.
-        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, spec.max_model_tokens)}
-    else:
-        arguments |= {"gpu_memory_utilization": spec.memory_fraction, "enable_sleep_mode": spec.can_sleep}
-        # All prompts of a step come at once. vLLM's own 2,048 takes tens of steps of its scheduler to take them in.
-        arguments["max_num_batched_tokens"] = 8192
-        if "async_scheduling" in known:  # the next step is scheduled while this one runs
-            arguments["async_scheduling"] = True
-    if _is_one_of_many(spec):
-        arguments["distributed_executor_backend"] = "external_launcher"
-        # vLLM's own all-reduce asks about all devices of its ranks; where each process sees one, NCCL's takes its place.
-        arguments["disable_custom_all_reduce"] = torch.cuda.device_count() < spec.layout.tensor
-    return arguments | spec.options
-
-
-def _scheduler() -> type | None:
-    """Ours, or None for vLLM's own, which then looks at every token, where a release has moved what ours is made of."""
-    try:
-        from hybridflow.rollout.vllm_scheduler import RoundScheduler
-    except ImportError as error:
-        logger.warning("vLLM's own scheduler runs before every token, which is slower: %s", error)
-        return None
-    return RoundScheduler
-
-
-def _is_one_of_many(spec: EngineSpec) -> bool:
-    """Whether torch.distributed spans several ranks, which vLLM must then build its own groups from."""
-    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-    if spec.layout.tensor > num_ranks:
-        raise EngineError(
-            f"rollout.tensor_parallel={spec.layout.tensor} needs as many ranks in torch.distributed; found {num_ranks}"
-        )
-    return num_ranks > 1
 
 
 def _prepare_process(spec: EngineSpec) -> None:

@@ -11,6 +11,7 @@ Written for 0.24 and 0.32, through `scheduler_cls` of vLLM's engine. A step with
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from itertools import chain
 from typing import Any
@@ -21,6 +22,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+
+logger = logging.getLogger("hybridflow")
 
 REPEATED_FIELDS = {"num_scheduled_tokens", "total_num_scheduled_tokens", "num_common_prefix_blocks"}
 """Of a step, what its repetitions have too."""
@@ -55,6 +58,7 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         self.state: tuple[object, ...] = ()
         self.held: list[Step] = []
         """What vLLM's scheduler has not seen, oldest first."""
+        self.num_preemptions = 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """The next step: the last one with each request a token further, or what vLLM decides."""
@@ -70,6 +74,16 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         self.repetitions_left = self._num_repetitions(self.step) if has_room else 0
         self.state = self._state()
         return self.step
+
+    def _preempt_request(self, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(*args, **kwargs)
+        self.num_preemptions += 1
+        if self.num_preemptions.bit_count() == 1:  # the first one, and where their number has doubled
+            logger.warning(
+                "vLLM's key-value cache is full: %d requests so far had to wait and be computed again. More memory "
+                "(rollout.memory_fraction, on a CPU rollout.cpu_cache_gib) or a smaller rollout.max_requests avoids it",
+                self.num_preemptions,
+            )
 
     def _state(self) -> tuple[object, ...]:
         """What changes where a request arrives, ends or is sent back, or the scheduler is paused."""

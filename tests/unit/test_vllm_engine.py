@@ -128,6 +128,31 @@ def test_an_unknown_engine_option_is_named(folders: tuple[str, str]) -> None:
         VllmEngine(spec_of(folders[0], options={"max_num_seq": 32}))
 
 
+@pytest.mark.parametrize(
+    ("options", "cache_gib", "said"),
+    [
+        ({"block_size": 7}, 1.0, ["No common block size for 7", "It was given rollout.engine_options={'block_size': 7}."]),
+        ({"kv_cache_dtype": "foo"}, 1.0, ["cache_dtype", "Input should be 'auto'"]),
+        ({"max_num_batched_tokens": 64}, 1.0, ["(64) is smaller than", "calls max_model_len is data.max_prompt_tokens and"]),
+        (
+            {},
+            1e-5,
+            ["No available memory", "gpu_memory_utilization is rollout.memory_fraction (on a CPU rollout.cpu_cache_gib)"],
+        ),
+        ({"enable_chunked_prefill": True}, 1.0, ["on a CPU vLLM cannot take prompts in chunks", "rollout.seed_requests=false"]),
+    ],
+)
+def test_what_vllm_refuses_is_told_in_our_keys(
+    folders: tuple[str, str], options: dict[str, object], cache_gib: float, said: list[str]
+) -> None:
+    from hybridflow.rollout.vllm_engine import VllmEngine
+
+    with pytest.raises(EngineError) as caught:
+        VllmEngine(dataclasses.replace(spec_of(folders[0], options=options), cpu_cache_gib=cache_gib))
+    assert all(part in str(caught.value) for part in said), str(caught.value)
+    assert "type=" not in str(caught.value) and "errors.pydantic" not in str(caught.value)
+
+
 class Counting:
     """What the draws use of a generator of CUDA, which no CPU has."""
 
@@ -210,7 +235,7 @@ def test_vllm_is_silent_where_nothing_is_wrong_unless_asked_to_speak(folders: tu
 
 
 def test_the_users_options_hold_over_ours(folders: tuple[str, str]) -> None:
-    from hybridflow.rollout.vllm_engine import _arguments
+    from hybridflow.rollout.vllm_arguments import engine_arguments
 
-    assert _arguments(spec_of(folders[0]))["use_tqdm_on_load"] is False
-    assert _arguments(spec_of(folders[0], options={"use_tqdm_on_load": True}))["use_tqdm_on_load"] is True
+    assert engine_arguments(spec_of(folders[0]))["use_tqdm_on_load"] is False
+    assert engine_arguments(spec_of(folders[0], options={"use_tqdm_on_load": True}))["use_tqdm_on_load"] is True

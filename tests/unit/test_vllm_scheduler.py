@@ -263,6 +263,15 @@ def test_memory_that_suffices_without_rounds_suffices(config: VllmConfig, depth:
     assert sum(one.num_preemptions for one in several[0]) == 0
 
 
+def test_a_full_cache_is_told_at_first_and_where_it_has_doubled(config: VllmConfig, caplog: pytest.LogCaptureFixture) -> None:
+    config.scheduler_config.max_num_batched_tokens = 64
+    arrivals = some_requests(0)
+    run(scheduler_of(RoundScheduler, config, num_blocks=25), arrivals, {}, depth=1)
+    total = sum(one.num_preemptions for batch in arrivals.values() for one in batch)
+    told = [record.args[0] for record in caplog.records if "key-value cache is full" in record.msg and record.args]
+    assert total > 2 and told == [2**power for power in range(total.bit_length())]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_arrivals_keep_no_answers_back(config: VllmConfig, depth: int) -> None:
     scheduler = scheduler_of(RoundScheduler, config)

@@ -1,0 +1,113 @@
+"""Rules about generation engines: what their options may say, and the log-probabilities that they give."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybridflow.config.schema import Config
+from hybridflow.errors import Mistake
+from hybridflow.registry import nearest
+
+RESPONSE_LENGTHS = "data.max_prompt_tokens and data.max_response_tokens"
+VLLM_KEYS = {
+    "model": "model.path",
+    "tokenizer": "model.tokenizer",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "rollout.dtype",
+    "seed": "run.seed",
+    "max_model_len": RESPONSE_LENGTHS,
+    "max_num_seqs": "rollout.max_requests",
+    "tensor_parallel_size": "rollout.tensor_parallel",
+    "enforce_eager": "rollout.enforce_eager",
+    "gpu_memory_utilization": "rollout.memory_fraction (on a CPU rollout.cpu_cache_gib)",
+    "enable_sleep_mode": "rollout.sleep",
+}
+SGLANG_KEYS = {
+    "model_path": "model.path",
+    "tokenizer_path": "model.tokenizer",
+    "trust_remote_code": "model.trust_remote_code",
+    "dtype": "rollout.dtype",
+    "random_seed": "run.seed",
+    "context_length": RESPONSE_LENGTHS,
+    "max_running_requests": "rollout.max_requests",
+    "tp_size": "rollout.tensor_parallel",
+    "disable_cuda_graph": "rollout.enforce_eager",
+    "mem_fraction_static": "rollout.memory_fraction",
+    "enable_memory_saver": "rollout.sleep",
+    "enable_deterministic_inference": "rollout.seed_requests",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What an engine's constructor takes."""
+
+    keys: Mapping[str, str]
+    """Those that have a key of ours, which `rollout.engine_options` must not contradict."""
+    package: str = ""
+    source: str = ""
+    """The file below the package that has the class whose fields are all of them."""
+    class_name: str = ""
+
+    def names(self) -> set[str] | None:
+        """All of them, read from the source: importing an engine takes ten seconds. None where they cannot be found."""
+        if not self.package:
+            return set()
+        found = importlib.util.find_spec(self.package)
+        paths = [Path(folder) / self.source for folder in (found and found.submodule_search_locations) or ()]
+        classes = [node for path in paths if path.is_file() for node in ast.parse(path.read_text()).body]
+        lines = [
+            line for node in classes if isinstance(node, ast.ClassDef) and node.name == self.class_name for line in node.body
+        ]
+        return {
+            line.target.id for line in lines if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+        } or None
+
+
+ENGINES = {
+    "torch": Arguments({}),
+    "vllm": Arguments(VLLM_KEYS, "vllm", "engine/arg_utils.py", "EngineArgs"),
+    "sglang": Arguments(SGLANG_KEYS, "sglang", "srt/server_args.py", "ServerArgs"),
+}
+"""The built-in ones."""
+LOG_PROBS_AFTER_CUTS = ("vllm",)
+"""Engines whose log-probabilities are, unless told otherwise, of the tokens that top_p, top_k and min_p leave."""
+
+
+def options_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """Each engine option is an argument of a built-in engine that has no key of ours."""
+    engine, options = config.rollout.engine, config.rollout.engine_options
+    if engine not in ENGINES or "rollout" not in roles or not options:
+        return
+    arguments = ENGINES[engine]
+    names = arguments.names()
+    for name in options:
+        key = f"rollout.engine_options.{name}"
+        if name in arguments.keys:
+            yield Mistake(key, f"{engine}'s {name} comes from {arguments.keys[name]}: set that, and leave this out")
+        elif names == set():
+            yield Mistake(key, f"the {engine} engine has no options. Leave it out, or set rollout.engine=vllm")
+        elif names is not None and name not in names:
+            yield Mistake(key, f"{engine}'s engine has no such argument{nearest(name, names)}")
+
+
+def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """The engine can give the log-probabilities that training computes: at the temperature, and before any cut."""
+    rollout = config.rollout
+    if rollout.engine not in LOG_PROBS_AFTER_CUTS or "rollout" not in roles:
+        return
+    mode = rollout.engine_options.get("logprobs_mode", "processed_logprobs")
+    cuts = {"top_p": (rollout.top_p < 1, 1), "top_k": (rollout.top_k > 0, 0), "min_p": (rollout.min_p > 0, 0)}
+    for name, (is_cut, whole) in cuts.items():
+        if is_cut and mode == "processed_logprobs":
+            found = f"found {getattr(rollout, name)}"
+            problem = f"{found}, and {rollout.engine} would give log-probabilities of the tokens left; training's are of all"
+            advice = f"Set it to {whole}; or, at temperature 1, set rollout.engine_options.logprobs_mode=raw_logprobs"
+            yield Mistake(f"rollout.{name}", f"{problem}. {advice}")
+    if mode != "processed_logprobs" and rollout.temperature != 1:
+        problem = f"found {mode}, which is at temperature 1, and rollout.temperature={rollout.temperature}"
+        yield Mistake("rollout.engine_options.logprobs_mode", f"{problem}. Leave it out, or set the temperature to 1")
