@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 the run failed, 2 the configuration has mistakes, 130 Ctrl-C."""
+    """Run the command; returns the exit code: 0 done, 1 the run failed, 2 the configuration has mistakes, 130 Ctrl-C,
+    143 SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     options = parse(arguments)
     try:
@@ -50,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HybridflowError as error:
         sys.stderr.write(f"\nThe run failed.\n{error}\n")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write(f"\nStopped. {how_to_go_on(config)}\n")
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,13 @@ from hybridflow.errors import CallTimeoutError, WorkerDiedError, WorkerError
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.remote import CombinedFuture
 
+logger = logging.getLogger("hybridflow")
+
 Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, Heavy]]"]
 DEATHS_SHOW_S = 5.0
 """The time in which a process that has ended is found out, after a partner of it has failed."""
+STRAGGLERS_SHOW_S = 30.0
+"""After this ranks that have not answered are named where others have; again after twice the time, and so on."""
 
 
 @dataclass
@@ -172,12 +177,7 @@ class GroupDispatcher:
         references = {rank: answer for rank, (answer, _) in call.replies.items()}
         interrupts.raise_if_lost()
         try:
-            # Raises as soon as one rank has failed, however long the others take.
-            answers: list[Answer] = ray.get(list(references.values()), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            done = set(ray.wait(list(references.values()), num_returns=len(references), timeout=0)[0])
-            late = [rank for rank, answer in references.items() if answer not in done]
-            raise self._timed_out(call, late, timeout_s) from None
+            answers = self._answers(call, references, timeout_s)
         except ray.exceptions.RayTaskError as error:
             # What a rank says whose partner has gone, such as a closed connection, hides the cause.
             ray.wait(list(references.values()), num_returns=len(references), timeout=DEATHS_SHOW_S, fetch_local=False)
@@ -186,6 +186,35 @@ class GroupDispatcher:
         except ray.exceptions.RayActorError as error:
             raise self._death(call, references) or error from None
         return dict(zip(references, answers, strict=True))
+
+    def _answers(self, call: Call, references: Mapping[int, ray.ObjectRef[Answer]], timeout_s: float) -> list[Answer]:
+        """Of all ranks. Raises as soon as one has failed, however long the others take."""
+        asked, waited_s, patience_s = list(references.values()), 0.0, STRAGGLERS_SHOW_S
+        while True:
+            limit_s = min(patience_s, timeout_s - waited_s)
+            try:
+                answers: list[Answer] = ray.get(asked, timeout=limit_s)
+            except ray.exceptions.GetTimeoutError:
+                done = set(ray.wait(asked, num_returns=len(asked), timeout=0, fetch_local=False)[0])
+                late = [rank for rank, answer in references.items() if answer not in done]
+                waited_s += limit_s
+                if waited_s >= timeout_s:
+                    raise self._timed_out(call, late, timeout_s) from None
+                if late and done:
+                    logger.info(
+                        "%s: %d of %d ranks are done; after %.0f s still waiting for %s",
+                        call.name,
+                        len(done),
+                        len(asked),
+                        waited_s,
+                        self._places(late),
+                    )
+                patience_s = waited_s
+            else:
+                return answers
+
+    def _places(self, ranks: Sequence[int]) -> str:
+        return ", ".join(f"rank {rank} (node {self.pool.nodes[rank]})" for rank in sorted(ranks))
 
     def _death(self, call: Call, references: Mapping[int, ray.ObjectRef[Answer]]) -> WorkerDiedError | None:
         """The first rank whose process has ended, as an error."""
@@ -202,9 +231,9 @@ class GroupDispatcher:
         return None
 
     def _timed_out(self, call: Call, ranks: Sequence[int], timeout_s: float) -> CallTimeoutError:
-        stuck = ", ".join(f"rank {rank} (node {self.pool.nodes[rank]})" for rank in sorted(ranks))
         return CallTimeoutError(
-            f"{call.name} has not ended after {timeout_s:g} s on {len(ranks)} of {self.layout.num_ranks} ranks: {stuck}. "
+            f"{call.name} has not ended after {timeout_s:g} s on {len(ranks)} of {self.layout.num_ranks} ranks: "
+            f"{self._places(ranks)}. "
             "Look at what they do with `ray stack` on that node, or raise run.timeout_s."
         )
 

@@ -31,6 +31,7 @@ def run(config: Config) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
     with interrupts.noticed(), cluster(config):
+        interrupts.heed_sigterm()
         for line in placement_lines(config, all_roles(config)):
             logger.info(line)
         prepare_folder(folder, config)

@@ -73,6 +73,10 @@ class EchoWorker(Worker):
         time.sleep(seconds)
         return time.time()
 
+    @remote("one_to_all")
+    def sleep_on_rank_one(self, seconds: float) -> None:
+        time.sleep(seconds if self.context.rank == 1 else 0)
+
     @remote("tests.ray.fake_workers:EveryOther")
     def visited(self) -> int:
         """Called through a protocol of the test's own."""

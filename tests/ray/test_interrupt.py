@@ -1,4 +1,4 @@
-"""Ctrl-C at any time: the run ends soon, says what the same command would do, and leaves no process behind."""
+"""Ctrl-C or SIGTERM at any time: the run ends soon, says what the same command would do, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -24,15 +24,21 @@ def while_roles_are_built(run: StartedProcess, folder: Path) -> None:
     wait_until(lambda: "building actor" in run.log.read_text(), run.log.read_text)
 
 
-@pytest.mark.parametrize("moment", [while_roles_are_built, after_first_step])
-def test_ctrl_c_ends_the_run_soon(toy: Toy, tmp_path: Path, moment: Callable[[StartedProcess, Path], None]) -> None:
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [(while_roles_are_built, signal.SIGINT), (after_first_step, signal.SIGINT), (after_first_step, signal.SIGTERM)],
+)
+def test_a_signal_ends_the_run_soon(
+    toy: Toy, tmp_path: Path, moment: Callable[[StartedProcess, Path], None], number: signal.Signals
+) -> None:
     endless = ["run.total_steps=100000", "trackers.names=[jsonl]"]
     with training([str(toy.config), f"run.folder={tmp_path / 'run'}", *endless], tmp_path / "log") as run:
         moment(run, tmp_path / "run")
         started = time.monotonic()
-        os.kill(run.driver.pid, signal.SIGINT)
-        assert run.wait() == 130, run.log.read_text()
+        os.kill(run.driver.pid, number)
+        assert run.wait() == 128 + number, run.log.read_text()
         assert time.monotonic() - started < 30
+        assert "received at time=" not in run.log.read_text(), "Ray's own handler"
         assert "Stopped. There is no checkpoint yet: the same command starts anew." in run.log.read_text()
         wait_until(lambda: not run.working(), lambda: "\n".join(run.working()))
 

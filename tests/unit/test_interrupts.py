@@ -28,6 +28,18 @@ def test_what_arrives_is_raised_once_where_it_came() -> None:
         interrupts.raise_if_lost()
 
 
+def test_sigterm_is_heeded_where_ctrl_c_is_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)  # as of a job in the background
+    try:
+        with interrupts.noticed():
+            interrupts.heed_sigterm()
+            with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))):
+                signal.raise_signal(signal.SIGTERM)
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (signal.SIG_IGN, before[1])
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
 def test_only_the_main_thread_is_interrupted_and_handlers_of_the_program_stay() -> None:
     def mine(number: int, frame: object) -> None: ...
 
