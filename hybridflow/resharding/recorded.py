@@ -145,6 +145,7 @@ class Loads:
                 self._new_recording = None
                 logger.info("the engine's loading is not recorded, since it calls %s", watch.obstacle)
             return
+        self._recordings.clear()  # a load that failed has left those of its first buckets
         self._addresses = _addresses(target)
         try:
             target.load_weights(tensors)

@@ -128,7 +128,7 @@ def test_an_engine_whose_loading_does_more_than_launch_copies_is_never_recorded(
 
 
 @pytest.mark.parametrize("fails_at", ["embed", "down", "odd"])
-def test_an_error_while_recording_is_raised_and_ends_the_recording(fails_at: str):
+def test_an_error_while_recording_is_raised_and_what_was_recorded_before_it_is_forgotten(fails_at: str):
     class Failing(CountingEngine):
         def take(self, name: str, tensor: torch.Tensor) -> None:
             if self.num_loads == 2 and name == fails_at:
@@ -142,6 +142,10 @@ def test_an_error_while_recording_is_raised_and_ends_the_recording(fails_at: str
     changed = torch.zeros(3)
     changed.copy_(torch.ones(3))
     assert changed.tolist() == [1.0] * 3, "copies are made again"
+    for seed in (2, 3):  # one that is recorded anew, one that is replayed
+        sync.sync(trained(seed), engine)
+        assert all(torch.equal(engine.weights[name], tensor.bfloat16()) for name, tensor in trained(seed)), seed
+    assert engine.num_loads == 3
 
 
 def test_a_replay_that_misses_a_bucket_is_caught():
