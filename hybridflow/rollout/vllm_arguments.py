@@ -8,7 +8,7 @@ import re
 
 import torch
 import torch.distributed as dist
-from vllm import EngineArgs
+from vllm import EngineArgs, exceptions
 
 from hybridflow.config.rules_engine import VLLM_KEYS
 from hybridflow.errors import EngineError
@@ -17,6 +17,8 @@ from hybridflow.rollout.base import EngineSpec
 
 logger = logging.getLogger("hybridflow")
 
+REFUSALS: tuple[type[Exception], ...] = (ValueError, getattr(exceptions, "VLLMError", ValueError))
+"""What vLLM raises for what it cannot do, pydantic's errors among them; a class of its own in 0.32."""
 OF_PYDANTIC = re.compile(r"\s*(\[type=.*?\]$|For further information visit .*$)", re.MULTILINE)
 """What its errors say beside what is wrong."""
 
@@ -92,7 +94,7 @@ def _check_options(spec: EngineSpec, known: set[str]) -> None:
         )
 
 
-def why_not_started(error: ValueError, spec: EngineSpec) -> str:
+def why_not_started(error: Exception, spec: EngineSpec) -> str:
     """What vLLM says, in the words of our keys."""
     found = OF_PYDANTIC.sub("", str(error))
     lines = [f"vLLM did not start: {found}"]

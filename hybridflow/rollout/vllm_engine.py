@@ -37,7 +37,7 @@ from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, R
 from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.sampling import draw, mixed_seed, uniform
 from hybridflow.rollout.stopping import end_of_sequence_ids
-from hybridflow.rollout.vllm_arguments import engine_arguments, why_not_started
+from hybridflow.rollout.vllm_arguments import REFUSALS, engine_arguments, why_not_started
 
 logger = logging.getLogger("hybridflow")
 
@@ -79,7 +79,7 @@ class VllmEngine(Engine):
         with _kept_random_state(), _groups_of(spec.layout):  # vLLM seeds the generators of the whole process
             try:
                 self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-            except ValueError as error:  # pydantic's among them
+            except REFUSALS as error:
                 raise EngineError(why_not_started(error, spec)) from error
         _quieten()
         _keep_process_groups(self.engine)
@@ -88,25 +88,25 @@ class VllmEngine(Engine):
         self.parts = list(_parts(self.model))
         self.can_replay_loads = not spec.can_sleep  # whose weights come back in other memory
         self.heeds_seeds = spec.seed_requests or _draws_at_no_cost(self.engine)
-        self.num_weights = 0
-        """Weights that it has had since the start, the first ones not counted."""
-        self.is_generator_seeded = self.heeds_seeds
 
     def add(self, request: Request) -> None:
         self.check_length(request)
         self._check_log_probs(request)
-        if not self.is_generator_seeded:
-            self._seed_generator()
+        if not self.heeds_seeds and request.sampling.temperature and not self.num_unfinished:
+            self._seed_generator(request)
         prompt = {"prompt_token_ids": np.asarray(request.prompt).tolist()}
-        self.engine.add_request(str(request.id), prompt, self._parameters(request))
+        try:
+            self.engine.add_request(str(request.id), prompt, self._parameters(request))
+        except REFUSALS as error:
+            raise EngineError(f"vLLM refuses request {request.id}: {error}") from error
 
-    def _seed_generator(self) -> None:
-        """Without seeds of requests vLLM draws from the generator of the device, which all of this process share: engines
-        side by side must not draw alike, nor one engine with new weights as it did with the old ones."""
-        numbers = (self.spec.seed, self.spec.layout.data_rank(self.spec.rank), self.num_weights)
+    def _seed_generator(self, first: Request) -> None:
+        """Without seeds of requests vLLM draws from the generator of the device, which all of this process share. The first of
+        the requests that run together decides, so that neither engines side by side draw alike nor two steps of a run, and a
+        resumed run draws as it would have."""
+        numbers = (first.seed % 2**63, self.spec.layout.data_rank(self.spec.rank))
         (seed,) = mixed_seed(*(np.array([number]) for number in numbers)).tolist()
         (torch.cuda if self.spec.device.type == "cuda" else torch).manual_seed(seed)
-        self.is_generator_seeded = True
 
     def _check_log_probs(self, request: Request) -> None:
         sampling = request.sampling
@@ -192,8 +192,6 @@ class VllmEngine(Engine):
 
     def forget_prefixes(self) -> None:
         self.check_idle()
-        self.num_weights += 1
-        self.is_generator_seeded = self.heeds_seeds
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM did not forget its cached prefixes, which belong to the old weights")
 

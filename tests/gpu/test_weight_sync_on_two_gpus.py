@@ -25,14 +25,14 @@ pytestmark = [
 ]
 
 
-def sync_several_times(rank: int, folder: str, engine: str, tensor_parallel: int) -> None:
+def sync_several_times(rank: int, folder: str, engine: str, tensor_parallel: int, sleep: bool) -> None:
     device = torch.device("cuda", rank)
     init_process_group(rank=rank, world_size=NUM_RANKS, meeting_place=f"file://{folder}/meet", device=device, timeout_s=120)
     config = Config(
         model=ModelConfig(path=f"{folder}/model"),
         data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),
         rollout=RolloutConfig(
-            engine=engine, tensor_parallel=tensor_parallel, max_requests=4, memory_fraction=0.1, sync_bucket_mib=1
+            engine=engine, tensor_parallel=tensor_parallel, max_requests=4, memory_fraction=0.1, sync_bucket_mib=1, sleep=sleep
         ),
         placement=PlacementConfig(pools={"main": f"1x{NUM_RANKS}"}),
     )
@@ -50,19 +50,23 @@ def sync_several_times(rank: int, folder: str, engine: str, tensor_parallel: int
         metrics = rollout.sync_weights()  # raises where fingerprints differ
         assert metrics["sync/tensors_unreadable"] == 0
         assert metrics["sync/bytes_received"] == metrics["sync/bytes_missing"] > 0
+        if sleep:
+            rollout.sleep()
+            rollout.wake()
     rollout.close()
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("engine", "tensor_parallel"),
+    ("engine", "tensor_parallel", "sleep"),
     [
-        ("torch", 1),
-        pytest.param("vllm", 1, marks=pytest.mark.skipif(NO_VLLM, reason="NOT RUN: no vLLM")),
-        pytest.param("vllm", 2, marks=pytest.mark.skipif(NO_VLLM, reason="NOT RUN: no vLLM")),
+        ("torch", 1, False),
+        pytest.param("vllm", 1, False, marks=pytest.mark.skipif(NO_VLLM, reason="NOT RUN: no vLLM")),
+        pytest.param("vllm", 2, False, marks=pytest.mark.skipif(NO_VLLM, reason="NOT RUN: no vLLM")),
+        pytest.param("vllm", 2, True, marks=pytest.mark.skipif(NO_VLLM, reason="NOT RUN: no vLLM")),
     ],
 )
-def test_engines_on_two_gpus_hold_what_was_trained(tmp_path: Path, engine: str, tensor_parallel: int) -> None:
+def test_engines_on_two_gpus_hold_what_was_trained(tmp_path: Path, engine: str, tensor_parallel: int, sleep: bool) -> None:
     make_tiny_model(tmp_path / "model", hidden_size=128, num_attention_heads=2, num_key_value_heads=2)
-    mp.spawn(sync_several_times, args=(str(tmp_path), engine, tensor_parallel), nprocs=NUM_RANKS)
+    mp.spawn(sync_several_times, args=(str(tmp_path), engine, tensor_parallel, sleep), nprocs=NUM_RANKS)

@@ -18,6 +18,7 @@ from hybridflow.errors import EngineError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Request, Sampling
 from hybridflow.rollout.sampling import draw, uniform
+from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_model
 from tests.unit.test_engine_contract import prompts, requests, spec_of, tokens_of, weights_of
@@ -78,29 +79,41 @@ def test_a_weight_too_large_to_read_back_is_left_out(engine: VllmEngine, monkeyp
 
 
 @pytest.fixture
-def draw_twice(engine: VllmEngine, folders: tuple[str, str]) -> Iterator[Callable[[int, int], list[list[int]]]]:
-    """Two answers to one prompt and one seed, by the engine of a data rank that has taken weights so many times."""
+def draw_twice(engine: VllmEngine) -> Iterator[Callable[[int, int], list[list[int]]]]:
+    """Two answers to one prompt and one seed, by the engine of a data rank."""
     (prompt,) = prompts(1)
-    asked = [Request(id=i, prompt=prompt, sampling=Sampling(max_tokens=20, ignore_eos=True), seed=7) for i in range(2)]
     with_seeds = engine.spec
 
-    def of(data_rank: int, num_weights: int) -> list[list[int]]:
+    def of(data_rank: int, seed: int) -> list[list[int]]:
         engine.spec = dataclasses.replace(with_seeds, layout=Layout(data=2), rank=data_rank)
         engine.heeds_seeds = False
-        engine.num_weights = num_weights - 1
-        engine.load_weights(weights_of(folders[0]))
+        asked = [Request(id=i, prompt=prompt, sampling=Sampling(max_tokens=20, ignore_eos=True), seed=seed) for i in range(2)]
         return tokens_of(engine.generate(asked))
 
     with torch.random.fork_rng():
         yield of
     engine.spec, engine.heeds_seeds = with_seeds, True
-    engine.load_weights(weights_of(folders[0]))
 
 
 def test_without_seeds_of_requests_nothing_is_drawn_twice(draw_twice: Callable[[int, int], list[list[int]]]) -> None:
-    drawn = [*draw_twice(0, 1), *draw_twice(1, 1), *draw_twice(0, 2)]
-    assert len({tuple(answer) for answer in drawn}) == 6, "neither by one engine, nor by two, nor with other weights"
-    assert draw_twice(0, 1) == drawn[:2], "a run repeats where the engine is asked alike"
+    drawn = [*draw_twice(0, 7), *draw_twice(1, 7), *draw_twice(0, 8)]
+    assert len({tuple(answer) for answer in drawn}) == 6, "neither by one engine, nor by two, nor for other first requests"
+    assert draw_twice(0, 7) == drawn[:2], "a run repeats, and a resumed one goes on, where the engine is asked alike"
+
+
+def test_a_request_that_vllm_refuses_fails_alone(folders: tuple[str, str]) -> None:
+    from hybridflow.rollout.vllm_engine import VllmEngine
+
+    (good,) = requests(prompts(1), GREEDY)
+    outside = Request(id=1, prompt=np.array([10**6], np.int32), sampling=GREEDY)
+    thread = EngineThread(VllmEngine(spec_of(folders[0])))
+    try:
+        before, between, after = thread.submit([good, outside, good])
+        with pytest.raises(EngineError, match=r"vLLM refuses request .* vocabulary"):
+            between.result(60)
+        assert before.result(60).tokens.tolist() == after.result(60).tokens.tolist() != []
+    finally:
+        thread.close()
 
 
 def test_starting_an_engine_leaves_random_states_alone(folders: tuple[str, str]) -> None:
