@@ -62,9 +62,9 @@ def placement_lines(config: Config, roles: tuple[str, ...]) -> list[str]:
             "CPU slot" if place.size.is_cpu or config.run.device == "cpu" else "GPU" if config.run.device == "cuda" else "slot"
         )
         sizes = {"data": layout.data, "sequence": layout.sequence, "tensor": layout.tensor}
-        axes = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "whole"
+        axes = "".join(f", {axis} parallel {size}" for axis, size in sizes.items() if size > 1)
         shape = f"{place.size.nodes} node(s) x {place.size.ranks_per_node} {slot}(s)"
-        lines.append(f"{place.role:>10} on pool '{place.pool}': {shape}, {axes} [{place.worker_class.__name__}]")
+        lines.append(f"{place.role:>10} on pool '{place.pool}': {shape}{axes} [{place.worker_class.__name__}]")
     return lines
 
 

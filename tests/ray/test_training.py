@@ -30,9 +30,9 @@ def test_a_dry_run_prints_configuration_and_placement_and_starts_nothing(
     text = capsys.readouterr().out
     assert f"folder: {tmp_path / 'run'}" in text and "gae_lambda: 1.0" in text
     for role in ("actor", "critic", "reference", "rollout"):
-        assert f"{role} on pool 'main': 1 node(s) x 2 CPU slot(s), data 2" in text
+        assert f"{role} on pool 'main': 1 node(s) x 2 CPU slot(s), data parallel 2 [" in text
     for role in ("data", "reward"):
-        assert f"{role} on pool 'scoring': 1 node(s) x 1 CPU slot(s), whole" in text
+        assert f"{role} on pool 'scoring': 1 node(s) x 1 CPU slot(s) [" in text
     assert not (tmp_path / "run").exists() and not ray.is_initialized()
 
 

@@ -40,7 +40,7 @@ def test_a_dry_run_of_a_plan_for_other_machines_shows_it_and_warns_of_what_is_mi
     code = main([yaml_file, *ELSEWHERE, "rollout.engine=vllm", "model.lora_rank=8", "--dry-run"])
     output = capsys.readouterr()
     assert code == 0, output.err
-    assert "actor on pool 'main': 2 node(s) x 8 GPU(s), data 16" in output.out
+    assert "actor on pool 'main': 2 node(s) x 8 GPU(s), data parallel 16 [" in output.out
     keys = ("model.path", "data.train_files", "reward.path", "placement.pools.main", "rollout.engine", "model.lora_rank")
     for key in (*keys, "checkpoint.resume"):
         (warning,) = [message for message in caplog.messages if f"command line: {key}: " in message]
