@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -44,10 +44,19 @@ class SyncSettings:
         """How weights of these shapes travel to ranks that read these parts."""
         return plan_buckets(shapes, parts, num_shards=num_shards, dtype=self.dtype, bucket_bytes=self.bucket_bytes)
 
+    def only_launches(self, target: WeightTarget) -> bool:
+        """Whether the engine's loading is launches of copies, which can be made again, and then forgetting prefixes."""
+        return self.device.type == "cuda" and target.can_replay_loads
+
+    def after_tensors(self, target: WeightTarget) -> Literal["reset", "load"]:
+        """The part of the sync in which the engine's loading is after its last tensor. Engines that do more than launch copies
+        may have more to load then, and what they take to forget prefixes is not told apart."""
+        return "reset" if self.only_launches(target) else "load"
+
     def loads(self, plan: Plan, verifier: Verifier, target: WeightTarget) -> Loads:
         """How the engine loads: recorded where device and engine can, every weight is read back afterwards, and no other rank
         waits for this one meanwhile."""
-        is_possible = self.device.type == "cuda" and target.can_replay_loads and plan.num_shards == 1
+        is_possible = self.only_launches(target) and plan.num_shards == 1
         return Loads(len(plan.buckets), CudaRecording if is_possible and not verifier.unreadable else None)
 
 
@@ -65,7 +74,8 @@ class SyncReport:
     unreadable: tuple[str, ...] = ()
     """Tensors that the engine of some rank keeps in a form that cannot be compared bit by bit."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of `gather`, `transfer`, `load` and `checksum`, where they occur."""
+    """Of `gather`, `transfer`, `load`, `reset` and `checksum`, where they occur; on CUDA, how much later each lets the device
+    finish."""
 
 
 class ColocatedSync:
@@ -90,10 +100,10 @@ class ColocatedSync:
             self.packer.fingerprints.begin()
             self.verifier.begin()
         named = dict(tensors)
-        deliver = Delivery(self.assembler, self.verifier if self.settings.verify else None, timeline, part="gather")
+        deliver = Delivery(self.settings, self.assembler, self.verifier, timeline, part="gather")
         if self._is_ready(named.values()):
             target.load_weights(self._as_they_are(named, timeline))
-            timeline.mark("load")
+            timeline.mark(self.settings.after_tensors(target))
         else:
             deliver.to(target, self.loads, lambda bucket: self._start(bucket, named, timeline))
         if self.packer.fingerprints is not None:
@@ -163,6 +173,7 @@ class ColocatedSync:
                 self.verifier.show(slot.name, held)
                 timeline.mark("checksum")
             yield slot.name, self.assembler.as_engine_reads(slot, held)
+        timeline.mark("load")
 
     def _start(self, bucket: int, tensors: Mapping[str, torch.Tensor], timeline: Timeline) -> UnderWay:
         """Pack a bucket and send it on its way."""
@@ -279,7 +290,7 @@ class WeightReceiver:
         if self.settings.verify:
             self.verifier.begin()
         timeline = Timeline(self.settings.device)
-        deliver = Delivery(self.assembler, self.verifier if self.settings.verify else None, timeline, part="transfer")
+        deliver = Delivery(self.settings, self.assembler, self.verifier, timeline, part="transfer")
         deliver.to(target, self.loads, lambda bucket: receive(self.assembler.received[bucket], self.groups))
         if self.settings.verify:
             self.verifier.compare(self._trained_fingerprints(len(self.plan.boxes)), target.held_weights())
@@ -303,8 +314,10 @@ class WeightReceiver:
 class Delivery:
     """Hands the tensors of arriving buckets out, one bucket ahead on the wire."""
 
-    def __init__(self, assembler: Assembler, verifier: Verifier | None, timeline: Timeline, *, part: str):
-        self.assembler, self.verifier, self.timeline, self.part = assembler, verifier, timeline, part
+    def __init__(self, settings: SyncSettings, assembler: Assembler, verifier: Verifier, timeline: Timeline, *, part: str):
+        """Of the timeline, waiting for buckets is `part`."""
+        self.settings, self.assembler, self.timeline, self.part = settings, assembler, timeline, part
+        self.verifier = verifier if settings.verify else None
         self.bytes_received = 0
 
     def to(self, target: WeightTarget, loads: Loads, start: Callable[[int], UnderWay]) -> None:
@@ -314,9 +327,10 @@ class Delivery:
                 loads.replay(bucket)
                 self.timeline.mark("load")
             target.forget_prefixes()
+            self.timeline.mark("reset")
         else:
             loads.run(target, self._tensors(loads, start))
-        self.timeline.mark("load")
+            self.timeline.mark(self.settings.after_tensors(target))
 
     def _tensors(self, loads: Loads, start: Callable[[int], UnderWay]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors in the order of the plan, as the engine reads them; each is valid until the next one is asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -146,6 +147,38 @@ def test_an_error_while_recording_is_raised_and_what_was_recorded_before_it_is_f
         sync.sync(trained(seed), engine)
         assert all(torch.equal(engine.weights[name], tensor.bfloat16()) for name, tensor in trained(seed)), seed
     assert engine.num_loads == 3
+
+
+FORGETS_S = 0.05
+
+
+class SlowToForget(CountingEngine):
+    """Takes its time to forget prefixes, as the last thing of each load and when asked."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().load_weights(weights)
+        time.sleep(FORGETS_S)
+
+    def forget_prefixes(self) -> None:
+        time.sleep(FORGETS_S)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["as they are", "in buckets"])
+def test_forgetting_prefixes_is_a_part_of_its_own_where_the_engine_only_launches_copies(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    engine, name = SlowToForget(dtype), str(dtype).removeprefix("torch.")
+    on_cpu = ColocatedSync(settings(name), group=None).sync(trained(), engine)
+    assert "reset" not in on_cpu.seconds and on_cpu.seconds["load"] >= FORGETS_S, "it may have packed weights meanwhile"
+    monkeypatch.setattr(SyncSettings, "only_launches", lambda self, target: target.can_replay_loads)
+    report = ColocatedSync(settings(name), group=None).sync(trained(), engine)
+    assert report.seconds["reset"] >= FORGETS_S > report.seconds["load"]
+
+
+def test_forgetting_prefixes_after_a_replay_is_a_part_of_its_own():
+    engine, sync = SlowToForget(), RecordedSync(settings("bfloat16"), group=None)
+    report = [sync.sync(trained(seed), engine) for seed in range(NUM_SYNCS)][-1]
+    assert report.seconds["reset"] >= FORGETS_S > report.seconds["load"]
 
 
 def test_a_replay_that_misses_a_bucket_is_caught():
