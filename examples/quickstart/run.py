@@ -24,6 +24,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from hybridflow import registry
+from hybridflow.config.rules import PACKAGES, is_installed
+
 HERE = Path(os.path.relpath(Path(__file__).parent))
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[2] / "configs"))
 RL_CONFIGS = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
@@ -157,6 +160,13 @@ def show_results(folders: Folders) -> None:
     console.print(f"TensorBoard  {tensorboard}", highlight=False, soft_wrap=True)
 
 
+def engine_problem(name: str) -> str | None:
+    """Why `name` cannot generate here; None where it can."""
+    package, advice = PACKAGES.get(("rollout.engine", name), ("hybridflow", ""))
+    missing = None if is_installed(package) else f"{name} is not installed: {advice}"
+    return registry.unknown_name(name, registry.ENGINES) or missing
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and do it all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,6 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="of reinforcement learning; by default what the configuration says")
     parser.add_argument("--folder", type=Path, default=Path("outputs/quickstart"), help="where everything goes; emptied first")
     options = parser.parse_args(arguments)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"argument --steps: found {options.steps}; needed: at least 1")
+    if problem := engine_problem(options.engine):
+        parser.error(f"argument --engine: {problem}")
     folders = Folders(options.folder)
     started = time.perf_counter()
     for stale in (folders.data, folders.model, folders.sft, folders.start, folders.rl):

@@ -44,6 +44,13 @@ class ImportanceOptions:
     importance_mask: tuple[float, float] | None = None
     """Tokens (or responses) whose weight is outside count nothing; null for none."""
 
+    def __post_init__(self) -> None:
+        if self.importance_mask is not None and self.importance_mask[0] >= self.importance_mask[1]:
+            low, high = self.importance_mask
+            raise ValueError(
+                f"importance_mask: found [{low:g}, {high:g}], outside of which is everything; the smaller one comes first"
+            )
+
     @property
     def importance_correction(self) -> ImportanceCorrection | None:
         """For a loss; None where neither a bound nor a mask is set."""

@@ -223,7 +223,7 @@ def wanted(hint: object) -> str:
     if origin is tuple and members[-1] is Ellipsis:
         return f"a list, each element {wanted(members[0])}"
     if origin is tuple:
-        return f"a list of {len(members)}: {', '.join(wanted(member) for member in members)}"
+        return f"a list of {len(members)} ({', '.join(wanted(member) for member in members)})"
     if origin in (Mapping, dict):
         return f"a mapping from names to {wanted(members[1])}"
     return NAMES.get(hint, str(hint)) if isinstance(hint, type) else str(hint)

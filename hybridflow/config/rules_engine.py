@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridflow.config.findings import Missing
+from hybridflow.config.rules_placement import uses_gpus
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake
 from hybridflow.registry import nearest
@@ -74,6 +77,10 @@ ENGINES = {
     "sglang": Arguments(SGLANG_KEYS, "sglang", "srt/server_args.py", "ServerArgs"),
 }
 """The built-in ones."""
+WHOLE = ("torch", "sglang")
+"""Engines that do not share a model among ranks."""
+CACHED_IN_CPU_MEMORY = ("vllm",)
+"""Engines that take `rollout.cpu_cache_gib` where there is no GPU."""
 LOG_PROBS_AFTER_CUTS = ("vllm",)
 """Engines whose log-probabilities are, unless told otherwise, of the tokens that top_p, top_k and min_p leave."""
 
@@ -93,6 +100,20 @@ def options_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[Mistak
             yield Mistake(key, f"the {engine} engine has no options. Leave it out, or set rollout.engine=vllm")
         elif names is not None and name not in names:
             yield Mistake(key, f"{engine}'s engine has no such argument{nearest(name, names)}")
+
+
+def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """The engine can be cut over as many ranks as asked, and on a CPU this machine has the memory of their caches."""
+    rollout, engine = config.rollout, config.rollout.engine
+    if "rollout" not in roles:
+        return
+    if engine in WHOLE and rollout.tensor_parallel > 1:
+        problem = f"found {rollout.tensor_parallel}, but the {engine} engine does not cut weights"
+        yield Mistake("rollout.tensor_parallel", f"{problem}. Use 1, or rollout.engine=vllm")
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if engine in CACHED_IN_CPU_MEMORY and not uses_gpus(config) and rollout.cpu_cache_gib > memory_gib:
+        problem = f"found {rollout.cpu_cache_gib:g} GiB for each rank, but this machine has {memory_gib:.1f}"
+        yield Missing("rollout.cpu_cache_gib", f"{problem}. Weights, optimizer and activations need their share too")
 
 
 def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:

@@ -19,6 +19,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 """Any of these holds a vocabulary."""
 
 
+PARQUET = b"PAR1"
+
+
 def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     """There is training data, and every named file is there."""
     if not config.data.train_files:
@@ -28,6 +31,18 @@ def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake
         for file in files:
             if not os.path.isfile(file):  # False too where this user may not look
                 yield Missing(key, missing(file, "file"))
+            elif not is_parquet(file):
+                yield Mistake(key, f"file {file!r} is not a whole Parquet file. Was it written completely?")
+
+
+def is_parquet(file: str) -> bool:
+    """Whether it begins and ends as Parquet files do."""
+    if os.path.getsize(file) < 3 * len(PARQUET):  # the length of the last part stands between
+        return False
+    with open(file, "rb") as opened:
+        first = opened.read(len(PARQUET))
+        opened.seek(-len(PARQUET), os.SEEK_END)
+        return first == opened.read() == PARQUET
 
 
 def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:

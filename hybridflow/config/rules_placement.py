@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from hybridflow import registry
-from hybridflow.config.findings import Missing, joins_a_cluster
+from hybridflow.config.findings import Missing, Remark, joins_a_cluster
 from hybridflow.config.pools import PoolSize, cpu_slots_of_this_machine, gpus_of_this_machine, parse_pool
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake, PlacementError
@@ -26,6 +26,14 @@ def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[Mi
             divisors = [f"{key}={number}" for key, number in _divisors_of(name, config, roles).items() if number > 1]
             more = f". Its ranks must be a multiple of {' and of '.join(divisors)}" if divisors else ""
             yield Mistake(f"placement.pools.{name}", f"{error}{more}")
+
+
+def pools_are_used(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """Every pool has a role; what a pool without one would hold stays idle."""
+    used = {pool_of(role, config) for role in ("data", *roles)}
+    for name in parsed_pools(config):
+        if name not in used:
+            yield Remark(f"placement.pools.{name}", f"no role is on it; place one there by placement.roles.ROLE={name}")
 
 
 def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:

@@ -73,7 +73,8 @@ class ModelConfig:
     lora_alpha: float = 32.0
     """LoRA scale: the update is multiplied by alpha / rank."""
     lora_targets: tuple[str, ...] = ("all-linear",)
-    """Names of the layers that get adapters."""
+    """Names of the layers that get adapters, of class torch.nn.Linear each; all-linear alone means all but the output layer,
+    which cannot have any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ class RolloutConfig:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response, beside the end of sequence."""
     ignore_eos: bool = False
-    """Generate to the length limit always; for benchmarks."""
+    """In training, generate to the length limit always; for benchmarks."""
     seed_requests: bool = True
     """Every response has a seed of its own: it depends on nothing that is generated beside it, and runs repeat. Without, vLLM
     and SGLang draw all from one generator, which is faster."""

@@ -98,7 +98,8 @@ def why_not_started(error: Exception, spec: EngineSpec) -> str:
     """What vLLM says, in the words of our keys."""
     found = OF_PYDANTIC.sub("", str(error))
     lines = [f"vLLM did not start: {found}"]
-    lines += [f"What vLLM calls {name} is {key} here." for name, key in VLLM_KEYS.items() if re.search(rf"\b{name}\b", found)]
+    named = VLLM_KEYS | {"kv-cache-memory-bytes": "rollout.cpu_cache_gib"}
+    lines += [f"What vLLM calls {name} is {key} here." for name, key in named.items() if re.search(rf"\b{name}\b", found)]
     if spec.options:
         lines.append(f"It was given rollout.engine_options={spec.options}.")
     return "\n".join(lines)

@@ -84,6 +84,8 @@ class ConsoleTracker(Tracker):
             head, end = f"step {step}/{self.total_steps}  ", self._remaining(step)
             line = step_line(metrics, max_characters=MAX_CHARACTERS - len(head) - len(end))
             self._print(Text.assemble((head, "bold"), line, end))
+        else:
+            self.started = time.monotonic()  # the validation before training is no step
         if validation := validation_line(metrics):
             self._print(Text.assemble((f"validation at step {step}", "bold cyan"), f"  {validation}"))
         if self.bar is not None:

@@ -13,7 +13,7 @@ from hybridflow.config.build import keys_of
 from hybridflow.config.load import load_config
 from hybridflow.config.rules import PACKAGES, RANGES
 from hybridflow.config.schema import Config
-from tests.unit.config_cases import mistakes_of, model_folder, right_run
+from tests.unit.config_cases import CUTTING_ENGINE, mistakes_of, model_folder, right_run
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,7 @@ def test_the_configuration_stays_small() -> None:
         ("data.max_response_tokens=-1", "at least 1"),
         ("rollout.temperature=0", "at least 0.01 and at most 2"),
         ("rollout.top_p=0", "more than 0 and at most 1"),
+        ("rollout.stop_token_ids=[3,-5]", "at least 0"),
         ("rollout.min_p=1", "at least 0 and less than 1"),
         ("rollout.memory_fraction=1", "more than 0 and less than 1"),
         ("actor.learning_rate=-1", "at least 0"),
@@ -69,13 +70,19 @@ def test_a_number_out_of_range_is_answered_with_the_range(tmp_path: Path, overri
 
 def test_tensor_parallel_divides_the_ranks_of_its_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
-    overrides = ["placement.pools.main=1x8", "rollout.tensor_parallel=3", "run.device=auto", "placement.cpu_slots=9"]
+    overrides = [
+        "placement.pools.main=1x8",
+        "rollout.tensor_parallel=3",
+        "run.device=auto",
+        "placement.cpu_slots=9",
+        CUTTING_ENGINE,
+    ]
     expected = "rollout.tensor_parallel: found 3, which does not divide the 8 GPUs of pool 'main'. Use 1, 2, 4 or 8."
     assert only_mistake(tmp_path, *overrides) == expected
 
 
 def test_an_engine_fits_into_a_node(tmp_path: Path) -> None:
-    overrides = ["placement.pools.main=2x2", "rollout.tensor_parallel=4", "run.ray_address=auto"]
+    overrides = ["placement.pools.main=2x2", "rollout.tensor_parallel=4", "run.ray_address=auto", CUTTING_ENGINE]
     expected = "rollout.tensor_parallel: found 4, which does not divide the 2 ranks on each node of pool 'main'. Use 1 or 2."
     assert only_mistake(tmp_path, *overrides) == expected
 
@@ -126,7 +133,9 @@ def test_a_pool_that_does_not_parse_is_one_mistake(tmp_path: Path) -> None:
 
 
 def test_what_divides_the_ranks_of_a_pool_that_does_not_parse_is_told_with_it(tmp_path: Path) -> None:
-    found = only_mistake(tmp_path, "placement.pools.main=abc", "rollout.tensor_parallel=3", "model.sequence_parallel=2")
+    found = only_mistake(
+        tmp_path, "placement.pools.main=abc", "rollout.tensor_parallel=3", "model.sequence_parallel=2", CUTTING_ENGINE
+    )
     assert found.endswith("Its ranks must be a multiple of rollout.tensor_parallel=3 and of model.sequence_parallel=2")
     found = only_mistake(tmp_path, "placement.pools.scoring=abc", "rollout.tensor_parallel=1")
     assert found.endswith("for example 2x8 or '1x4 cpu'")
@@ -138,7 +147,9 @@ def test_a_pool_whose_size_is_no_text_keeps_its_name(tmp_path: Path) -> None:
 
 
 def test_pools_that_are_no_mapping_are_one_mistake(tmp_path: Path) -> None:
-    found = only_mistake(tmp_path, "placement.pools=1x8", "placement.roles.actor=all", "rollout.tensor_parallel=2")
+    found = only_mistake(
+        tmp_path, "placement.pools=1x8", "placement.roles.actor=all", "rollout.tensor_parallel=2", CUTTING_ENGINE
+    )
     assert found.startswith("placement.pools: found '1x8' (text); needed: a mapping from names to text")
 
 
@@ -212,6 +223,24 @@ def test_missing_data_files_are_each_named(tmp_path: Path) -> None:
     assert found[0].endswith(f"data.train_files: file '{near}' does not exist; did you mean 'train.parquet'?")
     assert "data.train_files: file 'b/c.parquet' does not exist (the last folder on the way that does is " in found[1]
     assert "data.validation_files: file 'd' does not exist" in found[2]
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PAR1", b"PAR1 cut short", b"not from the beginning PAR1"])
+def test_a_file_that_is_no_whole_parquet_file_is_a_mistake(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "part.parquet"
+    file.write_bytes(content)
+    found = only_mistake(tmp_path, f"data.validation_files={file}")
+    assert found == f"data.validation_files: file '{file}' is not a whole Parquet file. Was it written completely?"
+
+
+def test_the_bounds_of_a_mask_are_in_order(tmp_path: Path) -> None:
+    found = only_mistake(tmp_path, "algorithm=ppo", "algorithm.importance_mask=[2, 0.5]")
+    assert "importance_mask: found [2, 0.5], outside of which is everything; the smaller one comes first" in found
+
+
+def test_a_pool_without_a_role_is_remarked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert mistakes_of([*right_run(tmp_path), "placement.pools.spare=1x1", "placement.cpu_slots=9"]) == []
+    assert "placement.pools.spare: no role is on it" in caplog.text
 
 
 def test_training_needs_data(tmp_path: Path) -> None:
@@ -395,7 +424,7 @@ def test_prompts_per_update_divide_prompts_per_step(tmp_path: Path) -> None:
         ("algorithm.gamma=1.5", "found 1.5 (number); needed: a number of at least 0 and at most 1"),
         ("algorithm.kl_target=0", "found 0 (integer); needed: a number of more than 0"),
         ("algorithm.dual_clip=0.5", "found 0.5 (number); needed: a number of more than 1 or null"),
-        ("algorithm.clip=[-0.1, 0.2]", "found [-0.1, 0.2] (list); needed: a list of 2: a number of at least 0, a number of"),
+        ("algorithm.clip=[-0.1, 0.2]", "found [-0.1, 0.2] (list); needed: a list of 2 (a number of at least 0, a number of"),
     ],
 )
 def test_an_option_of_an_algorithm_out_of_range_is_a_mistake(tmp_path: Path, override: str, expected: str) -> None:

@@ -86,3 +86,17 @@ def test_a_cut_whose_log_probabilities_training_does_not_compute_is_a_mistake(tm
 
 def about_log_probs(overrides: list[str]) -> list[str]:
     return [mistake for mistake in mistakes_of(overrides) if "log-probabilities" in mistake]
+
+
+@pytest.mark.parametrize("engine", ["torch", "sglang"])
+def test_engines_that_do_not_cut_weights_are_asked_for_one_rank(tmp_path: Path, engine: str) -> None:
+    settings = [f"rollout.engine={engine}", "rollout.tensor_parallel=2", "placement.pools.main=1x2", "placement.cpu_slots=4"]
+    (found,) = about("rollout.tensor_parallel", [*right_run(tmp_path), *settings])
+    assert found.endswith(f"found 2, but the {engine} engine does not cut weights. Use 1, or rollout.engine=vllm")
+
+
+def test_a_cache_larger_than_the_memory_of_this_machine_is_a_mistake_without_gpus(tmp_path: Path) -> None:
+    settings = [*right_run(tmp_path), "rollout.engine=vllm", "rollout.cpu_cache_gib=1e6"]
+    (found,) = about("rollout.cpu_cache_gib", settings)
+    assert "found 1e+06 GiB for each rank, but this machine has" in found
+    assert not about("rollout.cpu_cache_gib", [*settings, "run.device=cuda"])

@@ -11,7 +11,7 @@ from hybridflow.config.load import load_config
 from hybridflow.config.schema import Config
 from hybridflow.config.settings import KNOWN_KEYS
 from hybridflow.config.verl_keys import KEYS, PREFIXES
-from tests.unit.config_cases import mistakes_of, right_run
+from tests.unit.config_cases import LOOKS_LIKE_PARQUET, mistakes_of, right_run
 
 # The arguments of a published single-GPU script for verl's PPO on GSM8K, with its variables filled in.
 PUBLISHED_SCRIPT = [
@@ -89,7 +89,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def published_script(folder: Path) -> list[str]:
-    (folder / "train.parquet").touch()
+    (folder / "train.parquet").write_bytes(LOOKS_LIKE_PARQUET)
     return [argument.format(folder=folder) for argument in PUBLISHED_SCRIPT]
 
 

@@ -17,6 +17,7 @@ from hybridflow.planner.measures import choose
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak
 from hybridflow.planner.needs import PoolFacts, pool_needs
 from hybridflow.workers.facts import model_sizes
+from tests.unit.config_cases import CUTTING_ENGINE, LOOKS_LIKE_PARQUET
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,12 +60,13 @@ def recorded(name: str) -> dict[str, object]:
 def config_of(name: str, folder: Path) -> Config:
     """The configuration of a recorded command, with a model folder that holds sizes only."""
     SHAPES["0.5b" if RECORDED[name].billions == 0.5 else "7b"].config().save_pretrained(folder)
-    for file in ("model.safetensors", "tokenizer.json", "prompts.parquet"):
+    for file in ("model.safetensors", "tokenizer.json"):
         (folder / file).touch()
+    (folder / "prompts.parquet").write_bytes(LOOKS_LIKE_PARQUET)
     _, _, _, path, *overrides = shlex.split(str(recorded(name)["command"]))
     here = [f"model.path={folder}", f"model.tokenizer={folder}", f"data.train_files=[{folder / 'prompts.parquet'}]"]
     here += [f"reward.path={ROOT / 'benchmarks/parity_reward.py'}", "run.device=cpu", "placement.cpu_slots=16"]
-    return load_config(str(ROOT / path), [*overrides, *here, "rollout.engine=torch"])
+    return load_config(str(ROOT / path), [*overrides, *here, CUTTING_ENGINE])
 
 
 def main_pool(name: str, config: Config) -> PoolNeeds:

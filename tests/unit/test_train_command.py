@@ -9,7 +9,7 @@ import pytest
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.config.schema import CheckpointConfig, Config, RunConfig
 from hybridflow.train import how_to_go_on, main
-from tests.unit.config_cases import right_run
+from tests.unit.config_cases import CUTTING_ENGINE, right_run
 
 ELSEWHERE = [
     "model.path=models/not/here",
@@ -50,7 +50,7 @@ def test_a_dry_run_of_a_plan_for_other_machines_shows_it_and_warns_of_what_is_mi
 def test_a_dry_run_with_a_mistake_that_every_machine_would_find_fails(
     yaml_file: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert main([yaml_file, *ELSEWHERE, "rollout.tensor_parallel=3", "--dry-run"]) == 2
+    assert main([yaml_file, *ELSEWHERE, "rollout.tensor_parallel=3", CUTTING_ENGINE, "--dry-run"]) == 2
     output = capsys.readouterr()
     assert not output.out and output.err.startswith(
         "1 mistake in the configuration:\n  command line: rollout.tensor_parallel: "
