@@ -6,6 +6,7 @@ Colocated: `rollout.sync_weights()`. On separate pools, once `address = actor.tr
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -22,9 +23,13 @@ from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.probe import ScoresRows, probe
 
+logger = logging.getLogger("hybridflow")
+
 PROBED_SYNCS = 2
 """Syncs at the start of a run after which log-probabilities are compared too: the first shows whether engine and trainer
 compute the same at all, the second whether cached prefixes were forgotten."""
+MOST_NAMED = 5
+"""Weights that a line of the log names."""
 
 
 @runtime_checkable
@@ -66,6 +71,9 @@ class RolloutSync:
                 peak_gib = torch.cuda.max_memory_allocated() / 2**30
                 metrics += Metrics({"sync/peak_allocated_gib": Metric(peak_gib, kind="max")})
             self.num_syncs += 1
+            if self.num_syncs == 1 and report.unreadable:
+                names = ", ".join(report.unreadable[:MOST_NAMED]) + (" ..." if len(report.unreadable) > MOST_NAMED else "")
+                logger.info("the engine cannot show %d weights (%s): their effect is probed", len(report.unreadable), names)
             is_due = self.num_syncs <= PROBED_SYNCS or report.unreadable
             if is_due and self.config.rollout.verify_weights and isinstance(actor, ScoresRows):
                 started = time.perf_counter()
