@@ -211,6 +211,7 @@ class VllmEngine(Engine):
     def sleep(self) -> None:
         self.check_idle()
         if self.spec.can_sleep and self.spec.device.type == "cuda":
+            torch.cuda.synchronize()  # one step more than was needed may still compute with this memory
             self.engine.reset_prefix_cache()
             self.engine.sleep(level=1)
 
