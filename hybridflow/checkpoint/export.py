@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -26,7 +27,7 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 MODEL_KEY = "model."
 """What the keys of weights begin with in a role's sharded state; the rest is the name in a Hugging Face checkpoint."""
 VALUE_HEAD = "value_head."
-ADAPTED, LOW, HIGH = ".base_layer.", ".lora_A.default.", ".lora_B.default."
+ADAPTED, ADAPTER, LOW, HIGH = ".base_layer.", ".lora_", ".lora_A.default.", ".lora_B.default."
 FILE_BYTES = 4 << 30
 """Most bytes of weights in one file, and at once in memory (in the exported dtype)."""
 
@@ -52,7 +53,8 @@ def export_checkpoint(
     backbone, which `AutoModel` loads, and `value_head.safetensors` with `weight` and `bias`. `folder` is complete or absent.
 
     Raises:
-        CheckpointError: there is no such checkpoint or role, a file is damaged, or `folder` cannot be written.
+        CheckpointError: there is no such checkpoint or role, a file is damaged, an adapter cannot be merged, or `folder` cannot
+            be written.
         ModelError: the model that training started from does not load.
     """
     found, target = find(checkpoint), Path(folder).absolute()
@@ -84,6 +86,7 @@ def _write_model(weights_folder: Path, target: Path, origin: Source, dtype: Dtyp
     weights = SavedWeights(weights_folder, lora_scale=origin.lora_scale)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=origin.trust_remote_code)  # type: ignore[no-untyped-call]
+    _check_adapters(weights, skeleton)
     head = [name for name in weights.shapes if name.startswith(VALUE_HEAD)]
     names = _checked_names(weights, skeleton, has_value_head=bool(head))
     if head:
@@ -111,11 +114,18 @@ class SavedWeights:
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Name -> shape of each weight, adapters counted as part of the weight that they change."""
-        adapters = (LOW, HIGH)
+        return {name.replace(ADAPTED, "."): entry.size for name, entry in self._saved.items() if ADAPTER not in name}
+
+    @property
+    def adapted(self) -> dict[str, bool]:
+        """Layer with an adapter -> whether that is saved as the two factors of a saved weight, and nothing else."""
+        factors: dict[str, set[str]] = {}
+        for name in self._saved:
+            if ADAPTER in name:
+                factors.setdefault(name.partition(ADAPTER)[0], set()).add(name)
         return {
-            name.replace(ADAPTED, "."): entry.size
-            for name, entry in self._saved.items()
-            if not any(part in name for part in adapters)
+            layer: found == {f"{layer}{LOW}weight", f"{layer}{HIGH}weight"} and f"{layer}{ADAPTED}weight" in self._saved
+            for layer, found in factors.items()
         }
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
@@ -134,10 +144,29 @@ class SavedWeights:
         return [part for part in parts if part in self._saved]
 
     def _merged(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        if len(parts) < 3:
+        if len(parts) == 1:
             return parts[0]
         weight, low, high = (part.to(torch.float32) for part in parts)
         return weight + self.lora_scale * (high @ low)
+
+
+def _check_adapters(weights: SavedWeights, skeleton: PreTrainedModel) -> None:
+    """Refuse adapters that would be left out or merged wrongly: a Conv1D's weight, for one, is the transpose of a Linear's."""
+    kinds = {name: type(layer) for name, layer in skeleton.named_modules()}
+    adapted, tied = weights.adapted, skeleton.all_tied_weights_keys
+    wrong = sorted(
+        layer
+        for layer, is_whole in adapted.items()
+        # Layers of another model are reported with all other weights that differ.
+        if not is_whole or kinds.get(layer, nn.Linear) is not nn.Linear or f"{layer}.weight" in tied
+    )
+    if wrong:
+        kind = kinds[wrong[0]].__name__ if wrong[0] in kinds else "not in the model"
+        raise CheckpointError(
+            f"{weights.folder} has adapters on {len(adapted)} layers, and those of {len(wrong)} cannot be merged, the first of "
+            f"{wrong[0]} ({kind}): a torch.nn.Linear with a weight of its own can, saved with that and both factors. Train "
+            "again with such layers in model.lora_targets; if the weights are of another model, give that by --source"
+        )
 
 
 def _checked_names(weights: SavedWeights, skeleton: PreTrainedModel, *, has_value_head: bool) -> list[str]:

@@ -96,10 +96,8 @@ def named_tensors(model: PolicyModel | ValueModel) -> list[tuple[str, torch.Tens
     fsdp.drop_gathered(model)
     # Parameters as they are: detaching 300 sharded ones takes several milliseconds of every weight sync.
     weights: dict[str, torch.Tensor] = dict(model.named_parameters())
-    if any(".base_layer." in name for name in weights):
-        merged = merged_weights(model)
-        kept = {name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name}
-        weights = kept | merged
+    if any(".lora_" in name for name in weights):
+        weights = merged_weights(model)
     return [(_hugging_face_name(model, name), weight) for name, weight in weights.items()]
 
 

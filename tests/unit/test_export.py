@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hybridflow.checkpoint import export
 from hybridflow.checkpoint.export import export_checkpoint
@@ -48,6 +48,16 @@ def checkpoint_of(run: Path, source: str, weights: dict[str, torch.Tensor], *, r
 
 def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def adapted(weights: dict[str, torch.Tensor], layer: str, adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights` as peft names them, with `adapter` beside those of `layer`."""
+    saved = {name.replace(f"{layer}.", f"{layer}.base_layer."): weight for name, weight in weights.items()}
+    return saved | {f"{layer}.{name}": factor for name, factor in adapter.items()}
+
+
+def factors(num_in: int, num_out: int) -> dict[str, torch.Tensor]:
+    return {"lora_A.default.weight": torch.randn(2, num_in), "lora_B.default.weight": torch.randn(num_out, 2)}
 
 
 def assert_same_weights(model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> None:
@@ -172,14 +182,58 @@ def test_large_models_are_written_in_several_indexed_files(tmp_path: Path, tiny_
 def test_adapters_are_merged(tmp_path: Path, tiny_model: str):
     weights = weights_of(trained(tiny_model))
     layer = "model.layers.1.self_attn.q_proj"
-    low, high = torch.randn(2, 64), torch.randn(64, 2)
-    saved = {name.replace(f"{layer}.", f"{layer}.base_layer."): weight for name, weight in weights.items()}
-    saved |= {f"{layer}.lora_A.default.weight": low, f"{layer}.lora_B.default.weight": high}
+    low, high = (pair := factors(64, 64)).values()
+    saved = adapted(weights, layer, pair)
     checkpoint = checkpoint_of(tmp_path / "run", tiny_model, saved, lora_rank=2, lora_alpha=6.0)
     folder = export_checkpoint(checkpoint, tmp_path / "out", dtype="float32")
     # W + alpha / rank * B A, and alpha / rank = 3.
     expected = {**weights, f"{layer}.weight": weights[f"{layer}.weight"] + 3.0 * (high @ low)}
     assert_same_weights(AutoModelForCausalLM.from_pretrained(folder), expected)
+
+
+def assert_adapter_is_refused(run: Path, source: str, saved: dict[str, torch.Tensor], *, first: str) -> None:
+    checkpoint = checkpoint_of(run, source, saved, lora_rank=2, lora_alpha=6.0)
+    with pytest.raises(
+        CheckpointError, match=rf"has adapters on 1 layers, and those of 1 cannot be merged, the first of {first}:"
+    ):
+        export_checkpoint(checkpoint, run.with_name("out"))
+
+
+def test_an_adapter_of_an_embedding_is_refused(tmp_path: Path, tiny_model: str):
+    pair = {"lora_embedding_A.default": torch.randn(2, 66), "lora_embedding_B.default": torch.randn(64, 2)}
+    saved = adapted(weights_of(trained(tiny_model)), "model.embed_tokens", pair)
+    assert_adapter_is_refused(tmp_path / "run", tiny_model, saved, first=r"model\.embed_tokens \(Embedding\)")
+
+
+def test_an_adapter_of_a_transposed_weight_is_refused_although_its_shapes_fit(tmp_path: Path):
+    source = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)).save_pretrained(source)
+    layer = "transformer.h.0.attn.c_proj"
+    saved = adapted(weights_of(trained(str(source))), layer, factors(32, 32))
+    assert_adapter_is_refused(tmp_path / "run", str(source), saved, first=r"transformer\.h\.0\.attn\.c_proj \(Conv1D\)")
+
+
+@pytest.mark.parametrize("missing", ["base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"])
+def test_an_adapter_of_which_a_part_is_missing_is_refused(tmp_path: Path, tiny_model: str, missing: str):
+    layer = "model.layers.1.self_attn.q_proj"
+    saved = adapted(weights_of(trained(tiny_model)), layer, factors(64, 64))
+    del saved[f"{layer}.{missing}"]
+    assert_adapter_is_refused(tmp_path / "run", tiny_model, saved, first=r"model\.layers\.1\.self_attn\.q_proj \(Linear\)")
+
+
+def test_an_adapter_with_more_than_two_factors_is_refused(tmp_path: Path, tiny_model: str):
+    layer = "model.layers.1.self_attn.q_proj"
+    more = {"lora_magnitude_vector.default.weight": torch.randn(64)}
+    saved = adapted(weights_of(trained(tiny_model)), layer, factors(64, 64) | more)
+    assert_adapter_is_refused(tmp_path / "run", tiny_model, saved, first=r"model\.layers\.1\.self_attn\.q_proj \(Linear\)")
+
+
+def test_an_adapter_of_an_output_layer_that_shares_the_embedding_is_refused(tmp_path: Path):
+    source = make_tiny_model(tmp_path / "source", tie_word_embeddings=True)
+    weights = weights_of(trained(source))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    saved = adapted(weights, "lm_head", factors(64, 66))
+    assert_adapter_is_refused(tmp_path / "run", source, saved, first=r"lm_head \(Linear\)")
 
 
 def test_a_critic_gives_its_backbone_and_its_value_head(tmp_path: Path, tiny_model: str):

@@ -146,9 +146,10 @@ def test_merged_adapters_compute_what_adapters_compute(tiny_model: str, tmp_path
     torch.testing.assert_close(adapted(pack(*rows(), CPU))[0], one_row_at_a_time(str(tmp_path), 1.0), rtol=0, atol=1e-4)
 
 
-def test_adapters_for_layers_that_do_not_exist_are_refused(tiny_model: str) -> None:
-    with pytest.raises(ModelError, match=r"lora_targets=\['no_such_layer'\] does not fit Qwen2ForCausalLM"):
-        build_policy(spec_of(tiny_model, adapters=Adapters(rank=4, alpha=8.0, targets=("no_such_layer",), seed=0)))
+def test_adapters_that_would_be_lost_are_refused_for_policies_and_value_models(tiny_model: str) -> None:
+    for build in (build_policy, build_value_model):
+        with pytest.raises(ModelError, match=r"lora_targets=\['lm_head'\] means layers of Qwen2ForCausalLM"):
+            build(spec_of(tiny_model, adapters=Adapters(rank=4, alpha=8.0, targets=("lm_head",), seed=0)))
 
 
 def load(path: str) -> None:
