@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 the run failed, 2 the configuration has mistakes, 130 Ctrl-C,
-    143 SIGTERM."""
+    """Run the command; returns 0 done, 1 the run failed, 2 the configuration has mistakes, 130 Ctrl-C, 143 SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     options = parse(arguments)
     try:
@@ -54,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as error:
         sys.stderr.write(f"\nStopped. {how_to_go_on(config)}\n")
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
+        return 128 + (error.args[0] if error.args else 2)  # the number of the signal; 2 is Ctrl-C
     return 0
 
 
