@@ -206,6 +206,7 @@ RULES: tuple[Rule, ...] = (
     rules_engine.log_probs_are_of_all_tokens,
     rules_files.tokenizer_is_there,
     rules_files.rows_fit_the_context,
+    rules_files.heads_divide,
     rules_reward.reward_function_can_be_called,
     rules_placement.pools_are_used,
     rules_placement.roles_have_pools,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hybridflow.config.findings import Missing
+from hybridflow.config.rules_placement import divisors
 from hybridflow.config.schema import Config
 from hybridflow.errors import Mistake
 from hybridflow.registry import nearest
@@ -17,9 +18,9 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Any of these holds a vocabulary."""
-
-
 PARQUET = b"PAR1"
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
+HEADS_NAMES = ("num_attention_heads", "n_head")
 
 
 def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -82,7 +83,7 @@ def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[Mis
         if not file.is_file():
             continue
         try:
-            context = _context_tokens(json.loads(file.read_text(encoding="utf-8")))
+            context = _number_in(json.loads(file.read_text(encoding="utf-8")), CONTEXT_NAMES)
         except ValueError as error:
             yield Mistake(key, f"{file} is not JSON: {error}")
             continue
@@ -91,6 +92,22 @@ def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[Mis
             asked = f"data.max_prompt_tokens={data.max_prompt_tokens} and data.max_response_tokens={data.max_response_tokens}"
             problem = f"{asked} make {config.max_model_tokens} tokens; {key}={path!r} reads {context}. Lower one of them"
             yield Mistake("data.max_response_tokens", problem)
+
+
+def heads_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+    """Ranks that share the attention of a local model, in training or in an engine, get equally many heads."""
+    for key, path in model_paths(config, roles).items():
+        shares = {"model.sequence_parallel": config.model.sequence_parallel}
+        if key == "model.path" and "rollout" in roles:  # the engines' too
+            shares["rollout.tensor_parallel"] = config.rollout.tensor_parallel
+        try:
+            heads = _number_in(json.loads((Path(path) / "config.json").read_text(encoding="utf-8")), HEADS_NAMES)
+        except (OSError, ValueError):
+            heads = None  # other rules tell
+        for share_key, number in shares.items():
+            if heads is not None and number >= 1 and heads % number:
+                problem = f"found {number}, which does not divide the {heads} attention heads of {key}={path!r}"
+                yield Mistake(share_key, f"{problem}. Use {divisors(heads)}")
 
 
 def run_folder_can_be_written(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -131,11 +148,12 @@ def missing(path: str, kind: str) -> str:
     return f"{kind} {path!r} does not exist{nearby or f' (the last folder on the way that does is {parents[0]})'}"
 
 
-def _context_tokens(model_config: object) -> int | None:
+def _number_in(model_config: object, names: tuple[str, ...]) -> int | None:
+    """Of a model's configuration, by the first of the names that it has."""
     if not isinstance(model_config, dict):
         raise ValueError("the top level is not an object")
-    for name in ("max_position_embeddings", "n_positions"):
+    for name in names:
         if isinstance(model_config.get(name), int):
             return int(model_config[name])
     text_config = model_config.get("text_config")
-    return _context_tokens(text_config) if isinstance(text_config, dict) else None
+    return _number_in(text_config, names) if isinstance(text_config, dict) else None

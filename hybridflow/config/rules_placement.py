@@ -67,7 +67,7 @@ def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
             if number >= 1 and ranks % number:
                 node = " on each node" if is_engine and size.nodes > 1 else ""
                 problem = f"found {number}, which does not divide the {ranks} {unit}{node} of pool {pool!r}"
-                yield Mistake(key, f"{problem}. Use {_divisors(ranks)}.")
+                yield Mistake(key, f"{problem}. Use {divisors(ranks)}.")
 
 
 def slots_suffice(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
@@ -132,16 +132,17 @@ def uses_gpus(config: Config) -> bool:
     return config.run.device == "cuda" or (config.run.device == "auto" and gpus_of_this_machine() > 0)
 
 
+def divisors(number: int) -> str:
+    """All of them, as a list to choose from."""
+    found = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
+    return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
+
+
 def _divisors_of(pool: str, config: Config, roles: tuple[str, ...]) -> dict[str, int]:
     """What must divide the ranks of a pool, by key."""
     here = {role for role in roles if pool_of(role, config) == pool}
     divisors = {"rollout.tensor_parallel": config.rollout.tensor_parallel} if "rollout" in here else {}
     return divisors | ({"model.sequence_parallel": config.model.sequence_parallel} if here & SEQUENCE_PARALLEL_ROLES else {})
-
-
-def _divisors(number: int) -> str:
-    divisors = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
-    return " or ".join([", ".join(divisors[:-1]), divisors[-1]]) if len(divisors) > 1 else divisors[0]
 
 
 def _listed(sizes: Mapping[str, PoolSize]) -> str:

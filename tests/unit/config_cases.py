@@ -27,10 +27,11 @@ def right_run(folder: Path) -> list[str]:
     ]
 
 
-def model_folder(folder: Path, *, context: int = 2048, without: str = "") -> Path:
+def model_folder(folder: Path, *, context: int = 2048, heads: int = 14, without: str = "") -> Path:
     """A folder with the files of a saved model, or all but one."""
     folder.mkdir()
-    files = {"config.json": json.dumps({"max_position_embeddings": context}), "model.safetensors": "", "tokenizer.json": ""}
+    sizes = {"max_position_embeddings": context, "num_attention_heads": heads}
+    files = {"config.json": json.dumps(sizes), "model.safetensors": "", "tokenizer.json": ""}
     for name in files.keys() - {without}:
         (folder / name).write_text(files[name])
     return folder

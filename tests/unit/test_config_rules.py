@@ -309,6 +309,15 @@ def test_a_model_config_that_is_not_json_is_a_mistake(tmp_path: Path) -> None:
     assert "config.json is not JSON" in only_mistake(tmp_path, f"model.path={folder}")
 
 
+def test_ranks_share_attention_heads_evenly(tmp_path: Path) -> None:
+    ranks = ["placement.pools.main=1x4", "placement.cpu_slots=9", CUTTING_ENGINE]
+    models = [f"model.path={model_folder(tmp_path / 'model')}", f"critic.path={model_folder(tmp_path / 'critic', heads=12)}"]
+    asked = ["rollout.tensor_parallel=4", "model.sequence_parallel=4", "algorithm=ppo"]
+    found = mistakes_of([*right_run(tmp_path), *ranks, *models, *asked])
+    problem = f"found 4, which does not divide the 14 attention heads of model.path='{tmp_path / 'model'}'. Use 1, 2, 7 or 14"
+    assert found == [f"command line: model.sequence_parallel: {problem}", f"command line: rollout.tensor_parallel: {problem}"]
+
+
 def test_the_context_of_a_nested_text_model_counts(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     (folder / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 1023}}))
