@@ -14,4 +14,4 @@ def test_a_role_is_shown_with_the_axes_that_cut_it_and_nothing_else() -> None:
     )
     rollout, reference = placement_lines(config, ("rollout", "reference"))
     assert rollout.endswith("1 node(s) x 4 slot(s), data parallel 2, tensor parallel 2 [RolloutWorker]")
-    assert reference.endswith("1 node(s) x 4 slot(s), data 4 [ReferenceWorker]")
+    assert reference.endswith("1 node(s) x 4 slot(s), data parallel 4 [ReferenceWorker]")
