@@ -39,6 +39,10 @@ class ConfigError(HybridflowError):
         return "\n".join([f"{heading}:", *(f"  {mistake}" for mistake in self.mistakes)])
 
 
+class FolderInUseError(HybridflowError):
+    """Another run has the folder of this one."""
+
+
 class DataError(HybridflowError):
     """A data file is missing, malformed, or empty after filtering."""
 

@@ -53,7 +53,12 @@ ranks load models, on machines of their own.
 VERL_INTRODUCTION = """\
 Accepted in YAML and on the command line, so that most of a script written for verl carries over. What is not listed is a
 mistake, which says what to set in its place where there is something. A key that becomes nothing is accepted with a warning.
-`actor_rollout_ref.`, `data.` and `trainer.` may be left out.
+`actor_rollout_ref.`, `data.` and `trainer.` may be left out. The command wants a YAML file first, which may be empty.
+
+Keys that a script leaves out have *our* defaults. Some of them change what is learned: PPO and GRPO have a KL term of 0.001 and
+load a reference (verl has none unless `use_kl_in_reward` or `use_kl_loss`; here `algorithm.kl_in: none` for PPO and
+`algorithm.kl_coefficient: 0` for GRPO), GRPO averages its loss by response (verl over tokens), and `algorithm.dual_clip` is off
+(`clip_ratio_c` is 3.0 there).
 """
 
 

@@ -6,16 +6,14 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 
-from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.schema import Config
 from hybridflow.controller import interrupts
-from hybridflow.controller.cluster import cluster, is_in_copied_folder
+from hybridflow.controller.cluster import cluster
 from hybridflow.controller.launch import algorithm_class, all_roles, launched
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import device_type, placement_lines
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.controller.run_folder import reserved
 
 logger = logging.getLogger("hybridflow")
 
@@ -27,15 +25,13 @@ def run(config: Config) -> None:
         HybridflowError: what went wrong, where, and what to do.
     """
     started = time.perf_counter()
-    folder = Path(config.run.folder)
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
     with interrupts.noticed(), cluster(config):
         interrupts.heed_sigterm()
         for line in placement_lines(config, all_roles(config)):
             logger.info(line)
-        prepare_folder(folder, config)
-        with launched(config) as groups:
+        with reserved(config) as folder, launched(config) as groups:
             algorithm = algorithm_class(config)(config, groups.groups)
             data = groups.dataset
             total_steps = config.run.total_steps or config.run.total_epochs * data.steps_per_epoch
@@ -47,19 +43,3 @@ def run(config: Config) -> None:
                 logger.info("the first step compiles kernels: it may take half a minute more than the following ones")
             Loop(config, groups, algorithm, total_steps=total_steps).run()
     logger.info("done: everything is in %s", folder)
-
-
-def prepare_folder(folder: Path, config: Config) -> None:
-    """Make the run's folder, with the resolved configuration in it.
-
-    Raises:
-        ConfigError: it cannot be written, or would not stay.
-    """
-    if not folder.is_absolute() and is_in_copied_folder():
-        found = f"found {folder}, which would lie in the copy of the working folder that Ray made for this job and deletes"
-        raise ConfigError([Mistake("run.folder", f"{found}. Give an absolute path on a disk that all nodes share")])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(resolved_yaml(config))
-    except OSError as error:
-        raise ConfigError([Mistake("run.folder", f"{folder} cannot be written: {error.strerror}. Choose another")]) from error

@@ -54,7 +54,7 @@ class ChunkReader:
                 long and `data.overlong_prompts` is error.
         """
         start, kept = 0, 0
-        for batch in read_batches(file, self.columns):
+        for batch in read_batches(file, self.columns, where=where):
             if max_prompts is not None and kept >= max_prompts:
                 return
             try:

@@ -93,11 +93,18 @@ def _problem(spec: ColumnSpec, schema: pa.Schema) -> str | None:
     return f"column {spec.name!r} is {kind}; expected {spec.expected}"
 
 
-def read_batches(file: pq.ParquetFile, specs: Sequence[ColumnSpec]) -> Iterator[pa.RecordBatch]:
-    """The file's rows, some thousand at a time, with only those of the columns that it has."""
+def read_batches(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: str) -> Iterator[pa.RecordBatch]:
+    """The file's rows, some thousand at a time, with only those of the columns that it has. `where` names it in messages.
+
+    Raises:
+        DataError: a part of the file is damaged.
+    """
     names = set(file.schema_arrow.names)
     columns = [spec.path for spec in specs if spec.name in names]
-    yield from file.iter_batches(batch_size=ROWS_PER_READ, columns=columns)
+    try:
+        yield from file.iter_batches(batch_size=ROWS_PER_READ, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: its rows cannot be read ({error}). Was it damaged since it was written?") from error
 
 
 class StoredColumn:

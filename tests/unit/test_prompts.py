@@ -199,3 +199,13 @@ def test_a_model_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
 def test_a_model_folder_that_is_not_there_is_named() -> None:
     with pytest.raises(ModelError, match=r"model.tokenizer='/no/such': there is no such folder"):
         load_tokenizer(Config(model=ModelConfig(path="somewhere", tokenizer="/no/such")))
+
+
+def test_a_page_that_was_damaged_later_is_told_with_its_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{**ROW, "prompt": f"{number}+{number * 7919}="} for number in range(3000)]
+    file = Path(write(tmp_path / "a.parquet", *rows))
+    content = bytearray(file.read_bytes())
+    content[2000:2200] = b"\xff" * 200
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.train_files: .*a\.parquet: its rows cannot be read .*damaged since"):
+        first_text(str(file), tokenizer)
