@@ -13,7 +13,6 @@ from hybridflow.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-RESUME_ANOTHER = "Resume from another checkpoint by checkpoint.resume=PATH"
 _BLOCK_BYTES = 8 << 20
 
 
@@ -72,14 +71,14 @@ def verify_files(folder: Path) -> None:
     for name, expected in manifest.sizes.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing, so checkpoint {folder} is damaged. {_other_checkpoint(folder)}")
+            raise CheckpointError(f"{path} is missing, so checkpoint {folder} is damaged. {other_checkpoint(folder)}")
         if (size := path.stat().st_size) != expected:
-            raise CheckpointError(f"{path} should have {expected:,} bytes and has {size:,}. {_other_checkpoint(folder)}")
+            raise CheckpointError(f"{path} should have {expected:,} bytes and has {size:,}. {other_checkpoint(folder)}")
     found = _checksums([folder / name for name in manifest.checksums])
     for (name, written), read in zip(manifest.checksums.items(), found, strict=True):
         if read != written:
             changed = f"{folder / name} has the checksum {read:08x} instead of {written:08x}: it changed since it was written"
-            raise CheckpointError(f"{changed}. {_other_checkpoint(folder)}")
+            raise CheckpointError(f"{changed}. {other_checkpoint(folder)}")
 
 
 def read_json(path: Path, what: str) -> dict[str, object]:
@@ -92,11 +91,15 @@ def read_json(path: Path, what: str) -> dict[str, object]:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         missing = f"{path} is missing, which holds {what}, so {path.parent} is no complete checkpoint"
-        raise CheckpointError(f"{missing}. {RESUME_ANOTHER}") from error
+        raise CheckpointError(f"{missing}. {other_checkpoint(path.parent)}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. It should hold {what}. {RESUME_ANOTHER}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}. It should hold {what}. {other_checkpoint(path.parent)}"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold {what}, and holds a {type(content).__name__}. {RESUME_ANOTHER}")
+        raise CheckpointError(
+            f"{path} should hold {what}, and holds a {type(content).__name__}. {other_checkpoint(path.parent)}"
+        )
     return content
 
 
@@ -109,12 +112,12 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _other_checkpoint(damaged: Path) -> str:
+def other_checkpoint(damaged: Path) -> str:
     """What to do about a damaged checkpoint: the newest other one beside it, where there is one."""
     others = [path for path in damaged.parent.glob("step_*") if path.name != damaged.name and (path / MANIFEST).is_file()]
     if not others:
         return "There is no other checkpoint beside it; start anew with checkpoint.resume=never"
-    newest = max(others, key=lambda path: read_manifest(path).sequence)
+    newest = max(others, key=lambda path: (path / MANIFEST).stat().st_mtime)  # reading it might fail likewise
     return f"Resume from the one before it by checkpoint.resume={newest}"
 
 

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 from hybridflow.checkpoint.manifest import (
     MANIFEST,
-    RESUME_ANOTHER,
     flush_folder,
+    other_checkpoint,
     read_json,
     read_manifest,
     verify_files,
@@ -148,7 +148,9 @@ class CheckpointStore:
         try:
             return RunState(**cast(dict[str, Any], content))
         except TypeError as error:
-            raise CheckpointError(f"{path} was written by another version of hybridflow: {error}. {RESUME_ANOTHER}") from error
+            raise CheckpointError(
+                f"{path} was written by another version of hybridflow: {error}. {other_checkpoint(path.parent)}"
+            ) from error
 
     @staticmethod
     def verify(checkpoint: str | Path) -> None:

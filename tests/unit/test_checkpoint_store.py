@@ -188,9 +188,17 @@ def test_a_missing_file_is_found_by_name(tmp_path: Path):
 
 def test_a_checkpoint_without_its_manifest_is_an_error_not_an_older_checkpoint(tmp_path: Path):
     store = CheckpointStore(tmp_path)
-    write(store, 1)
+    first = write(store, 1)
     (write(store, 2) / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match=r"step_000002/manifest\.json is missing"):
+    with pytest.raises(CheckpointError, match=rf"step_000002/manifest\.json is missing.*checkpoint\.resume={first}"):
+        store.latest()
+
+
+def test_two_damaged_checkpoints_are_told_one_by_one(tmp_path: Path):
+    store = CheckpointStore(tmp_path)
+    for checkpoint in [write(store, step) for step in (1, 2)]:
+        (checkpoint / MANIFEST).write_text("{")
+    with pytest.raises(CheckpointError, match=r"step_00000\d/manifest\.json cannot be read.*Resume from the one before it"):
         store.latest()
 
 
