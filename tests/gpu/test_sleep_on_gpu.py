@@ -11,9 +11,7 @@ import torch
 
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig
 from hybridflow.rollout.base import Request, Sampling
-from hybridflow.workers.actor import ActorWorker
-from hybridflow.workers.base import RankContext, Worker
-from hybridflow.workers.rollout import RolloutWorker
+from tests.gpu.colocated import actor_and_rollout
 from tests.toy import make_tiny_model
 
 pytestmark = [
@@ -32,12 +30,7 @@ def test_vllm_sleeps_between_syncs_and_generates_as_if_it_had_not(tmp_path: Path
         data=DataConfig(max_prompt_tokens=200, max_response_tokens=100),
         rollout=RolloutConfig(engine="vllm", max_requests=16, memory_fraction=MEMORY_FRACTION, sleep=True),
     )
-    roles: dict[str, Worker] = {}
-    for role, kind in (("actor", ActorWorker), ("rollout", RolloutWorker)):
-        layout = kind.layout_of(config, 1)
-        roles[role] = kind(config, RankContext(role=role, rank=0, layout=layout, device=torch.device("cuda", 0), peers=roles))
-    actor, rollout = roles["actor"], roles["rollout"]
-    assert isinstance(actor, ActorWorker) and isinstance(rollout, RolloutWorker)
+    actor, rollout = actor_and_rollout(config)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(4, 60, 150).astype(np.int32) for _ in range(16)]
     greedy = Sampling(temperature=0.0, max_tokens=80, ignore_eos=True)

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig
-from hybridflow.workers.actor import ActorWorker
-from hybridflow.workers.base import RankContext, Worker
-from hybridflow.workers.rollout import RolloutWorker
+from tests.gpu.colocated import actor_and_rollout
 from tests.toy import make_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA device")]
@@ -27,12 +25,7 @@ def test_recorded_loads_keep_engine_and_trainer_equal(tmp_path: Path, engine: st
         data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),
         rollout=RolloutConfig(engine=engine, max_requests=4, memory_fraction=0.1, sync_bucket_mib=1),
     )
-    roles: dict[str, Worker] = {}
-    for role, kind in (("actor", ActorWorker), ("rollout", RolloutWorker)):
-        layout = kind.layout_of(config, 1)
-        roles[role] = kind(config, RankContext(role=role, rank=0, layout=layout, device=torch.device("cuda", 0), peers=roles))
-    actor, rollout = roles["actor"], roles["rollout"]
-    assert isinstance(actor, ActorWorker) and isinstance(rollout, RolloutWorker)
+    actor, rollout = actor_and_rollout(config)
     for _ in range(4):
         for _, tensor in actor.named_tensors():
             tensor.detach().to_local().mul_(1.1)
