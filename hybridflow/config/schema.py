@@ -37,6 +37,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How far generation may run ahead of training."""
+
+    max_staleness: int = 0
+    """Most updates of the policy between the sampling of a token and its learning. 0: a step generates all of its rows, then learns
+    from them. From 1 on, generation goes on with rows of later steps: on a pool of its own while training runs, on a shared pool
+    until as many prompts as a step takes are complete; longer responses continue under newer weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     """Which algorithm, with its own options. `algorithm: grpo` is short for `algorithm: {name: grpo}`."""
 
@@ -172,6 +182,9 @@ class RolloutConfig:
     """Of the engine's weights; auto is bfloat16 on CUDA and float32 on CPU."""
     tensor_parallel: int = 1
     """Ranks that share one engine."""
+    max_model_tokens: int | None = None
+    """Most tokens of a prompt with its response; null means `data.max_prompt_tokens` plus `data.max_response_tokens`. Larger where
+    an algorithm makes prompts from responses."""
     max_requests: int = 1024
     """Responses generated at once by one engine."""
     memory_fraction: float = 0.5
@@ -203,6 +216,9 @@ class ValidationConfig:
 
     before_training: bool = True
     """Validate before the first step."""
+    concurrent: bool = False
+    """Generate for validation on a pool of its own (`placement.roles.validation`), while training goes on. Metrics are logged under
+    the step whose weights were used."""
     every_steps: int = 10
     """Validate after each so many steps, and after the last; 0 never."""
     temperature: float = 0.0
@@ -285,6 +301,7 @@ class Config:
     """A whole run."""
 
     run: RunConfig = field(default_factory=RunConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -301,4 +318,6 @@ class Config:
     @property
     def max_model_tokens(self) -> int:
         """Most tokens of a prompt with its response."""
+        if self.rollout.max_model_tokens is not None:
+            return self.rollout.max_model_tokens
         return self.data.max_prompt_tokens + self.data.max_response_tokens
