@@ -68,6 +68,22 @@ class Ragged:
         assert offsets[-1] == len(values), f"lengths add up to {offsets[-1]}, but there are {len(values)} values"
         return Ragged(values, offsets)
 
+    def where(self, mask: npt.NDArray[np.bool_]) -> Ragged:
+        """Of each row the numbers at which `mask`, of the shape of `values`, is true.
+
+        Example:
+            >>> Ragged.from_rows([[5, 6, 7], [8]], np.int64).where(np.array([True, False, True, False])).lengths
+            array([2, 0])
+        """
+        kept = np.concatenate([[0], np.cumsum(mask)])
+        return Ragged(self.values[mask], kept[self.offsets])
+
+    def spread(self, mask: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]) -> Ragged:
+        """The inverse of `where`: rows of `offsets` with these numbers where `mask` is true, and 0 elsewhere."""
+        values = np.zeros(len(mask), self.values.dtype)
+        values[mask] = self.values
+        return Ragged(values, offsets)
+
     def take(self, positions: Positions) -> Ragged:
         """The rows at `positions`; a view where they are a range, else a copy."""
         if isinstance(positions, range):
@@ -254,6 +270,12 @@ class Batch:
     def with_columns(self, **columns: Array) -> Batch:
         """With light columns added or replaced: arrays of shape [B]."""
         return Batch({**self.light, **columns}, self.sources)
+
+    def without(self, names: Sequence[str]) -> Batch:
+        """Without the columns of these names."""
+        kept = [Source(tuple(n for n in s.names if n not in names), s.shards, s.positions) for s in self.sources]
+        light = {name: column for name, column in self.light.items() if name not in names}
+        return Batch(light, tuple(source for source in kept if source.names))
 
     def join(self, *others: Batch) -> Batch:
         """With the columns of other batches about the same rows in the same order; a column of a later batch wins."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Per = Literal["row", "prompt token", "response token"]
+Per = Literal["row", "prompt token", "response token", "run of response tokens"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Column:
     """What a column holds."""
 
     per: Per
-    dtype: Literal["int64", "int32", "float32", "bool", "object"]
+    dtype: Literal["int64", "int32", "float32", "float64", "bool", "object"]
     writer: str
     """Who writes it: the role and method to call when it is missing."""
     meaning: str
@@ -45,7 +45,17 @@ COLUMNS = {
         "row", "int64", "data.loader, Batch.repeat", "Number of the response within its group, from 0.", light=True
     ),
     "position": Column(
-        "row", "int32", "algorithms.respond", "Place of the row in its step, while rows are generated in parts.", light=True
+        "row",
+        "int64",
+        "respond, the stream",
+        "Number of the row while it is generated, unique among those under way.",
+        light=True,
+    ),
+    "call": Column(
+        "row", "int64", "the stream", "Which call of `generate` for the row it is, from 0: each samples anew.", light=True
+    ),
+    "max_response_tokens": Column(
+        "row", "int64", "data.loader", "Most response tokens of this row, from the dataset's column of that name.", light=True
     ),
     # From generation: one row per response.
     "response": Column("response token", "int32", "rollout.generate", "Token ids of the response, end of sequence included."),
@@ -53,13 +63,28 @@ COLUMNS = {
     "response_tokens": Column("row", "int64", "rollout.generate", "Number of response tokens.", light=True),
     "truncated": Column("row", "bool", "rollout.generate", "True where the length limit ended the response.", light=True),
     "rollout_log_probs": Column("response token", "float32", "rollout.generate", "The engine's log-probabilities, in nats."),
+    "temperature": Column(
+        "row", "float64", "rollout.generate", "With which the response was sampled; 0 is greedy.", light=True
+    ),
+    "policy_versions": Column(
+        "run of response tokens",
+        "int64",
+        "rollout.generate",
+        "Pairs (version of the policy, number of tokens that it sampled), in their order. Version 0 has made no update.",
+    ),
+    "loss_mask": Column(
+        "response token",
+        "bool",
+        "the algorithm or an environment",
+        "1: sampled by the policy; 0: context only. None means all ones.",
+    ),
+    "loss_tokens": Column("row", "int64", "whoever writes loss_mask", "Number of tokens whose loss_mask is 1.", light=True),
     # From scoring.
     "reward": Column("row", "float32", "reward.score", "The reward of the whole response.", light=True),
     "reward_failed": Column("row", "bool", "reward.score", "True where the reward function raised or timed out.", light=True),
     "log_probs": Column(
         "response token", "float32", "actor.log_probs", "Under the policy before this step's updates, in nats."
     ),
-    "entropy": Column("row", "float32", "actor.log_probs", "Mean entropy per response token, in nats.", light=True),
     "reference_log_probs": Column("response token", "float32", "reference.log_probs", "Under the reference policy, in nats."),
     "values": Column("response token", "float32", "critic.values", "Expected return before the token, in reward units."),
     # From the estimate of advantages.
@@ -69,16 +94,6 @@ COLUMNS = {
         "row", "float32", "critic.compute(TokenAdvantages)", "Mean KL to the reference per token, in nats.", light=True
     ),
     "advantage": Column("row", "float32", "the algorithm", "One advantage for all tokens of the response.", light=True),
-    # From the comparison of engine and trainer: the same number in all rows of a rank.
-    **{
-        f"agreement_{name}": Column("row", "float32", "actor.compute(LogProbAgreement)", f"{meaning}, in nats.", light=True)
-        for name, meaning in {
-            "mean": "Mean difference of a token's log-probability between engine and trainer",
-            "p99": "Its 99th percentile",
-            "max": "Its maximum",
-            "k3": "KL of the two, estimated by k3",
-        }.items()
-    },
 }
 
 

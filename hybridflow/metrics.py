@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,14 +73,13 @@ class Metrics(Mapping[str, float]):
                 merged[name] = merged[name].merge(metric) if name in merged else metric
         return Metrics(merged)
 
-    def renamed(self, old_prefix: str, new_prefix: str) -> Metrics:
-        """The same metrics; names that begin with `old_prefix` begin with `new_prefix` instead."""
-        return Metrics(
-            {
-                new_prefix + name.removeprefix(old_prefix) if name.startswith(old_prefix) else name: metric
-                for name, metric in self._metrics.items()
-            }
-        )
+    def only(self, names: Container[str]) -> Metrics:
+        """Those with one of the names."""
+        return Metrics({name: metric for name, metric in self._metrics.items() if name in names})
+
+    def without(self, names: Container[str]) -> Metrics:
+        """All but those with one of the names."""
+        return Metrics({name: metric for name, metric in self._metrics.items() if name not in names})
 
     def prefixed(self, prefix: str) -> Metrics:
         """The same metrics with `prefix/` before each name."""

@@ -61,6 +61,6 @@ class JudgedRLOO(Algorithm):
     def learn(self, batch: Batch) -> Metrics:
         reward = batch["reward"] - self.config.penalty_weight * batch["penalty"]
         advantage = ops.leave_one_out(reward, batch["group"])
-        loss = ops.PolicyLoss(advantage="advantage", old_log_probs="current")
+        loss = ops.PolicyLoss(advantage="advantage", old_log_probs=self.old_log_probs())
         metrics = self.actor.update(batch.with_columns(advantage=advantage.numpy()), loss=loss)
         return metrics + Metrics({"judge/penalty": float(batch["penalty"].mean())})

@@ -39,5 +39,5 @@ class RLOO(Algorithm):
 
     def learn(self, batch: Batch) -> Metrics:
         advantage = ops.leave_one_out(batch["reward"], batch["group"])
-        loss = ops.PolicyLoss(advantage="advantage", old_log_probs="current")
+        loss = ops.PolicyLoss(advantage="advantage", old_log_probs=self.old_log_probs())
         return self.actor.update(batch.with_columns(advantage=advantage.numpy()), loss=loss)

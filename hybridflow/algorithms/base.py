@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import time
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 
-from hybridflow import ops
-from hybridflow.algorithms.respond import respond
+from hybridflow import ops, registry
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE
 from hybridflow.errors import Mistake
-from hybridflow.metrics import Metric, Metrics
-from hybridflow.workers.remote import CombinedFuture, Future
+from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
     from hybridflow.ops.correction import ImportanceCorrection
+    from hybridflow.rollout.base import Sampling
     from hybridflow.workers.base import Worker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +33,13 @@ class NoOptions:
 class ImportanceOptions:
     """To inherit from: weights between the engine's probabilities, which tokens were drawn with, and the trainer's."""
 
-    importance_cap: Annotated[float, POSITIVE] | None = None
-    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, usually 2); null for no
-    weights, or with a mask for no bound."""
+    importance_cap: Annotated[float, POSITIVE] | Literal["auto"] | None = "auto"
+    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, TIS); null for no
+    weights, or with a mask for no bound. auto is 2 where loop.max_staleness lets older weights sample, else null."""
     importance_level: Literal["token", "sequence"] = "token"
     """Whether each token has its own weight or a response has one."""
     importance_mask: tuple[float, float] | None = None
-    """Tokens (or responses) whose weight is outside count nothing; null for none."""
+    """Tokens (or responses) whose weight is outside count nothing (masked importance sampling); null for none."""
 
     def __post_init__(self) -> None:
         if self.importance_mask is not None and self.importance_mask[0] >= self.importance_mask[1]:
@@ -51,10 +48,15 @@ class ImportanceOptions:
                 f"importance_mask: found [{low:g}, {high:g}], outside of which is everything; the smaller one comes first"
             )
 
-    @property
-    def importance_correction(self) -> ImportanceCorrection | None:
+    def cap(self, run: RunConfig) -> float | None:
+        """`importance_cap` with auto resolved."""
+        if self.importance_cap != "auto":
+            return self.importance_cap
+        return DEFAULT_CAP if run.loop.max_staleness else None
+
+    def importance_correction(self, run: RunConfig) -> ImportanceCorrection | None:
         """For a loss; None where neither a bound nor a mask is set."""
-        return ops.importance_correction(self.importance_cap, self.importance_level, self.importance_mask)
+        return ops.importance_correction(self.cap(run), self.importance_level, self.importance_mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +72,35 @@ class PolicyOptions(ImportanceOptions):
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus."""
 
-    def is_on_policy(self, run: RunConfig) -> bool:
-        """Whether a step makes a single update, for which the policy's own log-probabilities are the old ones."""
+    def makes_one_update(self, run: RunConfig) -> bool:
+        """Whether a step makes a single update: then no log-probabilities need to be computed before it."""
         return self.epochs == 1 and self.prompts_per_update in (None, run.data.prompts_per_step)
+
+    def ratio_over(self, run: RunConfig) -> OldLogProbs:
+        """Denominator of the ratio. Of a single update the present ones, or, where older weights may have sampled, the
+        engine's own: the ratio then is the importance weight. Of several updates those computed before the first."""
+        if not self.makes_one_update(run):
+            return "log_probs"
+        return "rollout_log_probs" if run.loop.max_staleness and self.cap(run) is not None else "current"
+
+    def ratio_bound(self, run: RunConfig) -> float | None:
+        """Where the ratio is over the engine's log-probabilities, an importance weight, the bound of such weights holds for
+        it."""
+        return self.cap(run) if self.ratio_over(run) == "rollout_log_probs" else None
+
+
+OldLogProbs = Literal["log_probs", "rollout_log_probs", "current"]
+"""Denominator of the probability ratio: as computed before the updates, as the engine returned them, or the present ones."""
+DEFAULT_CAP = 2.0
+"""Of importance weights, where older weights sample."""
 
 
 class Algorithm(ABC):
     """A dataflow over roles, as an ordinary class.
 
-    Every annotated attribute of a subclass, but `config`, is a role (`actor: ActorWorker`): the launcher creates a group
-    for each and sets the attribute. Calls on it run on all ranks of the group. No algorithm inherits from another.
+    Every attribute of a subclass that is annotated with a class of worker (`actor: ActorWorker`) is a role: the launcher
+    creates a group for each and sets the attribute. Calls on it run on all ranks of the group. No algorithm inherits from
+    another.
     """
 
     config_class: ClassVar[type] = NoOptions
@@ -91,28 +112,40 @@ class Algorithm(ABC):
         self.run = run
         self.config = run.algorithm.options
         self.step = 0
-        self.measured = Metrics()
-        """What `respond` has measured in this step; the loop logs it with what `learn` returns."""
+        self.groups: dict[str, Worker] = {}
         for role in self.roles(run):
-            setattr(self, role, groups[role])
+            self.use(role, groups[role])
+
+    def use(self, role: str, handle: Worker) -> None:
+        """Have calls of a role go through another handle."""
+        self.groups[role] = handle
+        setattr(self, role, handle)
 
     @abstractmethod
     def collect(self, prompts: Batch) -> Batch:
-        """Turn prompts into a scored batch."""
+        """Turn prompts into scored rows, with rollout, reward and other roles that are not trained.
+
+        Called once a step with all of its prompts; with `loop.max_staleness` above 0 once for each prompt, for many at a time,
+        from several threads and ahead of `learn`. So it changes nothing on `self`, and what depends on trained models belongs
+        to `learn`.
+        """
+
+    def keep(self, group: Batch) -> bool:
+        """Whether to learn from the rows of one prompt. Where not, another prompt takes its place in the step."""
+        return True
 
     @abstractmethod
     def learn(self, batch: Batch) -> Metrics:
-        """Turn the batch into updates, and say how they went."""
+        """Turn the rows of a step into updates, and say how they went."""
 
     @classmethod
     def roles(cls, run: RunConfig) -> tuple[str, ...]:
-        """The roles to be created: the annotated attributes without a value, less `unused_roles`."""
+        """The roles to be created: the attributes that are annotated with a class of worker, less `unused_roles`."""
         declared: dict[str, None] = {}
         for base in reversed(cls.__mro__):
             if issubclass(base, Algorithm) and base is not Algorithm:
-                # An annotation with a value, such as `config_class`, is an attribute of the class and no role.
-                declared |= {name: None for name in inspect.get_annotations(base) if name not in vars(base)}
-        unused = cls.unused_roles(run) | {"config"}
+                declared |= {name: None for name, kind in inspect.get_annotations(base).items() if _is_worker(kind, base)}
+        unused = cls.unused_roles(run)
         return tuple(role for role in declared if role not in unused)
 
     @classmethod
@@ -133,20 +166,17 @@ class Algorithm(ABC):
         """Take back what `state_dict` gave."""
         assert not state, f"{type(self).__name__} does not know what to do with the saved {', '.join(state)}"
 
-    def respond(self, rows: Batch, rollout: RolloutWorker, reward: RewardWorker) -> tuple[Batch, Future[Batch]]:
-        """`rows` with a response to each, and a future of their scores, on which work began when the first had finished.
+    def respond(self, rows: Batch, *, sampling: Sampling | None = None) -> Batch:
+        """`rows` with a response to each and its score, by the roles `rollout` and `reward`: what `generate` and then `score`
+        give, but scoring begins while others are still generated."""
+        from hybridflow.workers.respond import respond
 
-        Wait for the scores before other calls: `seconds/scoring_after_generation` is measured until they are asked for.
-        """
-        rows, scores = respond(rows, rollout, reward)
-        generated = time.perf_counter()
+        return respond(rows, self.groups["rollout"], self.groups["reward"], sampling=sampling)  # type: ignore[arg-type]
 
-        def measured(results: Sequence[Batch]) -> Batch:
-            seconds = Metric(time.perf_counter() - generated, kind="sum")
-            self.measured += Metrics({"seconds/scoring_after_generation": seconds})
-            return results[0]
-
-        return rows, CombinedFuture([scores], measured)
+    def old_log_probs(self) -> OldLogProbs:
+        """For the loss of a step's only update: the present log-probabilities, or, where older weights may have sampled, the
+        engine's own."""
+        return "rollout_log_probs" if self.run.loop.max_staleness else "current"
 
     def updates(self, batch: Batch, prompts_per_update: int | None, *, epochs: int) -> list[Batch]:
         """The rows of each update of this step: every epoch visits all rows in an order drawn from (seed, step, epoch).
@@ -160,6 +190,20 @@ class Algorithm(ABC):
             order = np.random.default_rng([self.run.run.seed, self.step, epoch]).permutation(len(batch))
             parts += batch.select(order).split(rows_per_update)
         return parts
+
+
+def _is_worker(annotation: object, owner: type) -> bool:
+    """Whether an annotation of an algorithm, as written or as a class, names a class of worker.
+
+    Names that are imported for type checkers only do not resolve: what is written is looked up among the built-in roles, and
+    else in the module of the algorithm.
+    """
+    if isinstance(annotation, str):
+        classes = {name.partition(":")[2] for name in registry.ROLES.values()}
+        if annotation in classes:
+            return True
+        annotation = vars(sys.modules[owner.__module__]).get(annotation)
+    return isinstance(annotation, type) and "layout_of" in {name for base in annotation.__mro__ for name in vars(base)}
 
 
 def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[Mistake]:

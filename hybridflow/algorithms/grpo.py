@@ -48,18 +48,16 @@ class GRPO(Algorithm):
     reward: RewardWorker
 
     def collect(self, prompts: Batch) -> Batch:
-        rows = prompts.repeat(self.config.responses_per_prompt)
-        rows, scores = self.respond(rows, self.rollout, self.reward)  # scores begin while others still generate
-        pending = [scores]  # the rest of them overlaps with the calls below where they do not share ranks
-        if not self.config.is_on_policy(self.run):
-            pending.append(self.actor.log_probs.start(rows))
-        if self.config.kl_coefficient:
-            pending.append(self.reference.log_probs.start(rows))
-        return rows.join(*(call.result() for call in pending))
+        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
+        pending = []  # roles on different pools overlap
+        if self.config.ratio_over(self.run) == "log_probs":
+            pending.append(self.actor.log_probs.start(batch))
+        if self.config.kl_coefficient:
+            pending.append(self.reference.log_probs.start(batch))
         advantage = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=self.config.scale_by_std)
-        batch = batch.with_columns(advantage=advantage.numpy())
+        batch = batch.join(*(call.result() for call in pending)).with_columns(advantage=advantage.numpy())
         parts = self.updates(batch, self.config.prompts_per_update, epochs=self.config.epochs)
         calls = [self.actor.update.start(part, loss=self.policy_loss()) for part in parts]
         return Metrics.merged(call.result() for call in calls)
@@ -72,10 +70,11 @@ class GRPO(Algorithm):
             kl_estimator="k3",
             entropy_coefficient=self.config.entropy_coefficient,
             advantage="advantage",
-            old_log_probs="current" if self.config.is_on_policy(self.run) else "log_probs",
+            old_log_probs=self.config.ratio_over(self.run),
+            dual_clip=self.config.ratio_bound(self.run),
             aggregation=self.config.loss_aggregation,
             max_tokens=self.run.data.max_response_tokens,
-            correction=self.config.importance_correction,
+            correction=self.config.importance_correction(self.run),
         )
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm, PolicyOptions, check_prompts_per_update
+from hybridflow.algorithms.base import Algorithm, OldLogProbs, PolicyOptions, check_prompts_per_update
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import ABOVE_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 from hybridflow.errors import Mistake
@@ -84,32 +84,33 @@ class PPO(Algorithm):
         self.kl = ops.kl_controller(c.kl_controller, c.kl_coefficient, target=c.kl_target, horizon=c.kl_horizon)
 
     def collect(self, prompts: Batch) -> Batch:
-        rows = prompts.repeat(self.config.responses_per_prompt)
-        rows, scores = self.respond(rows, self.rollout, self.reward)  # scores begin while others still generate
-        pending = [scores, self.critic.values.start(rows)]  # roles on different pools overlap
-        if self.old_log_probs == "log_probs":
-            pending.append(self.actor.log_probs.start(rows))
-        if self.config.kl_in != "none":
-            pending.append(self.reference.log_probs.start(rows))
-        rows = rows.join(*(call.result() for call in pending))
-        return rows.join(self.critic.compute(rows, self.advantages()))
+        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
+        pending = [self.critic.values.start(batch)]  # roles on different pools overlap
+        if self.old_log_probs() == "log_probs":
+            pending.append(self.actor.log_probs.start(batch))
+        if self.config.kl_in != "none":
+            pending.append(self.reference.log_probs.start(batch))
+        batch = batch.join(*(call.result() for call in pending))
+        batch = batch.join(self.critic.compute(batch, self.advantages()))
         calls = []
         for part in self.updates(batch, self.config.prompts_per_update, epochs=self.config.epochs):
             calls.append(self.critic.update.start(part, loss=ops.ValueLoss(clip=self.config.value_clip)))
             if self.step > self.config.critic_warmup_steps:
                 calls.append(self.actor.update.start(part, loss=self.policy_loss()))
-        metrics = Metrics.merged([self.steer_kl(batch), *(call.result() for call in calls)])
+        metrics = Metrics.merged([self.update_kl_coefficient(batch), *(call.result() for call in calls)])
         return metrics + Metrics({"critic/explained_variance": ops.explained_variance(metrics, prefix="critic/")})
 
-    @property
-    def old_log_probs(self) -> Literal["log_probs", "rollout_log_probs", "current"]:
+    def old_log_probs(self) -> OldLogProbs:
         """Denominator of the ratio. The actor's are the current ones, and cost no pass, where the policy is updated once or, in
         the critic's warm-up, not at all; the KL in the reward is needed before."""
         if self.config.old_log_probs == "rollout":
             return "rollout_log_probs"
-        is_settled = self.step <= self.config.critic_warmup_steps or self.config.is_on_policy(self.run)
+        old = self.config.ratio_over(self.run)
+        if old == "rollout_log_probs":
+            return old
+        is_settled = self.step <= self.config.critic_warmup_steps or old == "current"
         return "current" if is_settled and self.config.kl_in != "reward" else "log_probs"
 
     def advantages(self) -> TokenAdvantages:
@@ -120,28 +121,29 @@ class PPO(Algorithm):
             whiten=self.config.whiten_advantages,
             kl_coefficient=self.kl.coefficient if self.config.kl_in == "reward" else 0.0,
             kl_estimator=self.config.kl_estimator,
-            log_probs="log_probs" if self.old_log_probs == "log_probs" else "rollout_log_probs",
+            log_probs="log_probs" if self.old_log_probs() == "log_probs" else "rollout_log_probs",
         )
 
     def policy_loss(self) -> ops.PolicyLoss:
         """The clipped surrogate, with the KL to the reference in it where `kl_in` says so."""
         return ops.PolicyLoss(
             clip=self.config.clip,
-            dual_clip=self.config.dual_clip,
+            dual_clip=self.config.dual_clip or self.config.ratio_bound(self.run),
             entropy_coefficient=self.config.entropy_coefficient,
             kl_coefficient=self.config.kl_coefficient if self.config.kl_in == "loss" else 0.0,
             kl_estimator=self.config.kl_estimator,
-            old_log_probs=self.old_log_probs,
+            old_log_probs=self.old_log_probs(),
             aggregation=self.config.loss_aggregation,
             max_tokens=self.run.data.max_response_tokens,
-            correction=self.config.importance_correction,
+            correction=self.config.importance_correction(self.run),
         )
 
-    def steer_kl(self, batch: Batch) -> Metrics:
+    def update_kl_coefficient(self, batch: Batch) -> Metrics:
         """Report the KL to the reference of this step's tokens, and let it move the coefficient of the next step."""
         if self.config.kl_in == "none":
             return Metrics()
-        kl_per_token = float(np.average(batch["kl"], weights=np.maximum(batch["response_tokens"], 1)))
+        tokens = batch["loss_tokens" if "loss_tokens" in batch else "response_tokens"]
+        kl_per_token = float(np.average(batch["kl"], weights=np.maximum(tokens, 1)))
         metrics = Metrics({"kl/mean": kl_per_token, "kl/coefficient": self.kl.coefficient})
         self.kl.update(kl_per_token, len(batch))
         return metrics
@@ -163,8 +165,8 @@ class PPO(Algorithm):
         mistakes = check_prompts_per_update(run, options.prompts_per_update)
         if options.kl_in == "loss" and options.kl_estimator == "k1":
             mistakes.append(Mistake("algorithm.kl_estimator", "k1 has a gradient of zero on average in the loss. Use k2 or k3"))
-        if (options.importance_cap or options.importance_mask) and options.old_log_probs == "rollout":
-            mistakes.append(Mistake("algorithm.old_log_probs", "the importance options weigh the actor's: set actor"))
+        if isinstance(options.importance_cap, float) and options.old_log_probs == "rollout":
+            mistakes.append(Mistake("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
             mistakes.append(Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
         return mistakes

@@ -41,6 +41,8 @@ class RunState:
     """The resolved configuration, as nested dicts."""
     algorithm: Mapping[str, object] = field(default_factory=dict)
     """The algorithm's own state, for example an adaptive KL coefficient."""
+    stream: Mapping[str, object] = field(default_factory=dict)
+    """Which prompt groups were under way."""
 
 
 class CheckpointStore:

@@ -41,9 +41,9 @@ class LoopConfig:
     """How far generation may run ahead of training."""
 
     max_staleness: int = 0
-    """Most updates of the policy between the sampling of a token and its learning. 0: a step generates all of its rows, then learns
-    from them. From 1 on, generation goes on with rows of later steps: on a pool of its own while training runs, on a shared pool
-    until as many prompts as a step takes are complete; longer responses continue under newer weights."""
+    """Most updates of the policy between the sampling of a token and its learning. 0: a step generates all of its rows, then
+    learns from them. From 1 on, generation goes on with rows of later steps: on a pool of its own while training runs, on a
+    shared pool until as many prompts as a step takes are complete; longer responses continue under newer weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +183,8 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """Ranks that share one engine."""
     max_model_tokens: int | None = None
-    """Most tokens of a prompt with its response; null means `data.max_prompt_tokens` plus `data.max_response_tokens`. Larger where
-    an algorithm makes prompts from responses."""
+    """Most tokens of a prompt with its response; null means `data.max_prompt_tokens` plus `data.max_response_tokens`. Larger
+    where an algorithm makes prompts from responses."""
     max_requests: int = 1024
     """Responses generated at once by one engine."""
     memory_fraction: float = 0.5
@@ -217,8 +217,8 @@ class ValidationConfig:
     before_training: bool = True
     """Validate before the first step."""
     concurrent: bool = False
-    """Generate for validation on a pool of its own (`placement.roles.validation`), while training goes on. Metrics are logged under
-    the step whose weights were used."""
+    """Generate for validation on a pool of its own (`placement.roles.validation`), while training goes on. Metrics are logged
+    under the step whose weights were used."""
     every_steps: int = 10
     """Validate after each so many steps, and after the last; 0 never."""
     temperature: float = 0.0

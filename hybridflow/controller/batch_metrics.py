@@ -23,22 +23,16 @@ def reward_metrics(batch: Batch) -> Metrics:
 
 
 def length_metrics(batch: Batch) -> Metrics:
-    """`prompt/...` and `response/...`: tokens per row, and the share of responses that hit the length limit."""
+    """`prompt/...` and `response/...`: tokens per row, those of responses that the policy sampled, and the share of responses
+    that hit the length limit."""
     metrics = {"prompt/tokens_mean": _mean(batch["prompt_tokens"])}
     if "response_tokens" in batch:
-        metrics["response/tokens_mean"] = _mean(batch["response_tokens"])
-        metrics["response/tokens_max"] = Metric(float(batch["response_tokens"].max(initial=0)), kind="max")
+        sampled = batch["loss_tokens" if "loss_tokens" in batch else "response_tokens"]
+        metrics["response/tokens_mean"] = _mean(sampled)
+        metrics["response/tokens_max"] = Metric(float(sampled.max(initial=0)), kind="max")
     if "truncated" in batch:
         metrics["response/truncated"] = _mean(batch["truncated"])
     return Metrics(metrics)
-
-
-def policy_metrics(batch: Batch) -> Metrics:
-    """`actor/entropy` in nats per token, where collection has computed it."""
-    if "entropy" not in batch.light:
-        return Metrics()
-    tokens = batch["response_tokens"]
-    return Metrics({"actor/entropy": Metric(float(batch["entropy"] @ tokens), float(tokens.sum()))})
 
 
 def num_tokens(batch: Batch) -> int:

@@ -42,6 +42,8 @@ class CallLog:
     memory: dict[str, float] = field(default_factory=dict)
     """`peak_allocated_gib`, `peak_reserved_gib` -> of the GPU that used most since the run began. A rank reports what it
     holds since it last reset its count, as a weight sync does to measure its own peak."""
+    of_workers: Metrics = field(default_factory=Metrics)
+    """What workers have reported."""
     own_seconds: float = 0.0
     """Spent distributing arguments and collecting results."""
 
@@ -59,6 +61,12 @@ class CallLog:
             self.num_bytes += num_bytes
             self.own_seconds += own_seconds
 
+    def reported(self, metrics: Metrics) -> None:
+        """Note what workers have reported beside their answers."""
+        if metrics:
+            with self.lock:
+                self.of_workers += metrics
+
     def used(self, *, allocated_gib: float, reserved_gib: float) -> None:
         """Note the memory peaks of a rank."""
         with self.lock:
@@ -66,7 +74,8 @@ class CallLog:
                 self.memory[name] = max(self.memory.get(name, 0.0), peak)
 
     def drain(self) -> Metrics:
-        """Sums and peaks as metrics; the sums start from zero. Calls that did no work to speak of are left out."""
+        """Sums, peaks and what workers reported as metrics; all but the peaks start anew. Calls that did no work to speak of
+        are left out."""
         with self.lock:
             phases = {name: seconds for name, seconds in self.seconds.items() if seconds > SECONDS_WORTH_LOGGING}
             metrics = {f"seconds/{name}": Metric(seconds, kind="sum") for name, seconds in phases.items()}
@@ -74,5 +83,7 @@ class CallLog:
             metrics["controller/calls"] = Metric(self.num_calls, kind="sum")
             metrics["controller/milliseconds_per_step"] = Metric(self.own_seconds * 1e3, kind="sum")
             metrics |= {f"memory/{name}": Metric(peak, kind="max") for name, peak in self.memory.items()}
+            drained = Metrics(metrics) + self.of_workers
             self.seconds, self.num_bytes, self.num_calls, self.own_seconds = {}, 0, 0, 0.0
-        return Metrics(metrics)
+            self.of_workers = Metrics()
+        return drained

@@ -21,6 +21,7 @@ from hybridflow.controller.cost import CallLog, pickled_size
 from hybridflow.controller.protocols import Arguments, Protocol
 from hybridflow.controller.rank_process import Answer, RankProcess, StoredShard
 from hybridflow.errors import CallTimeoutError, WorkerDiedError, WorkerError
+from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.remote import CombinedFuture
 
@@ -121,6 +122,16 @@ class GroupDispatcher:
         """As of `Dispatcher`."""
         return self.pool.name
 
+    @property
+    def num_data_ranks(self) -> int:
+        """As of `Dispatcher`."""
+        return self.layout.data
+
+    @property
+    def is_streaming(self) -> bool:
+        """As of `Dispatcher`."""
+        return False
+
     def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> GroupFuture:
         """Send the call to every rank and return at once.
 
@@ -170,7 +181,9 @@ class GroupDispatcher:
         for answer in answers.values():
             if answer.memory:
                 self.log.used(allocated_gib=answer.memory.allocated_gib, reserved_gib=answer.memory.reserved_gib)
+        reported = [answers[rank].reported for rank in call.protocol.answering if rank in answers]
         self.log.answered(call.name, slowest, num_bytes, time.perf_counter() - started)
+        self.log.reported(Metrics.merged(reported))
         return collected
 
     def _wait(self, call: Call, timeout_s: float) -> dict[int, Answer]:

@@ -13,15 +13,14 @@ from hybridflow.batch import Batch
 from hybridflow.checkpoint.changes import changes
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.config.schema import Config
-from hybridflow.controller.batch_metrics import length_metrics, num_tokens, policy_metrics, reward_metrics
+from hybridflow.controller.batch_metrics import length_metrics, num_tokens, reward_metrics
 from hybridflow.controller.launch import Launched
+from hybridflow.controller.row_source import RowSource
 from hybridflow.controller.validation import validate
 from hybridflow.controller.weights import WeightSync
 from hybridflow.errors import CheckpointError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.trackers.base import Trackers
-from hybridflow.workers.agreement import LogProbAgreement, agreement_metrics
-from hybridflow.workers.remote import Future
 
 logger = logging.getLogger("hybridflow")
 
@@ -33,6 +32,7 @@ class Loop:
         self.config, self.launched, self.algorithm, self.total_steps = config, launched, algorithm, total_steps
         self.store = CheckpointStore(config.run.folder, keep=config.checkpoint.keep)
         self.weights = WeightSync(launched, lets_sleep=launched.engine_sleeps)
+        self.rows = RowSource(config, launched, algorithm, total_steps=total_steps)
         self.seconds_saving = Metrics()
 
     def run(self) -> None:
@@ -51,43 +51,32 @@ class Loop:
                 if self.is_due(step, self.config.checkpoint.every_steps, and_last=self.config.checkpoint.save_last):
                     self.save(step)
         finally:
+            self.rows.close()
             trackers.close()
 
     def step(self, step: int) -> Metrics:
-        """One step: prompts in, updates made, metrics out."""
+        """One step: rows in, updates made, metrics out."""
         started = time.perf_counter()
         self.launched.log.drain()
-        self.algorithm.step, self.algorithm.measured = step, Metrics()
+        self.algorithm.step = step
         begun = [worker.begin_step.start(step, self.total_steps) for worker in self.launched.groups.values()]
-        prompts = self.launched.data.next_batch(step)
-        synced = self.weights.sync()
-        batch = self.algorithm.collect(prompts)
+        synced = self.weights.sync(version=step - 1)
+        batch, streamed = self.rows.take(step)
         self.weights.sleep()
-        compared = self.compare_sides(batch)
-        learned = self.algorithm.learn(batch).renamed("actor/agreement_", "agreement/")
+        learned = self.algorithm.learn(batch)
         for call in begun:
             call.result()  # long done; what a role raised there is raised here
-        measured = [learned, synced, *([agreement_metrics(batch.join(compared.result()))] if compared else [])]
         seconds = time.perf_counter() - started
-        measured += [self.algorithm.measured, self.launched.log.drain()]
-        return Metrics.merged([*measured, *batch_metrics(batch, seconds, learned)])
-
-    def compare_sides(self, batch: Batch) -> Future[Batch] | None:
-        """Start to compare the engine's log-probabilities with the trainer's, where the batch has both.
-
-        Where collection leaves the trainer's out, since the step has one update, the loss of that update compares them.
-        """
-        actor = self.launched.actor
-        if actor is None or "log_probs" not in batch or "rollout_log_probs" not in batch:
-            return None
-        return actor.compute.start(batch, LogProbAgreement())
+        measured = self.launched.log.drain().without(learned)  # a loss with an entropy of its own has seen every update
+        measured = Metrics.merged([learned, synced, measured, *batch_metrics(batch, seconds)])
+        return self.rows.metrics(measured, streamed, seconds=seconds)
 
     def validate(self, step: int, trackers: Trackers) -> Metrics:
         """Validate, if there is something to validate on; samples go to the trackers at once."""
         if not self.config.data.validation_files or self.launched.rollout is None:
             return Metrics()
         started = time.perf_counter()
-        self.weights.sync()
+        self.weights.sync(version=step)
         metrics, samples = validate(self.config, self.launched)
         trackers.log_samples(step, samples)
         return metrics + Metrics({"seconds/validation": time.perf_counter() - started})
@@ -99,7 +88,12 @@ class Loop:
             for role, worker in self.launched.groups.items():
                 (folder / role).mkdir()
                 worker.save(str(folder / role))
-            state = RunState(step=step, config=dataclasses.asdict(self.config), algorithm=self.algorithm.state_dict())
+            state = RunState(
+                step=step,
+                config=dataclasses.asdict(self.config),
+                algorithm=self.algorithm.state_dict(),
+                stream=self.rows.save(folder / "data"),
+            )
             self.store.write_state(folder, state)
         self.seconds_saving = Metrics({"seconds/checkpoint": time.perf_counter() - started})
 
@@ -122,6 +116,7 @@ class Loop:
                     "weights alone, export them and give that folder as the model's path"
                 )
             worker.restore(str(source / role))
+        self.rows.restore(source / "data", state.stream)
         self.algorithm.load_state_dict({name: float(str(value)) for name, value in state.algorithm.items()})
         logger.info("resumed from %s, after step %d of %d", source, state.step, self.total_steps)
         if state.step >= self.total_steps:
@@ -159,8 +154,7 @@ class Loop:
         return (and_last and step == self.total_steps) or (every_steps > 0 and step % every_steps == 0)
 
 
-def batch_metrics(batch: Batch, seconds: float, learned: Metrics) -> list[Metrics]:
+def batch_metrics(batch: Batch, seconds: float) -> list[Metrics]:
     """What the step's rows say without a look at their tokens, and how fast they went."""
     speed = {"seconds/step": Metric(seconds), "tokens_per_second": Metric(num_tokens(batch) / seconds)}
-    entropy = Metrics() if "actor/entropy" in learned else policy_metrics(batch)
-    return [reward_metrics(batch), length_metrics(batch), entropy, Metrics(speed)]
+    return [reward_metrics(batch), length_metrics(batch), Metrics(speed)]

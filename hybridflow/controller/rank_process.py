@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import ray
 
@@ -18,6 +18,7 @@ from hybridflow import registry
 from hybridflow.batch import Batch, Heavy, LocalShard, Source
 from hybridflow.config.schema import Config
 from hybridflow.errors import HybridflowError, WorkerError
+from hybridflow.metrics import Metrics
 from hybridflow.orphan import end_with_parent
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.base import RankContext, Worker
@@ -61,6 +62,8 @@ class Answer:
     """Pickled size of `value`."""
     memory: Memory | None = None
     """Of this rank's GPU, where it has one."""
+    reported: Metrics = field(default_factory=Metrics)
+    """What the method has reported beside its result."""
 
     def with_shard(self, reference: ray.ObjectRef[dict[str, Heavy]]) -> object:
         """The result, as the controller sees it."""
@@ -174,7 +177,9 @@ class RankProcess:
             result = marked.function(worker, *args, **kwargs)
         except Exception as error:
             raise self._named(role, method, error) from None
-        return _answer(result, time.perf_counter() - started, self._memory())
+        answer, heavy = _answer(result, time.perf_counter() - started, self._memory())
+        reported = worker.context.take_reported()
+        return (replace(answer, reported=reported) if reported else answer), heavy
 
     def _memory(self) -> Memory | None:
         if self.place.device_type != "cuda":

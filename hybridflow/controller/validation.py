@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridflow.algorithms.respond import respond
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
 from hybridflow.controller.batch_metrics import length_metrics, reward_metrics
 from hybridflow.controller.launch import Launched
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample
+from hybridflow.workers.respond import respond
 from hybridflow.workers.rollout import validation_sampling
 from hybridflow.workers.token_functions import CopyObjects
 
@@ -23,8 +23,8 @@ def validate(config: Config, launched: Launched) -> tuple[Metrics, list[Sample]]
     rollout, reward = launched.rollout, launched.reward
     assert rollout is not None and reward is not None, "an algorithm with validation declares rollout and reward"
     rows = launched.data.validation_batch().repeat(config.validation.responses_per_prompt)
-    rows, scores = respond(rows, rollout, reward, sampling=validation_sampling(config))
-    rows = rows.join(scores.result())
+    rows = rows.with_columns(call=np.zeros(len(rows), np.int64))
+    rows = respond(rows, rollout, reward, sampling=validation_sampling(config))
     metrics = reward_metrics(rows) + length_metrics(rows)
     return metrics.prefixed("validation"), _samples(config, launched, rows)
 

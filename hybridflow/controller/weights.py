@@ -34,8 +34,9 @@ class WeightSync:
             self.falling_asleep = self.rollout.sleep.start()
             self.synced_updates = None  # an engine may drop its weights while it sleeps
 
-    def sync(self) -> Metrics:
-        """Wake the engines, and make their weights those of the actor if they are not. `sync/...` says what it took.
+    def sync(self, *, version: int) -> Metrics:
+        """Wake the engines, and make their weights those of the actor, policy `version`, if they are not. `sync/...` says what
+        it took.
 
         Raises:
             WeightMismatchError: an engine holds something else afterwards.
@@ -49,21 +50,21 @@ class WeightSync:
         num_updates = self.actor.num_updates()
         if num_updates == self.synced_updates:
             return Metrics()
-        metrics = self._within_pool() if self.is_colocated else self._between_pools()
+        metrics = self._within_pool(version) if self.is_colocated else self._between_pools(version)
         self.synced_updates = num_updates
         return metrics
 
-    def _within_pool(self) -> Metrics:
+    def _within_pool(self, version: int) -> Metrics:
         assert self.rollout is not None
-        return self.rollout.sync_weights()
+        return self.rollout.sync_weights(version)
 
-    def _between_pools(self) -> Metrics:
+    def _between_pools(self, version: int) -> Metrics:
         assert self.actor is not None and self.rollout is not None
         if not self.is_open:
             address = self.actor.transfer_address()
             _both(self.actor.open_transfer.start(address), self.rollout.open_transfer.start(address))
             self.is_open = True
-        sent, received = _both(self.actor.send_weights.start(), self.rollout.receive_weights.start())
+        sent, received = _both(self.actor.send_weights.start(), self.rollout.receive_weights.start(version))
         return received + sent
 
 

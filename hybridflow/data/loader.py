@@ -43,6 +43,10 @@ class Dataset(Protocol):
         """Batch columns of the given rows."""
         ...
 
+    def rows_of(self, prompt_ids: Rows) -> Rows:
+        """The rows that have these `prompt_id`s."""
+        ...
+
 
 class PromptLoader:
     """Draws `prompts_per_step` rows for each step.
@@ -64,6 +68,8 @@ class PromptLoader:
         ]
         self._shares = np.array(weights or [1.0], np.float64) / sum(weights or [1.0])
         self._drawn = np.zeros(len(sizes), np.int64)
+        self._step, self._seen = 0, dict[int, int]()
+        """How often the step that prompts were last drawn for has had each of them."""
 
     @property
     def num_prompts(self) -> int:
@@ -75,16 +81,18 @@ class PromptLoader:
         """Whole steps in one pass over the data; 1 where a step takes more than one pass."""
         return max(1, self.num_prompts // self.prompts_per_step)
 
-    def next_batch(self, step: int) -> Batch:
-        """The prompts of step `step`. The step enters the seeds; which prompts come depends on how many were drawn before."""
+    def next_batch(self, step: int, count: int | None = None) -> Batch:
+        """`count` prompts of step `step`, by default as many as a step has. The step enters the seeds; which prompts come
+        depends on how many were drawn before."""
+        num_prompts = self.prompts_per_step if count is None else count
         counts = np.zeros(len(self._streams), np.int64)
-        order = np.empty(self.prompts_per_step, np.int64)
-        for place in range(self.prompts_per_step):
+        order = np.empty(num_prompts, np.int64)
+        for place in range(num_prompts):
             # The stream that is furthest behind its share: neighbours in the step come from different files.
             behind = self._shares * (self._drawn.sum() + place + 1) - (self._drawn + counts)
             order[place] = np.argmax(behind)
             counts[order[place]] += 1
-        rows = np.empty(self.prompts_per_step, np.int64)
+        rows = np.empty(num_prompts, np.int64)
         for index, stream in enumerate(self._streams):
             rows[order == index] = stream.rows(int(self._drawn[index]), int(counts[index]))
         self._drawn += counts
@@ -98,15 +106,21 @@ class PromptLoader:
         columns = self.dataset.columns(rows)
         prompt_ids = columns["prompt_id"]
         assert isinstance(prompt_ids, np.ndarray), "prompt_id is a number per row"
-        seen: dict[int, int] = {}
+        if step != self._step or step == VALIDATION_STEP:
+            self._step, self._seen = step, {}
         seeds = []
         for prompt in prompt_ids.tolist():
-            seen[prompt] = seen.get(prompt, -1) + 1
-            seeds.append(prompt_seed(self.seed, step, prompt, occurrence=seen[prompt]))
+            self._seen[prompt] = self._seen.get(prompt, -1) + 1
+            seeds.append(prompt_seed(self.seed, step, prompt, occurrence=self._seen[prompt]))
         columns["seed"] = np.array(seeds, np.int64)
         columns["group"] = np.arange(len(rows))
         columns["sample"] = np.zeros(len(rows), np.int64)
         return Batch.from_columns(columns)
+
+    def prompts_again(self, keys: Batch) -> Batch:
+        """The prompts that were drawn once with these `prompt_id`, `seed`, `group` and `sample`."""
+        rows = self.dataset.rows_of(keys["prompt_id"])
+        return Batch.from_columns(self.dataset.columns(rows)).join(keys)
 
     def state_dict(self) -> dict[str, list[int]]:
         """Position in each stream, and the streams' sizes."""

@@ -41,6 +41,11 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def is_integer(kind: pa.DataType) -> bool:
+    """Whether values of the type are whole numbers."""
+    return bool(pa.types.is_integer(kind))
+
+
 def is_messages(kind: pa.DataType) -> bool:
     """Whether values of the type are lists of {role, content}."""
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):

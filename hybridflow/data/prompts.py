@@ -14,7 +14,7 @@ from hybridflow.batch import Array, Heavy, Ragged
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Tokenizer
 from hybridflow.data.chunks import PROMPT_TEXT, Chunk, ChunkReader
-from hybridflow.data.parquet import ColumnSpec, StoredColumn, has_fields, is_messages, is_text, open_parquet
+from hybridflow.data.parquet import ColumnSpec, StoredColumn, has_fields, is_integer, is_messages, is_text, open_parquet
 from hybridflow.data.progress import Progress
 from hybridflow.errors import DataError
 
@@ -33,7 +33,10 @@ GROUND_TRUTH = ColumnSpec(
 )
 DATA_SOURCE = ColumnSpec(name="data_source", expected="a string", fits=is_text)
 EXTRA_INFO = ColumnSpec(name="extra_info", expected="a struct", fits=lambda kind: has_fields(kind), is_required=False)
-PROMPT_COLUMNS = (PROMPT, GROUND_TRUTH, DATA_SOURCE, EXTRA_INFO)
+MAX_RESPONSE_TOKENS = ColumnSpec(
+    name="max_response_tokens", expected="an integer", fits=lambda kind: is_integer(kind), is_required=False
+)
+PROMPT_COLUMNS = (PROMPT, GROUND_TRUTH, DATA_SOURCE, EXTRA_INFO, MAX_RESPONSE_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +78,22 @@ class Prompts:
     rows_per_file: tuple[int, ...]
     """Prompts kept of each file."""
     summary: PromptSummary
+    limits: npt.NDArray[np.int64] | None = None
+    """Most response tokens of each prompt; None where the files have no such column."""
 
     def __len__(self) -> int:
         return len(self.row_numbers)
 
+    def rows_of(self, prompt_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The rows that have these `prompt_id`s."""
+        return np.searchsorted(self.row_numbers, prompt_ids)
+
     def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
         """The batch columns that the files determine, for the given rows."""
         tokens = self.tokens.take(rows.astype(np.int32))
+        limits = {} if self.limits is None else {"max_response_tokens": self.limits[rows]}
         return {
+            **limits,
             "prompt": tokens,
             "prompt_text": self.stored[PROMPT_TEXT].take(rows),
             "ground_truth": self.stored["reward_model"].take_field("ground_truth", rows),
@@ -139,6 +150,21 @@ def _nothing_left(summary: PromptSummary) -> str:
     )
 
 
+def _limits(stored: StoredColumn, num_rows: int) -> npt.NDArray[np.int64] | None:
+    """A row without a limit of its own has that of `data.max_response_tokens`.
+
+    Raises:
+        DataError: a limit is below 1.
+    """
+    given = stored.take(np.arange(num_rows))
+    if all(limit is None for limit in given):
+        return None
+    limits = np.array([np.iinfo(np.int64).max if limit is None else int(str(limit)) for limit in given], np.int64)
+    if limits.min() < 1:
+        raise DataError(f"column {MAX_RESPONSE_TOKENS.name!r} holds {limits.min()}; a response has at least 1 token")
+    return limits
+
+
 def _assemble(chunks: Sequence[Sequence[Chunk]], stored: Sequence[str], max_tokens: int) -> Prompts:
     """One table from the chunks of each file."""
     flat = list(chain(*chunks))
@@ -154,6 +180,7 @@ def _assemble(chunks: Sequence[Sequence[Chunk]], stored: Sequence[str], max_toke
     )
     no_rows = np.empty(0, np.int64)
     return Prompts(
+        limits=_limits(StoredColumn([chunk.stored[MAX_RESPONSE_TOKENS.name] for chunk in flat]), sum(map(len, flat))),
         tokens=Ragged.from_lengths(
             np.concatenate([chunk.tokens.values for chunk in flat] or [no_rows.astype(np.int32)]),
             np.concatenate([chunk.tokens.lengths for chunk in flat] or [no_rows]),

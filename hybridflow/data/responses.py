@@ -48,6 +48,10 @@ class Responses:
         """What became of the rows of the files."""
         return self.prompts.summary
 
+    def rows_of(self, prompt_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The rows that have these `prompt_id`s."""
+        return self.prompts.rows_of(prompt_ids)
+
     def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
         """The prompts' columns, and response, response_text, response_tokens and truncated.
 

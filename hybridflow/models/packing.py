@@ -1,6 +1,6 @@
 """Rows laid end to end without padding, as the models of this package read them.
 
-T tokens of all rows, R response tokens of all rows, B rows. A causal model's output at a position belongs to the token
+T tokens of all rows, R trained response tokens of all rows, B rows. A causal model's output at a position belongs to the token
 after it, so a response token is predicted, and valued, at the position before it.
 """
 
@@ -18,6 +18,7 @@ from hybridflow.batch import Ragged
 from hybridflow.errors import BatchError
 
 Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,26 @@ class Packed:
     spans: RowSpans
     """Always of the whole sequence."""
     predicting_R: torch.Tensor
-    """Positions before each response token, rising: shape [R], int64."""
+    """Positions before each trained response token, rising: shape [R], int64."""
     targets_R: torch.Tensor
-    """The response tokens: shape [R], int64."""
+    """The trained response tokens: shape [R], int64."""
     share_sizes: tuple[int, ...]
-    """Response tokens that each share predicts."""
+    """Trained response tokens that each share predicts."""
 
 
-def pack(prompt: Ragged, response: Ragged, device: torch.device, *, share: int = 0, num_shares: int = 1) -> Packed:
+def pack(
+    prompt: Ragged,
+    response: Ragged,
+    device: torch.device,
+    *,
+    mask: Mask | None = None,
+    share: int = 0,
+    num_shares: int = 1,
+) -> Packed:
     """Each row's prompt followed by its response, one row after the other. Responses may be empty.
+
+    Of the response tokens those are trained, that is predicted, where `mask` (one entry for each, all rows end to end) is
+    true; all of them without. The others are context for those behind them and nothing else.
 
     With `num_shares` above 1 the sequence is cut into as many equal runs of tokens, of which number `share` is returned;
     a last row of padding makes the length divisible.
@@ -128,15 +140,16 @@ def pack(prompt: Ragged, response: Ragged, device: torch.device, *, share: int =
     prompt_at = np.arange(len(prompt.values)) + np.repeat(starts_B[rows] - prompt.offsets[:-1], prompt.lengths)
     response_starts = starts_B[rows] + prompt.lengths - response.offsets[:-1]
     response_at = np.arange(len(response.values)) + np.repeat(response_starts, response.lengths)
+    trained_at = response_at if mask is None else response_at[mask]
     tokens_T = np.zeros(int(lengths_B.sum()), np.int64)
     tokens_T[prompt_at] = prompt.values
     tokens_T[response_at] = response.values
     positions_T = np.arange(len(tokens_T)) - np.repeat(starts_B, lengths_B)
 
     share_tokens = len(tokens_T) // num_shares
-    cuts = np.searchsorted(response_at - 1, np.arange(num_shares + 1) * share_tokens)
+    cuts = np.searchsorted(trained_at - 1, np.arange(num_shares + 1) * share_tokens)
     tokens = slice(share * share_tokens, (share + 1) * share_tokens)
-    predicting = response_at[cuts[share] : cuts[share + 1]] - 1
+    predicting = trained_at[cuts[share] : cuts[share + 1]] - 1
     return Packed(
         input_ids_1T=to_device(tokens_T[tokens], device)[None],
         position_ids_1T=to_device(positions_T[tokens], device)[None],

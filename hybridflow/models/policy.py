@@ -32,7 +32,7 @@ class PolicyModel(nn.Module):
         self.sequence_group = sequence_group
 
     def forward(
-        self, packed: Packed, *, temperature: float = 1.0, with_entropy: bool = False
+        self, packed: Packed, *, temperature: float | torch.Tensor = 1.0, with_entropy: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities and, where asked for, entropies at each response token of all rows: [R], float32, in nats."""
         hidden_RH = predicting_states(self.causal_lm.base_model, packed, self.sequence_group)

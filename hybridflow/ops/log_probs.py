@@ -70,8 +70,8 @@ def compiled_kernels() -> ChunkKernels:
 class LinearLogProbs:
     """`linear_log_probs` with its rarer options."""
 
-    temperature: float = 1.0
-    """Divides the logits, as in sampling."""
+    temperature: float | Tensor = 1.0
+    """Divides the logits, as in sampling: one number, or one for each token, shape [T]."""
     chunk_tokens: int = 4096
     """Tokens whose logits exist at once."""
     with_entropy: bool = False
@@ -85,11 +85,13 @@ class LinearLogProbs:
         apply = cast(Callable[..., tuple[Tensor, Tensor | None]], _LinearLogProbs.apply)
         return apply(hidden_TH, weight_VH, bias_V, targets_T.long(), self)
 
-    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    def logits(self, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk: slice) -> Tensor:
         """Logits of a chunk in the type that reductions have: [C, V], newly made."""
-        logits_CV = _product(hidden_CH, weight_VH.t())
+        logits_CV = _product(hidden_TH[chunk], weight_VH.t())
         if bias_V is not None:
             logits_CV.add_(bias_V)
+        if isinstance(self.temperature, Tensor):
+            return logits_CV.div_(self.temperature[chunk, None])
         return logits_CV if self.temperature == 1.0 else logits_CV.div_(self.temperature)
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
@@ -102,14 +104,15 @@ def linear_log_probs(
     weight_VH: Tensor,
     targets_T: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     chunk_tokens: int = 4096,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target and, where asked for, entropy of each distribution, in nats: float32, shape [T].
 
-    The logits `hidden_TH @ weight_VH.T` are divided by `temperature` as in sampling. Factors have the type of the inputs, sums
-    and all that follows are float32; float64 inputs stay float64. Both results can be differentiated, once.
+    The logits `hidden_TH @ weight_VH.T` are divided by `temperature` (a number, or shape [T]) as in sampling. Factors have the
+    type of the inputs, sums and all that follows are float32; float64 inputs stay float64. Both results can be differentiated,
+    once.
     """
     options = LinearLogProbs(temperature=temperature, chunk_tokens=chunk_tokens, with_entropy=with_entropy)
     return options(hidden_TH, weight_VH, targets_T)
@@ -134,7 +137,7 @@ class _LinearLogProbs(Function):
         normaliser_T = torch.empty_like(log_probs_T)
         entropy_T = torch.empty_like(log_probs_T) if options.with_entropy else None
         for chunk in options.chunks(len(targets_T)):
-            logits_CV = options.logits(hidden_TH[chunk], weight_VH, bias_V)
+            logits_CV = options.logits(hidden_TH, weight_VH, bias_V, chunk)
             log_probs_C, normaliser_C, entropy_C = options.kernels.log_probs(logits_CV, targets_T[chunk], options.with_entropy)
             log_probs_T[chunk], normaliser_T[chunk] = log_probs_C, normaliser_C
             if entropy_T is not None and entropy_C is not None:
@@ -160,7 +163,7 @@ class _LinearLogProbs(Function):
             at_target_T -= entropy_gradient_T * log_probs_T.exp() * (log_probs_T + entropy_T)
         totals = _Gradients(ctx.needs_input_grad, hidden_TH, weight_VH, bias_V)
         for chunk in ctx.options.chunks(len(targets_T)):
-            logits_CV = ctx.options.logits(hidden_TH[chunk], weight_VH, bias_V)
+            logits_CV = ctx.options.logits(hidden_TH, weight_VH, bias_V, chunk)
             entropies = None if entropy_gradient_T is None else (entropy_T[chunk], entropy_gradient_T[chunk])
             gradients_CV = ctx.options.kernels.logit_gradients(
                 logits_CV, normaliser_T[chunk], gradient_T[chunk], entropies, hidden_TH.dtype

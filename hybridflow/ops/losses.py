@@ -81,23 +81,20 @@ class PolicyLoss:
     advantage: Literal["advantages", "advantage"] = "advantages"
     """Column with one advantage per token, or with one per row."""
     old_log_probs: Literal["log_probs", "rollout_log_probs", "current"] = "log_probs"
-    """Denominator of the ratio: a column, or the present log-probabilities themselves, for the only update of a step."""
+    """Denominator of the ratio: a column, or the present log-probabilities themselves, for the only update of a step whose
+    rows were sampled with the present weights."""
     aggregation: Aggregation = "token_mean"
     max_tokens: int | None = None
     correction: ImportanceCorrection | None = None
-    """Weights between the old log-probabilities and the engine's; None for none."""
-
-    def __post_init__(self) -> None:
-        assert self.correction is None or self.old_log_probs != "rollout_log_probs", (
-            "a correction between the old log-probabilities and the engine's needs old ones of the trainer"
-        )
+    """Weights between the old log-probabilities and the engine's; None for none. Where the ratio is over the engine's, it is
+    such a weight itself, and only the mask applies."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         names: list[str] = [self.advantage]
         names += [self.old_log_probs] if self.old_log_probs != "current" else []
         names += ["reference_log_probs"] if self.kl_coefficient else []
-        names += ["rollout_log_probs"] if self.correction or self.old_log_probs == "current" else []
+        names += ["rollout_log_probs"] if self.correction else []
         return tuple(dict.fromkeys(names))
 
     @property
@@ -109,13 +106,15 @@ class PolicyLoss:
         log_probs_T, weights_T = batch.log_probs_T, batch.weights_T
         old_T = log_probs_T.detach() if self.old_log_probs == "current" else batch.columns[self.old_log_probs]
         loss_T, metrics = self.surrogate(log_probs_T, old_T, batch.columns[self.advantage])
-        if self.old_log_probs != "log_probs":  # else the trainer's and the engine's are compared outside of the loss
-            metrics |= agreement_metrics(log_probs_T.detach(), batch.columns["rollout_log_probs"])
         if self.correction is not None:
+            # Over the engine's own log-probabilities the ratio is the weight already: what is left of the correction is its
+            # mask.
+            is_in_ratio = self.old_log_probs == "rollout_log_probs"
+            corrected_T = log_probs_T.detach() if is_in_ratio else old_T
             correction_T, correction_metrics = self.correction.weights(
-                old_T, batch.columns["rollout_log_probs"], batch.lengths_B
+                corrected_T, batch.columns["rollout_log_probs"], batch.lengths_B
             )
-            loss_T = loss_T * correction_T
+            loss_T = loss_T * ((correction_T > 0) if is_in_ratio else correction_T)
             metrics |= correction_metrics
         metrics["policy_loss"] = TokenMetric.mean(loss_T, weights_T)
         metrics["negative_log_prob"] = TokenMetric.mean(-log_probs_T)
@@ -156,22 +155,6 @@ class PolicyLoss:
             metrics["dual_clip_fraction"] = TokenMetric.mean((advantage_T < 0) & (loss_T > bound_T))
             loss_T = torch.where(advantage_T < 0, torch.minimum(loss_T, bound_T), loss_T)
         return loss_T, metrics
-
-
-def agreement_metrics(log_probs_T: Tensor, rollout_T: Tensor) -> dict[str, TokenMetric]:
-    """How far the engine's log-probabilities are from the trainer's, in nats, without waiting for the device.
-
-    As `ops.agreement.log_prob_agreement`, but for the 99th percentile, which is that of each microbatch.
-    """
-    difference_T = log_probs_T.float() - rollout_T.float()
-    distance_T = difference_T.abs()
-    p99 = distance_T.kthvalue(-(-99 * len(distance_T) // 100)).values
-    return {
-        "agreement_mean": TokenMetric.mean(distance_T),
-        "agreement_p99": TokenMetric.mean(p99.expand_as(distance_T)),
-        "agreement_max": TokenMetric.max(distance_T),
-        "agreement_k3": TokenMetric.mean(torch.expm1(difference_T) - difference_T),
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,11 @@ class TokenMetric:
         return TokenMetric((values_T * weights_T).sum(dtype=torch.float64), weights_T.sum(dtype=torch.float64))
 
     @staticmethod
+    def of(mean: Tensor, *, count: int) -> TokenMetric:
+        """A mean that is known, shape [], of `count` numbers."""
+        return TokenMetric(mean.detach().double() * count, _scalar(count, mean.device))
+
+    @staticmethod
     def sum(values_T: Tensor) -> TokenMetric:
         """The sum of `values_T`."""
         return TokenMetric(values_T.detach().sum(dtype=torch.float64), _scalar(1, values_T.device), "sum")

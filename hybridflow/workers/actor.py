@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from hybridflow import ops
 from hybridflow.batch import Batch
+from hybridflow.errors import BatchError
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.layouts import training_layout
+from hybridflow.workers.mismatch import ObserveMismatch, entropy_metrics, mismatch_metrics
 from hybridflow.workers.remote import remote
 
 if TYPE_CHECKING:
@@ -31,9 +33,8 @@ class ActorWorker(Worker):
 
         super().__init__(config, context)
         self.model = build_policy(trained_model(config, context, config.actor.path))
-        self.core = TrainingCore(self.model, config.actor, context)
+        self.core = TrainingCore(self.model, config.actor, context, temperature=config.rollout.temperature or 1.0)
         self.weight_sync = ActorSync(config, context)
-        self.temperature = config.rollout.temperature or 1.0  # greedy rollouts train the distribution as it is
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
@@ -46,32 +47,46 @@ class ActorWorker(Worker):
 
     @remote("split_by_data_rank")
     def log_probs(self, batch: Batch) -> Batch:
-        """Columns `log_probs` and, light, `entropy`: the mean over each row's tokens, in nats. Under the current weights."""
-        import torch
+        """Column `log_probs`, in nats, under the current weights, at the temperature with which each row was sampled.
+
+        Reports `actor/entropy`, the mean over all tokens, and how far the engine's log-probabilities are where the batch has
+        them.
+        """
 
         def forward(microbatch: Microbatch) -> dict[str, torch.Tensor]:
-            log_probs_R, entropy_R = self.model(microbatch.packed, temperature=self.temperature, with_entropy=True)
+            log_probs_R, entropy_R = self.model(microbatch.packed, temperature=microbatch.temperature, with_entropy=True)
             return {"log_probs": log_probs_R, "entropy": entropy_R}
 
         columns = self.core.evaluate(batch, forward)
-        entropy_B = ops.row_means(*map(torch.from_numpy, (columns["entropy"].values, columns["entropy"].lengths)))
-        return Batch.from_columns({"log_probs": columns["log_probs"], "entropy": entropy_B.numpy()})
+        self.context.report(entropy_metrics(batch, columns["entropy"]))
+        if "rollout_log_probs" in batch:
+            self.context.report(mismatch_metrics(batch, columns["log_probs"]))
+        return Batch.from_columns({"log_probs": columns["log_probs"]})
 
     @remote("split_by_data_rank")
     def update(self, batch: Batch, *, loss: Loss) -> Metrics:
         """One optimizer step on exactly these rows. Metrics are named `actor/...`.
 
         Raises:
-            BatchError: the loss reads a column that the batch lacks.
+            BatchError: the loss reads a column that the batch lacks, or takes present log-probabilities for those of older
+            weights.
         """
+        if self.config.loop.max_staleness and isinstance(loss, ops.PolicyLoss) and loss.old_log_probs == "current":
+            raise BatchError(
+                "the loss takes the policy's present log-probabilities for the old ones, but with loop.max_staleness="
+                f"{self.config.loop.max_staleness} older weights have sampled. Use `old_log_probs=self.old_log_probs()` on the "
+                "algorithm's page, which names the engine's own where rows may be stale"
+            )
 
         def forward(microbatch: Microbatch) -> dict[str, torch.Tensor]:
             log_probs_R, entropy_R = self.model(
-                microbatch.packed, temperature=self.temperature, with_entropy=loss.needs_entropy
+                microbatch.packed, temperature=microbatch.temperature, with_entropy=loss.needs_entropy
             )
             return {"log_probs": log_probs_R} | ({} if entropy_R is None else {"entropy": entropy_R})
 
-        return self.core.update(batch, loss, forward)
+        has_others = "log_probs" in batch or "rollout_log_probs" not in batch
+        observe = None if has_others else ObserveMismatch(is_stale=self.config.loop.max_staleness > 0)
+        return self.core.update(batch, loss, forward, observe=observe)
 
     @remote("rank_zero")
     def num_updates(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from hybridflow.config.schema import Config
+from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.remote import Dispatcher, remote
 
@@ -31,6 +32,21 @@ class RankContext:
     """All ranks of the pool; None where torch.distributed is not initialised (one rank without training)."""
     peers: dict[str, Worker] = field(default_factory=dict)
     """The other workers of this process by role, filled as they are created."""
+    reported: list[Metrics] = field(default_factory=list)
+    """What `report` was given since `take_reported`."""
+
+    def report(self, metrics: Metrics) -> None:
+        """Have metrics logged with those of the step, from any method that the controller has called, whatever it returns.
+
+        Example: `self.context.report(Metrics({"judge/words": 12.0}))`.
+        """
+        self.reported.append(metrics)
+
+    def take_reported(self) -> Metrics:
+        """What was reported since the last time; for whoever carries it to the controller."""
+        taken = Metrics.merged(self.reported)
+        self.reported.clear()
+        return taken
 
     @property
     def data_rank(self) -> int:

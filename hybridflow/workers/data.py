@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from hybridflow.batch import Batch
+from hybridflow.checkpoint.arrays import load_arrays, save_arrays
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import load_tokenizer
 from hybridflow.data.loader import PromptLoader, build_loaders
@@ -15,6 +16,7 @@ from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
 
 STATE_FILE = "loader.json"
+PROMPTS_FILE, SAID_FILE = "prompts_under_way.npz", "responses_under_way.npz"
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,36 @@ class DataWorker(Worker):
         return DataSummary(self.train.num_prompts, self.train.num_batches_per_epoch, num_validation)
 
     @remote("rank_zero")
-    def next_batch(self, step: int) -> Batch:
-        """The prompts of step `step`, counted from 1. Steps are asked for in order."""
+    def next_batch(self, step: int, count: int | None = None) -> Batch:
+        """The next prompts of step `step`, counted from 1: `count` of them, by default all of a step. Steps are asked for in
+        order."""
         assert self.train is not None, "DataWorker.open comes first"
-        return self.train.next_batch(step)
+        return self.train.next_batch(step, count)
 
     @remote("rank_zero")
     def validation_batch(self) -> Batch:
         """All validation prompts, the same with the same seeds at each call."""
         assert self.validation is not None, "there are no validation files"
         return self.validation.validation_batch()
+
+    @remote("rank_zero")
+    def save_under_way(self, folder: str, prompts: Batch, said: Batch | None) -> None:
+        """Write which prompts are under way (numbers of their rows), and what their rows have said so far."""
+        save_arrays(Path(folder, PROMPTS_FILE), prompts)
+        if said is not None:
+            save_arrays(Path(folder, SAID_FILE), said)
+
+    @remote("rank_zero")
+    def restore_under_way(self, folder: str) -> Batch:
+        """The prompts that `save_under_way` wrote, read from the dataset again."""
+        assert self.train is not None, "DataWorker.open comes first"
+        return self.train.prompts_again(load_arrays(Path(folder, PROMPTS_FILE)))
+
+    @remote("rank_zero")
+    def said_under_way(self, folder: str) -> Batch:
+        """What their rows had said; no rows where none had begun."""
+        path = Path(folder, SAID_FILE)
+        return load_arrays(path) if path.exists() else Batch()
 
     @remote("rank_zero")
     def save(self, folder: str) -> None:

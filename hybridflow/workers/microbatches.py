@@ -1,7 +1,10 @@
 """A rank's rows cut into microbatches of a token budget, as many on every rank.
 
 FSDP gathers weights with every rank taking part, so all ranks go through the same number of microbatches; a rank that
-runs out of rows goes through a dummy row that has no response. R response tokens, B rows.
+runs out of rows goes through a dummy row that has no response. R trained response tokens, B rows.
+
+Response tokens that the policy did not sample (`loss_mask` 0) are context only. They end here: nothing behind this file sees
+them, so that no reduction can count them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -18,6 +22,8 @@ from hybridflow.data.balance import Rows, token_budget_parts
 from hybridflow.models.packing import Indices, Packed, pack, to_device
 from hybridflow.ops.reduce import Counts
 from hybridflow.workers.base import RankContext
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -28,15 +34,23 @@ class Microbatch:
     """Of the rank's batch; none in a dummy."""
     packed: Packed
     lengths_B: Indices
-    """Response tokens of each row."""
+    """Trained response tokens of each row."""
+    temperature: float | torch.Tensor
+    """By which the rows were sampled: of all, or of each token that this rank predicts, shape [R of its share]."""
 
 
 class Microbatches:
-    """All rows of a batch, in parts of at most `tokens_per_microbatch` tokens for each rank that shares them."""
+    """All rows of a batch, in parts of at most `tokens_per_microbatch` tokens for each rank that shares them.
 
-    def __init__(self, batch: Batch, context: RankContext, *, tokens_per_microbatch: int):
-        self.batch, self.context = batch, context
+    Rows without a column `temperature` have `default_temperature`.
+    """
+
+    def __init__(self, batch: Batch, context: RankContext, *, tokens_per_microbatch: int, default_temperature: float = 1.0):
+        self.batch, self.context, self.default_temperature = batch, context, default_temperature
         self.prompt, self.response = batch.tokens("prompt"), batch.tokens("response")
+        self.mask = batch.tokens("loss_mask") if "loss_mask" in batch else None
+        self.trained = self.response if self.mask is None else self.response.where(self.mask.values.astype(np.bool_))
+        """The response tokens that the policy sampled."""
         tokens_B = self.prompt.lengths + self.response.lengths
         self.num_tokens = int(tokens_B.sum())
         """Prompt and response tokens of the rows that this rank, or those that share its rows, work on."""
@@ -45,9 +59,14 @@ class Microbatches:
         num_parts, self.counts = self._agree(len(parts))
         self.parts = parts if len(parts) == num_parts else token_budget_parts(tokens_B, budget, min_parts=num_parts)
 
+    @property
+    def num_trained_tokens(self) -> int:
+        """Response tokens that the policy sampled, of the rows of this rank."""
+        return len(self.trained.values)
+
     def _agree(self, num_parts: int) -> tuple[int, Counts]:
         """The largest number of parts of any rank, and what is counted over all ranks: one exchange of three numbers."""
-        mine = [num_parts, len(self.response.values), int(np.count_nonzero(self.response.lengths))]
+        mine = [num_parts, len(self.trained.values), int(np.count_nonzero(self.trained.lengths))]
         ranks_NC = np.array([mine])
         if self.context.layout.num_ranks > 1:
             sent = torch.tensor(mine, device=self.context.device)
@@ -64,33 +83,54 @@ class Microbatches:
         layout = self.context.layout
         for rows in self.parts:
             prompt, response = (self.prompt.take(rows), self.response.take(rows)) if len(rows) else _dummy()
+            trained = self.trained.take(rows) if len(rows) else response
             packed = pack(
                 prompt,
                 response,
                 self.context.device,
+                mask=self._mask(rows) if len(rows) else None,
                 share=layout.sequence_rank(self.context.rank),
                 num_shares=layout.sequence,
             )
-            yield Microbatch(rows, packed, response.lengths)
+            yield Microbatch(rows, packed, trained.lengths, self._temperature(rows, packed, trained.lengths))
+
+    def _mask(self, rows: Rows) -> Mask | None:
+        return None if self.mask is None else self.mask.take(rows).values.astype(np.bool_)
+
+    def _temperature(self, rows: Rows, packed: Packed, lengths_B: Indices) -> float | torch.Tensor:
+        """One number where all rows have the same; greedy rows train the distribution as it is."""
+        if "temperature" not in self.batch or not len(rows):
+            return self.default_temperature
+        sampled_B = self.batch["temperature"][rows]
+        divisor_B = np.where(sampled_B == 0, 1.0, sampled_B)
+        if len(divisor_B) and (divisor_B == divisor_B[0]).all():
+            return float(divisor_B[0])
+        number = self.context.layout.sequence_rank(self.context.rank)
+        first = sum(packed.share_sizes[:number])
+        own_R = np.repeat(divisor_B, lengths_B)[first : first + packed.share_sizes[number]]
+        return to_device(own_R.astype(np.float32), self.context.device)
 
     def column(self, name: str, microbatch: Microbatch) -> torch.Tensor:
-        """A column of the batch at each response token: shape [R], float32. A number per row is repeated.
+        """A column of the batch at each trained response token: shape [R], float32. A number per row is repeated.
 
         Raises:
             BatchError: the column is missing.
         """
+        rows = microbatch.rows
         if name in self.batch.light:
-            values_R = np.repeat(self.batch[name][microbatch.rows].astype(np.float32), microbatch.lengths_B)
+            values_R = np.repeat(self.batch[name][rows].astype(np.float32), microbatch.lengths_B)
         else:
-            values_R = self.batch.tokens(name).take(microbatch.rows).values.astype(np.float32)
+            values_R = self.batch.tokens(name).take(rows).values.astype(np.float32)
+            values_R = values_R if self.mask is None else values_R[self._mask(rows)]
         return to_device(values_R, self.context.device)
 
     def gather_rows(self, values: Sequence[torch.Tensor]) -> Ragged:
-        """Numbers at each response token, computed microbatch by microbatch, in the order of the batch's rows."""
+        """Numbers at each trained response token, computed microbatch by microbatch, in the order of the batch's rows, with 0
+        at the response tokens that are not trained."""
         everything = torch.cat([part.float() for part in values]).cpu().numpy()
         rows = np.concatenate(self.parts)
-        in_order = Ragged.from_lengths(everything, self.response.lengths[rows])
-        return in_order.take(np.argsort(rows).astype(np.int32))
+        in_order = Ragged.from_lengths(everything, self.trained.lengths[rows]).take(np.argsort(rows).astype(np.int32))
+        return in_order if self.mask is None else in_order.spread(self.mask.values.astype(np.bool_), self.response.offsets)
 
 
 def _dummy() -> tuple[Ragged, Ragged]:

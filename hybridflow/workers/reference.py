@@ -29,7 +29,6 @@ class ReferenceWorker(Worker):
 
         super().__init__(config, context)
         self.model = build_policy(frozen_model(config, context, config.reference.path)).requires_grad_(False)
-        self.temperature = config.rollout.temperature or 1.0
         if config.reference.offload_parameters is True:
             fsdp.move_model(self.model, torch.device("cpu"))
 
@@ -39,7 +38,7 @@ class ReferenceWorker(Worker):
 
     @remote("split_by_data_rank")
     def log_probs(self, batch: Batch) -> Batch:
-        """Column `reference_log_probs`, in nats."""
+        """Column `reference_log_probs`, in nats, at the temperature with which each row was sampled."""
         import torch
 
         from hybridflow.parallel import fsdp
@@ -49,7 +48,12 @@ class ReferenceWorker(Worker):
         settings = self.config.reference
         if settings.offload_parameters is True:
             fsdp.move_model(self.model, self.context.device)
-        microbatches = Microbatches(batch, self.context, tokens_per_microbatch=settings.tokens_per_microbatch)
+        microbatches = Microbatches(
+            batch,
+            self.context,
+            tokens_per_microbatch=settings.tokens_per_microbatch,
+            default_temperature=self.config.rollout.temperature or 1.0,
+        )
         columns = evaluate(self.model, microbatches, self._forward)
         fsdp.drop_gathered(self.model)
         if settings.offload_parameters is True:
@@ -57,5 +61,5 @@ class ReferenceWorker(Worker):
         return Batch.from_columns(dict(columns))
 
     def _forward(self, microbatch: Microbatch) -> dict[str, torch.Tensor]:
-        log_probs_R, _ = self.model(microbatch.packed, temperature=self.temperature)
+        log_probs_R, _ = self.model(microbatch.packed, temperature=microbatch.temperature)
         return {"reference_log_probs": log_probs_R}

@@ -68,6 +68,16 @@ class Dispatcher(Protocol):
         """Of the pool that the group runs on. The calls of all groups on one pool run one after the other."""
         ...
 
+    @property
+    def num_data_ranks(self) -> int:
+        """Over how many ranks the rows of a call are spread."""
+        ...
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether calls of several collects are carried out together, each as its rows are done."""
+        ...
+
     def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Future[object]:
         """Send the call; arguments may be futures of other calls."""
         ...

@@ -24,6 +24,8 @@ class RewardWorker(Worker):
     """Scores the rows of its rank. Its processes start at construction."""
 
     is_distributed: ClassVar[bool] = False
+    scores_whole_batches: ClassVar[bool] = False
+    """True in a class of your own whose `score` compares rows: it is then given all rows of a call at once."""
 
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from functools import partial
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer
 
 from hybridflow import registry
-from hybridflow.batch import Array, Batch, Ragged
+from hybridflow.batch import Array, Batch, Heavy, Ragged
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config
 from hybridflow.errors import ConfigError, Mistake
+from hybridflow.metrics import Metric, Metrics
 from hybridflow.parallel.layout import Layout
-from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
+from hybridflow.rollout.base import Engine, EngineSpec, Sampling
 from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
+from hybridflow.rollout.under_way import RowsUnderWay, RowUnderWay
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
 from hybridflow.workers.sync import RolloutSync
@@ -32,9 +31,10 @@ from hybridflow.workers.sync import RolloutSync
 if TYPE_CHECKING:
     import torch
 
-    from hybridflow.metrics import Metrics
-
 logger = logging.getLogger("hybridflow")
+
+ENDED: tuple[Literal["stop", "length"] | None, ...] = (None, "stop", "length")
+"""How a row has ended, by the number in column `ended`."""
 
 
 def training_sampling(config: Config) -> Sampling:
@@ -69,6 +69,10 @@ def validation_sampling(config: Config) -> Sampling:
 class RolloutWorker(Worker):
     """One engine for each data rank; its tensor ranks step the same engine with the same requests."""
 
+    answers_row_by_row: ClassVar[bool] = True
+    """Whether rows may be had one by one as they finish (`submit`, `take_finished`). A class of your own whose `generate` does
+    something else sets this to False, and is then asked for whole batches only."""
+
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)
         self.tokenizer = AutoTokenizer.from_pretrained(
@@ -81,7 +85,12 @@ class RolloutWorker(Worker):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([Mistake("rollout.engine", problem)])
         self.engine = EngineThread(engine_class(engine_spec(config, context)))
-        self.finishing = Finishing([], np.empty(0, np.int32), has_log_probs=False)
+        self.rows = RowsUnderWay(self.engine)
+        """Those of `submit`."""
+        self.num_calls = 0
+        """Of `generate` and `submit` in this step."""
+        self.busy_seconds = 0.0
+        """Of the engine, as far as they are reported."""
         self.weight_sync = RolloutSync(config, context, self.engine)
         logger.info("rollout rank %d: engine %s started in %.0f s", context.rank, name, time.perf_counter() - start)
 
@@ -97,56 +106,89 @@ class RolloutWorker(Worker):
         interval = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1
         return Layout(data=num_ranks // tensor, tensor=tensor, tensor_interval=interval)
 
+    @remote("one_to_all")
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Calls of `generate` are counted anew."""
+        self.num_calls = 0
+
     @remote("split_by_data_rank")
     def generate(self, batch: Batch, *, sampling: Sampling | None = None) -> Batch:
         """One response to each row's `prompt`, as new columns: `response`, `response_text`, `response_tokens`, `truncated`,
-        and `rollout_log_probs` where `sampling.log_probs`. `sampling` is the configured one of training by default.
+        `temperature`, `policy_versions`, and `rollout_log_probs` where `sampling.log_probs`. `sampling` is the configured one
+        of training by default; a column `max_response_tokens` may allow a row less than `sampling.max_tokens`.
 
-        A response is a function of weights, prompt, sampling and the row's `seed` and `sample`.
+        A response is a function of weights, prompt, sampling, the row's `seed` and `sample`, and the number of this call
+        within its step, so that a second call samples anew: the first is 0, and a column `call` says otherwise.
+
+        Example:
+            >>> greedy = dataclasses.replace(training_sampling(config), temperature=0.0)
+            >>> sampled, best = rollout.generate(rows), rollout.generate(rows, sampling=greedy)
         """
-        sampling = sampling or training_sampling(self.config)
-        return self._columns(self.engine.generate(_requests(batch, sampling)), has_log_probs=sampling.log_probs)
+        rows = RowsUnderWay(self.engine)
+        rows.version = self.rows.version
+        rows.submit(self._rows(batch, sampling))
+        has_log_probs = sampling is None or sampling.log_probs
+        return self._columns(rows.take(len(batch)), has_log_probs=has_log_probs)
 
     @remote("split_by_data_rank")
     def submit(self, batch: Batch, *, sampling: Sampling | None = None) -> None:
-        """Start to generate what `generate` would, without waiting: `generate_part` hands it out.
+        """Start to generate what `generate` would, without waiting: `take_finished` hands it out.
 
-        `batch` has a light column `position`, by which the caller knows its rows again.
+        `batch` has a column `position`, by which the caller knows its rows again. Rows that have begun before (columns of
+        `unfinished`) go on from where they were.
         """
-        is_answering = self.context.layout.tensor_rank(self.context.rank) == 0
-        num_forgotten = self.finishing.num_left if is_answering else 0
-        assert not num_forgotten, f"{num_forgotten} rows of an earlier submit were not asked for"
-        sampling = sampling or training_sampling(self.config)
-        futures = self.engine.submit(_requests(batch, sampling))
-        self.finishing = Finishing(futures, batch["position"], has_log_probs=sampling.log_probs)
+        self.rows.submit(self._rows(batch, sampling))
 
     @remote("gather_rows")
-    def generate_part(self, num_parts_left: int) -> Batch:
-        """Wait until the next of `num_parts_left` equal parts of the rows still out has finished, and hand it out with all else
-        that has: the columns of `generate` and `position`, rows in the order of positions. A rank that has none left waits for
-        none; of one part, it hands out all that is left.
-        """
-        positions, responses = self.finishing.take(-(-self.finishing.num_left // num_parts_left))
-        columns = self._columns(responses, has_log_probs=self.finishing.has_log_probs)
-        return columns.with_columns(position=positions)
+    def take_finished(self, at_least: int, timeout_s: float | None = None) -> Batch:
+        """Rows that have finished: the columns of `generate` and `position`; `rollout_log_probs` is empty for rows that were
+        sampled without. Each rank waits for `at_least`, or for all that it has
+        left, or for `timeout_s`."""
+        taken = self.rows.take(at_least, timeout_s)
+        seconds, self.busy_seconds = self.engine.busy_seconds - self.busy_seconds, self.engine.busy_seconds
+        share = Metric(seconds / self.context.layout.data, kind="sum")
+        if self.config.loop.max_staleness:
+            self.context.report(Metrics({"stream/engine_seconds": share}))
+        return self._columns(taken, has_log_probs=True).with_columns(position=_numbers(taken))
 
-    def _columns(self, responses: list[Response], *, has_log_probs: bool) -> Batch:
-        rows = [response.tokens for response in responses]
+    @remote("one_to_all")
+    def interrupt(self) -> None:
+        """Stop generating between two steps of the engine. What rows have said so far stays; `resume` lets them go on."""
+        self.rows.interrupt()
+
+    @remote("one_to_all")
+    def resume(self) -> None:
+        """Let interrupted rows go on, with the weights that the engine has now."""
+        self.rows.resume()
+
+    @remote("gather_rows")
+    def unfinished(self) -> Batch:
+        """The rows under way while they are interrupted, as `submit` takes them: `position`, what they have said (`response`,
+        `rollout_log_probs`, `policy_versions`), and `ended`: 0 where they go on, 1 where they stopped, 2 at the limit."""
+        return started_columns(self.rows.unfinished())
+
+    def _rows(self, batch: Batch, sampling: Sampling | None) -> list[RowUnderWay]:
+        if "call" not in batch:
+            batch = batch.with_columns(call=np.full(len(batch), self.num_calls, np.int64))
+            self.num_calls += 1
+        return rows_of(batch, sampling or training_sampling(self.config))
+
+    def _columns(self, rows: Sequence[RowUnderWay], *, has_log_probs: bool) -> Batch:
+        said = started_columns(rows)
+        response = said.tokens("response")
         # Of no rows, transformers makes one empty text.
-        texts = self.tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True) if rows else []
-        columns = Batch.from_columns(
-            {
-                "response": Ragged.from_rows(rows, np.int32),
-                "response_text": list(texts),
-            }
-        )
+        texts = self.tokenizer.batch_decode([row.tolist() for row in response], skip_special_tokens=True) if rows else []
+        columns: dict[str, Array | Heavy] = {name: said.tokens(name) for name in ("response", "policy_versions")}
+        columns["response_text"] = list(texts)
         if has_log_probs:
-            log_probs = [response.log_probs for response in responses if response.log_probs is not None]
-            assert len(log_probs) == len(responses), "the engine left out log-probabilities that were asked for"
-            columns = columns.join(Batch.from_columns({"rollout_log_probs": Ragged.from_rows(log_probs, np.float32)}))
-        return columns.with_columns(
-            response_tokens=np.array([len(row) for row in rows], np.int64),
-            truncated=np.array([response.finish_reason == "length" for response in responses], np.bool_),
+            columns["rollout_log_probs"] = log_probs = said.tokens("rollout_log_probs")
+            is_asked = np.array([row.sampling.log_probs for row in rows], np.bool_)
+            is_whole = log_probs.lengths == response.lengths
+            assert is_whole[is_asked].all(), "the engine left out log-probabilities that were asked for"
+        return Batch.from_columns(columns).with_columns(
+            response_tokens=response.lengths,
+            truncated=np.array([row.finish_reason == "length" for row in rows], np.bool_),
+            temperature=np.array([row.sampling.temperature for row in rows], np.float64),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -155,13 +197,13 @@ class RolloutWorker(Worker):
             engine.load_weights(weights)
 
     @remote("one_to_all")
-    def sync_weights(self) -> Metrics:
-        """Take the weights of the actor on the same pool. Metrics are named `sync/...`.
+    def sync_weights(self, version: int = 0) -> Metrics:
+        """Take the weights of the actor on the same pool, which are those of policy `version`. Metrics are named `sync/...`.
 
         Raises:
             WeightMismatchError: the engine holds something else afterwards.
         """
-        return self.weight_sync.from_peer()
+        return self._exchange(self.weight_sync.from_peer, version)
 
     @remote("one_to_all")
     def open_transfer(self, address: str) -> None:
@@ -169,9 +211,23 @@ class RolloutWorker(Worker):
         self.weight_sync.open(address)
 
     @remote("one_to_all")
-    def receive_weights(self) -> Metrics:
+    def receive_weights(self, version: int = 0) -> Metrics:
         """Take the weights that `actor.send_weights` sends at the same time. Metrics and errors as of `sync_weights`."""
-        return self.weight_sync.receive()
+        return self._exchange(self.weight_sync.receive, version)
+
+    def _exchange(self, take_weights: Callable[[], Metrics], version: int) -> Metrics:
+        """Rows that run meanwhile are interrupted, and go on with the new weights; `sync/seconds_without_generation` is how
+        long."""
+        is_generating, started = not self.rows.is_held and self.rows.num_left > 0, time.perf_counter()
+        if is_generating:
+            self.rows.interrupt()
+        metrics = take_weights()
+        self.rows.version = version
+        if is_generating:
+            self.rows.resume()
+            seconds = Metric(time.perf_counter() - started, kind="max")
+            metrics += Metrics({"sync/seconds_without_generation": seconds})
+        return metrics
 
     @remote("one_to_all")
     def sleep(self) -> None:
@@ -214,45 +270,49 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
     )
 
 
-class Finishing:
-    """The rows of a `submit`, handed out in the order in which their responses finish.
-
-    Ranks that share an engine may differ in that order, since what has finished before it is asked for comes by row: only the
-    answers of one of them, the first of their data rank, are read.
-    """
-
-    def __init__(self, futures: Sequence[Future[Response]], positions: Array, *, has_log_probs: bool):
-        self.num_left, self.positions, self.has_log_probs = len(futures), positions, has_log_probs
-        self._finished: SimpleQueue[tuple[int, Future[Response]]] = SimpleQueue()
-        for row, future in enumerate(futures):
-            future.add_done_callback(partial(self._note, row))
-
-    def _note(self, row: int, future: Future[Response]) -> None:
-        self._finished.put((row, future))
-
-    def take(self, num_rows: int) -> tuple[Array, list[Response]]:
-        """Positions and responses of the next `num_rows` to finish and of all that have by then, by ascending position. Waits
-        for those `num_rows`.
-
-        Raises:
-            EngineError: one of them has no response.
-        """
-        taken = [self._finished.get() for _ in range(num_rows)]
-        with suppress(Empty):
-            while True:
-                taken.append(self._finished.get_nowait())
-        self.num_left -= len(taken)
-        taken.sort(key=lambda finished: finished[0])
-        return self.positions[[row for row, _ in taken]], [future.result() for _, future in taken]
-
-
-def _requests(batch: Batch, sampling: Sampling) -> list[Request]:
-    return [
-        Request(id=row, prompt=prompt.astype(np.int32, copy=False), sampling=sampling, seed=int(seed))
-        for row, (prompt, seed) in enumerate(zip(batch.tokens("prompt"), _seeds(batch), strict=True))
+def rows_of(batch: Batch, sampling: Sampling) -> list[RowUnderWay]:
+    """What is to be generated for each row of a batch with `prompt`, `seed` and `call`."""
+    numbers = batch["position"] if "position" in batch else np.arange(len(batch))
+    limits = batch["max_response_tokens"] if "max_response_tokens" in batch else np.full(len(batch), sampling.max_tokens)
+    samplings = {limit: replace(sampling, max_tokens=min(limit, sampling.max_tokens)) for limit in set(limits.tolist())}
+    columns = zip(numbers.tolist(), batch.tokens("prompt"), limits.tolist(), _seeds(batch).tolist(), strict=True)
+    rows = [
+        RowUnderWay(number, prompt.astype(np.int32, copy=False), samplings[limit], seed)
+        for number, prompt, limit, seed in columns
     ]
+    if "ended" in batch:
+        names = ("response", "rollout_log_probs", "policy_versions")
+        for row, ended, *said in zip(rows, batch["ended"].tolist(), *map(batch.tokens, names), strict=True):
+            row.go_on_from(*said, finish_reason=ENDED[ended])
+    return rows
+
+
+def nothing_said(num_rows: int) -> Batch:
+    """What `started_columns` gives of rows that have not begun."""
+    said: dict[str, Array | Heavy] = {
+        name: Ragged(np.empty(0, dtype), np.zeros(num_rows + 1, np.int64))
+        for name, dtype in (("response", np.int32), ("rollout_log_probs", np.float32), ("policy_versions", np.int64))
+    }
+    return Batch.from_columns(said).with_columns(ended=np.zeros(num_rows, np.int64))
+
+
+def started_columns(rows: Sequence[RowUnderWay]) -> Batch:
+    """`position`, what the rows have said so far, and whether they have ended, as `rows_of` reads it back."""
+    said = {
+        "response": Ragged.from_rows([row.joined(row.tokens, np.int32) for row in rows], np.int32),
+        "rollout_log_probs": Ragged.from_rows([row.joined(row.log_probs, np.float32) for row in rows], np.float32),
+        "policy_versions": Ragged.from_rows([np.array(row.versions, np.int64).reshape(-1) for row in rows], np.int64),
+    }
+    ended = np.array([ENDED.index(row.finish_reason) for row in rows], np.int64)
+    return Batch.from_columns(said).with_columns(position=_numbers(rows), ended=ended)
+
+
+def _numbers(rows: Sequence[RowUnderWay]) -> Array:
+    return np.array([row.number for row in rows], np.int64)
 
 
 def _seeds(batch: Batch) -> npt.NDArray[np.int64]:
+    """Of each row, from the seed of its prompt, the number of its response, and of its call where that is not the first."""
     sample = batch["sample"] if "sample" in batch else np.zeros(len(batch), np.int64)
-    return mixed_seed(batch["seed"], sample)
+    first = mixed_seed(batch["seed"], sample)
+    return np.where(batch["call"] == 0, first, mixed_seed(batch["seed"], sample, batch["call"]))

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from hybridflow import ops
 from hybridflow.batch import Batch, Ragged
+from hybridflow.metrics import Metric, Metrics
+from hybridflow.workers.mismatch import sampled_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +22,9 @@ if TYPE_CHECKING:
 class TokenAdvantages:
     """Advantages and returns of every response token by generalised advantage estimation.
 
-    Reads `reward`, `values` and, where the batch has them, `reference_log_probs` with the column named `log_probs`.
+    Only tokens that the policy sampled count: the next state after one is the next sampled token, and the reward is at the
+    last. Reads `reward`, `values` and, where the batch has them, `loss_mask` and `reference_log_probs` with the column named
+    `log_probs`.
     Writes `advantages`, `returns`, and the light column `kl`: mean KL to the reference per token of each row, in nats.
     """
 
@@ -35,7 +41,7 @@ class TokenAdvantages:
     def __call__(self, batch: Batch, context: RankContext) -> Batch:
         import torch
 
-        values = batch.tokens("values")
+        values = sampled_tokens(batch, batch.tokens("values"))
         offsets_B1 = torch.tensor(values.offsets)
         rewards_T = ops.token_rewards(torch.tensor(batch["reward"]), offsets_B1)
         light = {}
@@ -49,14 +55,52 @@ class TokenAdvantages:
             advantages_T = ops.whiten(advantages_T, lambda sums: _sum_over_ranks(sums, context))
         columns = {"advantages": advantages_T, "returns": returns_T}
         return Batch.from_columns(
-            {**light, **{name: Ragged(column.numpy(), values.offsets) for name, column in columns.items()}}
+            {**light, **{name: _of_response(batch, Ragged(column.numpy(), values.offsets)) for name, column in columns.items()}}
         )
 
 
 def _tensor(batch: Batch, name: str) -> torch.Tensor:
     import torch
 
-    return torch.tensor(batch.tokens(name).values)  # a copy: shards are read-only, and torch has no read-only tensors
+    return torch.tensor(
+        sampled_tokens(batch, batch.tokens(name)).values
+    )  # a copy: shards are read-only, and torch has no read-only tensors
+
+
+def _of_response(batch: Batch, sampled: Ragged) -> Ragged:
+    """Numbers of sampled tokens in rows of all response tokens."""
+    if "loss_mask" not in batch:
+        return sampled
+    mask = batch.tokens("loss_mask")
+    return sampled.spread(mask.values.astype(np.bool_), mask.offsets)
+
+
+@dataclass(frozen=True)
+class CountLossTokens:
+    """Column `loss_tokens` of a batch with `loss_mask`, for whoever wrote the mask and not the count."""
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        mask = batch.tokens("loss_mask")
+        return Batch({"loss_tokens": sampled_tokens(batch, mask).lengths})
+
+
+@dataclass(frozen=True)
+class PolicyAges:
+    """Reports how old the sampled tokens of a batch with `policy_versions` are, in updates of the policy; writes no column."""
+
+    version: int
+    """Of the policy that learns from them."""
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        runs = batch.tokens("policy_versions").values.reshape(-1, 2)
+        ages, tokens = self.version - runs[:, 0], runs[:, 1].astype(np.float64)
+        if len(runs):
+            counts = np.bincount(ages, weights=tokens)
+            metrics = {"staleness/mean": Metric(float(ages @ tokens), float(tokens.sum()))}
+            metrics["staleness/max"] = Metric(float(ages.max()), kind="max")
+            shares = {f"staleness/share_of_age_{age}": Metric(float(n), float(tokens.sum())) for age, n in enumerate(counts)}
+            context.report(Metrics(metrics | shares))
+        return Batch({"age": np.zeros(len(batch), np.int64)})
 
 
 def _sum_over_ranks(sums: torch.Tensor, context: RankContext) -> torch.Tensor:

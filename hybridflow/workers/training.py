@@ -27,7 +27,9 @@ from hybridflow.workers.utilisation import flops_per_token, peak_flops, utilisat
 
 CPU = torch.device("cpu")
 Outputs = dict[str, torch.Tensor]
-"""What the model gives at each response token: name -> [R]."""
+"""What the model gives at each trained response token: name -> [R]."""
+Observe = Callable[[Microbatches, list[tuple[Microbatch, Outputs]]], dict[str, TokenMetric]]
+"""Measures what the model gave in an update, microbatch by microbatch, without waiting for the device."""
 
 
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
@@ -72,8 +74,12 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 class TrainingCore:
     """A sharded model, its optimizer and its learning rate. A worker has one and lends it its forward pass."""
 
-    def __init__(self, model: PolicyModel | ValueModel, config: TrainingConfig, context: RankContext):
+    def __init__(
+        self, model: PolicyModel | ValueModel, config: TrainingConfig, context: RankContext, *, temperature: float = 1.0
+    ):
         self.model, self.config, self.context = model, config, context
+        self.temperature = temperature
+        """Of rows without a column that says with which they were sampled."""
         self.optimizer = make_optimizer(model, config)
         self.has_adapters = any(".lora_" in name for name, _ in model.named_parameters())
         self.learning_rate = config.learning_rate
@@ -88,20 +94,31 @@ class TrainingCore:
 
     def evaluate(self, batch: Batch, forward: Callable[[Microbatch], Outputs]) -> dict[str, Ragged]:
         """What `forward` gives for each response token of the batch, in the order of its rows."""
-        microbatches = Microbatches(batch, self.context, tokens_per_microbatch=self.config.tokens_per_microbatch)
+        microbatches = self._microbatches(batch)
         with self._on_device():
             return evaluate(self.model, microbatches, forward)
 
-    def update(self, batch: Batch, loss: Loss, forward: Callable[[Microbatch], Outputs]) -> Metrics:
+    def _microbatches(self, batch: Batch) -> Microbatches:
+        return Microbatches(
+            batch,
+            self.context,
+            tokens_per_microbatch=self.config.tokens_per_microbatch,
+            default_temperature=self.temperature,
+        )
+
+    def update(
+        self, batch: Batch, loss: Loss, forward: Callable[[Microbatch], Outputs], *, observe: Observe | None = None
+    ) -> Metrics:
         """One optimizer step on exactly this batch, whose rows are spread over the data ranks.
 
         The loss is a sum over tokens, weighted by counts over all ranks, so how rows are divided over ranks and
-        microbatches changes nothing. A gradient that is not finite changes no weight and is counted in the metrics.
+        microbatches changes nothing. A gradient that is not finite changes no weight and is counted in the metrics. `observe`
+        may measure what the model gave; its metrics are reported beside those of the loss, and cost no wait of their own.
         """
-        microbatches = Microbatches(batch, self.context, tokens_per_microbatch=self.config.tokens_per_microbatch)
+        microbatches = self._microbatches(batch)
         with self._on_device(with_optimizer=True):
             started = time.perf_counter()
-            metrics = self._accumulate_gradients(microbatches, loss, forward)
+            metrics, observed = self._accumulate_gradients(microbatches, loss, forward, observe)
             norm = self._apply_gradients()
             self.num_updates += 1
             seconds = time.perf_counter() - started
@@ -109,20 +126,28 @@ class TrainingCore:
         counted = {
             "grad_norm": Metric(norm),
             "learning_rate": Metric(self.learning_rate),
-            "tokens": Metric(float(len(microbatches.response.values)), kind="sum"),
+            "tokens": Metric(float(microbatches.num_trained_tokens), kind="sum"),
             # One rank counts for all, since what ranks count is added up.
             "skipped_updates": Metric(float(is_skipped and self.context.rank == 0), kind="sum"),
         }
         if self.peak_flops is not None:
-            flops = self.flops_per_token.of(microbatches.num_tokens, len(microbatches.response.values))
+            flops = self.flops_per_token.of(microbatches.num_tokens, microbatches.num_trained_tokens)
             counted["mfu"] = utilisation(flops / self.context.layout.sequence, seconds, self.peak_flops)
-        return (to_metrics(metrics) + Metrics(counted)).prefixed(self.context.role)
+        numbers = to_metrics(metrics | observed)
+        self.context.report(numbers.only(observed))
+        return (numbers.only(metrics) + Metrics(counted)).prefixed(self.context.role)
 
     def _accumulate_gradients(
-        self, microbatches: Microbatches, loss: Loss, forward: Callable[[Microbatch], Outputs]
-    ) -> dict[str, TokenMetric]:
+        self,
+        microbatches: Microbatches,
+        loss: Loss,
+        forward: Callable[[Microbatch], Outputs],
+        observe: Observe | None,
+    ) -> tuple[dict[str, TokenMetric], dict[str, TokenMetric]]:
+        """Metrics of the loss and of `observe`."""
         self.model.train()
         metrics: dict[str, TokenMetric] = {}
+        given: list[tuple[Microbatch, Outputs]] = []
         for index, microbatch in enumerate(microbatches):
             is_last = index == len(microbatches) - 1
             fsdp.reduce_gradients(self.model, in_next_backward=is_last or self.config.shard_gradients is True)
@@ -133,7 +158,9 @@ class TrainingCore:
             total, counted = loss(token_batch(microbatches, microbatch, loss, outputs))
             total.backward()  # type: ignore[no-untyped-call]
             metrics = accumulate(metrics, counted)
-        return metrics
+            if observe is not None:
+                given.append((microbatch, {name: output.detach() for name, output in outputs.items()}))
+        return metrics, observe(microbatches, given) if observe is not None and given else {}
 
     def _apply_gradients(self) -> float:
         """Clip, step, and forget the gradients; the one place of an update where the host waits for the device."""
