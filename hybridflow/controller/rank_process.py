@@ -173,6 +173,7 @@ class RankProcess:
         started = time.perf_counter()
         worker = self.workers[role]
         marked = _marked_method(type(worker), method)
+        worker.context.take_reported()  # outside of calls, as where a sync probes the actor, nobody asked for it
         try:
             result = marked.function(worker, *args, **kwargs)
         except Exception as error:
