@@ -20,7 +20,7 @@ from hybridflow.batch import Array, Batch, Ragged
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.errors import ConfigError, FieldError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
 from hybridflow.rollout.sampling import mixed_seed
@@ -79,7 +79,7 @@ class RolloutWorker(Worker):
         engine_class = registry.load(name, registry.ENGINES, key="rollout.engine")
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
-            raise ConfigError([Mistake("rollout.engine", problem)])
+            raise ConfigError([FieldError("rollout.engine", problem)])
         self.engine = EngineThread(engine_class(engine_spec(config, context)))
         self.finishing = Finishing([], np.empty(0, np.int32), has_log_probs=False)
         self.weight_sync = RolloutSync(config, context, self.engine)
@@ -91,7 +91,7 @@ class RolloutWorker(Worker):
         if num_ranks % tensor:
             divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
             problem = f"found {tensor}, which does not divide the {num_ranks} ranks of the pool. Use one of {divisors}"
-            raise ConfigError([Mistake("rollout.tensor_parallel", problem)])
+            raise ConfigError([FieldError("rollout.tensor_parallel", problem)])
         per_node = parse_pool(config.placement.pools[pool_of("rollout", config)]).ranks_per_node
         # The paper's groups (section 5.3): what a rank trains then lies inside what it generates with, on one node.
         interval = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1

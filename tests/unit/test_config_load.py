@@ -15,7 +15,7 @@ from tests.unit.config_cases import mistakes_of, model_folder, right_run
 OWN_ALGORITHM = '''
 from dataclasses import dataclass
 from typing import ClassVar
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -32,7 +32,7 @@ class Mine:
 
     @classmethod
     def check(cls, run):
-        return [Mistake("algorithm.steps", "is odd")] if run.algorithm.options.steps % 2 else []
+        return [FieldError("algorithm.steps", "is odd")] if run.algorithm.options.steps % 2 else []
 
 class NoAlgorithm:
     pass
@@ -247,7 +247,7 @@ def test_many_mistakes_are_listed_together_with_their_number(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         load_config(None, [*right_run(tmp_path), *overrides, "run.device=tpu"])
     lines = str(caught.value).splitlines()
-    assert lines[0] == "5 mistakes in the configuration:"
+    assert lines[0] == "5 errors in the configuration:"
     keys = ("rolout.top_p: ", "run.device: ", "actor.schedule: ", "rollout.top_p: ", "data.train_files: ")
     assert all(f"  command line: {key}" in line for key, line in zip(keys, lines[1:], strict=True))
 
