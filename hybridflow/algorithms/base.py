@@ -62,7 +62,8 @@ class PolicyOptions(ImportanceOptions):
     """To inherit from: how a step's rows become updates of a policy with a clipped ratio."""
 
     prompts_per_update: Annotated[int, COUNT] | None = None
-    """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
+    """Prompts whose responses make one update, the mini-batch; divides data.prompts_per_step, the train batch. Null means all:
+    one update per epoch."""
     epochs: Annotated[int, COUNT] = 1
     """Passes over the step's rows."""
     clip: tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]] = (0.2, 0.2)

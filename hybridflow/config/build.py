@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hybridflow.config.ranges import Range
+from hybridflow.config.schema import RENAMED
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
@@ -66,6 +67,8 @@ class Builder:
         if isinstance(value, Mapping) and value:
             for name, element in value.items():
                 self._unknown(_join(key, name), element)
+        elif key in RENAMED:
+            self.add(key, f"is called {RENAMED[key]} now")
         else:
             self.add(key, f"no such key{suggestion(key, self.known_keys, self.aliases)}")
 

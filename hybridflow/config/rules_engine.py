@@ -23,10 +23,10 @@ VLLM_KEYS = {
     "dtype": "rollout.dtype",
     "seed": "run.seed",
     "max_model_len": RESPONSE_LENGTHS,
-    "max_num_seqs": "rollout.max_requests",
+    "max_num_seqs": "rollout.max_num_seqs",
     "tensor_parallel_size": "rollout.tensor_parallel",
     "enforce_eager": "rollout.enforce_eager",
-    "gpu_memory_utilization": "rollout.memory_fraction (on a CPU rollout.cpu_cache_gib)",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization (on a CPU rollout.cpu_cache_gib)",
     "enable_sleep_mode": "rollout.sleep",
 }
 SGLANG_KEYS = {
@@ -36,10 +36,10 @@ SGLANG_KEYS = {
     "dtype": "rollout.dtype",
     "random_seed": "run.seed",
     "context_length": RESPONSE_LENGTHS,
-    "max_running_requests": "rollout.max_requests",
+    "max_running_requests": "rollout.max_num_seqs",
     "tp_size": "rollout.tensor_parallel",
     "disable_cuda_graph": "rollout.enforce_eager",
-    "mem_fraction_static": "rollout.memory_fraction",
+    "mem_fraction_static": "rollout.gpu_memory_utilization",
     "enable_memory_saver": "rollout.sleep",
     "enable_deterministic_inference": "rollout.seed_requests",
 }

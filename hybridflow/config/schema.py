@@ -16,6 +16,13 @@ Switch = bool | Literal["auto"]
 """What costs time and saves GPU memory. auto leaves it to the plan (hybridflow/planner); on a CPU it is off."""
 
 
+RENAMED = {
+    "rollout.memory_fraction": "rollout.gpu_memory_utilization",
+    "rollout.max_requests": "rollout.max_num_seqs",
+}
+"""Keys of the release before, and what they are called now. An old one is an error that names the new one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run as a whole."""
@@ -41,9 +48,9 @@ class LoopConfig:
     """How far generation may run ahead of training."""
 
     max_staleness: int = 0
-    """Most updates of the policy between the sampling of a token and its learning. 0: a step generates all of its rows, then learns
-    from them. From 1 on, generation goes on with rows of later steps: on a pool of its own while training runs, on a shared pool
-    until as many prompts as a step takes are complete; longer responses continue under newer weights."""
+    """Most updates of the policy between the sampling of a token and its learning. 0: a step generates all of its rows, then
+    learns from them. From 1 on, generation goes on with rows of later steps: on a pool of its own while training runs, on a
+    shared pool until as many prompts as a step takes are complete; longer responses continue under newer weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +105,7 @@ class DataConfig:
     validation_files: tuple[FilePath, ...] = ()
     """Parquet files of validation prompts; empty means no validation."""
     prompts_per_step: int = 64
-    """Prompts drawn for each step."""
+    """Prompts drawn for each step: the train batch, counted in prompts."""
     max_prompt_tokens: int = 512
     """Longer prompts are treated as `overlong_prompts` says."""
     max_response_tokens: int = 512
@@ -183,11 +190,11 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """Ranks that share one engine."""
     max_model_tokens: int | None = None
-    """Most tokens of a prompt with its response; null means `data.max_prompt_tokens` plus `data.max_response_tokens`. Larger where
-    an algorithm makes prompts from responses."""
-    max_requests: int = 1024
+    """Most tokens of a prompt with its response; null means `data.max_prompt_tokens` plus `data.max_response_tokens`. Larger
+    where an algorithm makes prompts from responses."""
+    max_num_seqs: int = 1024
     """Responses generated at once by one engine."""
-    memory_fraction: float = 0.5
+    gpu_memory_utilization: float = 0.5
     """Share of the GPU for the engine's weights and cache."""
     cpu_cache_gib: float = 1.0
     """Key-value cache of vLLM on CPU."""
@@ -217,8 +224,8 @@ class ValidationConfig:
     before_training: bool = True
     """Validate before the first step."""
     concurrent: bool = False
-    """Generate for validation on a pool of its own (`placement.roles.validation`), while training goes on. Metrics are logged under
-    the step whose weights were used."""
+    """Generate for validation on a pool of its own (`placement.roles.validation`), while training goes on. Metrics are logged
+    under the step whose weights were used."""
     every_steps: int = 10
     """Validate after each so many steps, and after the last; 0 never."""
     temperature: float = 0.0

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from hybridflow.config.load import load_config
+from hybridflow.config.schema import RENAMED
+from hybridflow.config.settings import KNOWN_KEYS
 from hybridflow.errors import ConfigError
 from tests.unit.config_cases import mistakes_of, model_folder, right_run
 
@@ -218,6 +220,15 @@ def test_an_option_is_no_mistake_where_the_algorithm_is_not_known_and_may_have_i
 )
 def test_a_last_word_alone_is_answered_with_the_keys_that_end_in_it(tmp_path: Path, word: str, keys: str) -> None:
     assert mistakes_of([*right_run(tmp_path), f"{word}=3"]) == [f"command line: {word}: no such key; did you mean {keys}?"]
+
+
+def test_a_key_of_the_release_before_is_answered_with_its_new_name(tmp_path: Path) -> None:
+    found = mistakes_of([*right_run(tmp_path), "rollout.memory_fraction=0.4", "rollout.max_requests=8"])
+    assert found == [
+        "command line: rollout.memory_fraction: is called rollout.gpu_memory_utilization now",
+        "command line: rollout.max_requests: is called rollout.max_num_seqs now",
+    ]
+    assert set(RENAMED.values()) <= set(KNOWN_KEYS) and not RENAMED.keys() & set(KNOWN_KEYS)
 
 
 def test_an_option_of_another_algorithm_is_a_mistake(tmp_path: Path) -> None:
