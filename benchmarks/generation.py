@@ -51,13 +51,13 @@ def start(options: argparse.Namespace) -> Engine:
         tokenizer=str(folder / "tokenizer"),
         dtype="bfloat16" if options.device == "cuda" else "float32",
         max_model_tokens=PROMPT_TOKENS[1] + options.tokens,
-        max_requests=1024,
+        max_num_seqs=1024,
         seed=0,
         seed_requests=options.engine != "vllm",  # vLLM then shows whether it heeds them all the same; `passes_of` tells it to
         device=torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu"),
         layout=Layout(),
         rank=0,
-        memory_fraction=0.4,
+        gpu_memory_utilization=0.4,
         cpu_cache_gib=1.0,
         enforce_eager=options.device == "cpu",
     )

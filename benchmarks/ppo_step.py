@@ -68,10 +68,14 @@ COMMON = {
 }
 PPO = {"algorithm": "ppo", "algorithm.kl_coefficient": 0.001}
 GRPO = {"algorithm": "grpo", "algorithm.responses_per_prompt": 8, "algorithm.kl_coefficient": 0.001}
-ONE_H200 = {"model.compile": "true", "rollout.memory_fraction": 0.4, "actor.tokens_per_microbatch": 24576}
+ONE_H200 = {"model.compile": "true", "rollout.gpu_memory_utilization": 0.4, "actor.tokens_per_microbatch": 24576}
 ONE_H200 |= {"critic.tokens_per_microbatch": 24576, "reference.tokens_per_microbatch": 65536}
 FOUR_H200 = ONE_H200 | {"placement.pools.main": "1x4", "rollout.tensor_parallel": 2}
-FOUR_H200 |= {"rollout.memory_fraction": 0.3, "actor.tokens_per_microbatch": 4096, "reference.tokens_per_microbatch": 32768}
+FOUR_H200 |= {
+    "rollout.gpu_memory_utilization": 0.3,
+    "actor.tokens_per_microbatch": 4096,
+    "reference.tokens_per_microbatch": 32768,
+}
 TINY = {"rollout.engine": "torch", "run.device": "cpu", "actor.tokens_per_microbatch": 4096}
 
 WORKLOADS = {

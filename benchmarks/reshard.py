@@ -87,7 +87,7 @@ def build(options: argparse.Namespace, own: Place) -> dict[str, Worker]:
     config = Config(
         model=ModelConfig(path=str(folder / "model"), tokenizer=str(folder / "tokenizer")),
         rollout=RolloutConfig(
-            engine=options.engine, tensor_parallel=options.tensor_parallel, memory_fraction=0.3, enforce_eager=True
+            engine=options.engine, tensor_parallel=options.tensor_parallel, gpu_memory_utilization=0.3, enforce_eager=True
         ),
         placement=PlacementConfig(
             pools={pool: f"1x{size}" for pool, size in own.pools.items()}, roles={"actor": actor_pool, "rollout": rollout_pool}

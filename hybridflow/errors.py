@@ -11,8 +11,8 @@ class HybridflowError(Exception):
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """One mistake in a configuration."""
+class FieldError:
+    """One error in a configuration."""
 
     key: str
     """The dotted key, for example `rollout.temperature`."""
@@ -27,16 +27,16 @@ class Mistake:
 
 
 class ConfigError(HybridflowError):
-    """The configuration has mistakes; `mistakes` holds all of them, not only the first."""
+    """The configuration has errors; `errors` holds all of them, not only the first."""
 
-    def __init__(self, mistakes: Sequence[Mistake]):
-        self.mistakes = tuple(mistakes)
-        super().__init__(self.mistakes)
+    def __init__(self, errors: Sequence[FieldError]):
+        self.errors = tuple(errors)
+        super().__init__(self.errors)
 
     def __str__(self) -> str:
-        count = len(self.mistakes)
-        heading = "1 mistake in the configuration" if count == 1 else f"{count} mistakes in the configuration"
-        return "\n".join([f"{heading}:", *(f"  {mistake}" for mistake in self.mistakes)])
+        count = len(self.errors)
+        heading = "1 error in the configuration" if count == 1 else f"{count} errors in the configuration"
+        return "\n".join([f"{heading}:", *(f"  {error}" for error in self.errors)])
 
 
 class FolderInUseError(HybridflowError):

@@ -10,7 +10,7 @@ import difflib
 import importlib
 from collections.abc import Iterable, Mapping
 
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.errors import ConfigError, FieldError
 
 ALGORITHMS = {
     "ppo": "hybridflow.algorithms.ppo:PPO",
@@ -78,13 +78,15 @@ def load(name: str, table: Mapping[str, str], *, key: str) -> object:
         ConfigError: the name is unknown, its module does not import, or the module lacks the attribute.
     """
     if problem := unknown_name(name, table):
-        raise ConfigError([Mistake(key, problem)])
+        raise ConfigError([FieldError(key, problem)])
     module_name, _, attribute = table.get(name, name).partition(":")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError([Mistake(key, f"{name!r} needs module {module_name!r}, which does not import: {error}")]) from error
+        raise ConfigError(
+            [FieldError(key, f"{name!r} needs module {module_name!r}, which does not import: {error}")]
+        ) from error
     if not hasattr(module, attribute):
-        raise ConfigError([Mistake(key, f"module {module_name!r} has no {attribute!r}{nearest(attribute, dir(module))}")])
+        raise ConfigError([FieldError(key, f"module {module_name!r} has no {attribute!r}{nearest(attribute, dir(module))}")])
     loaded: object = getattr(module, attribute)
     return loaded

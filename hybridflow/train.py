@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 done, 1 the run failed, 2 the configuration has mistakes, 130 Ctrl-C, 143 SIGTERM."""
+    """Run the command; returns 0 done, 1 the run failed, 2 the configuration has errors, 130 Ctrl-C, 143 SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     options = parse(arguments)
     try:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    # Imported here, so that a mistake in the configuration or --help waits for neither Ray nor torch.
+    # Imported here, so that an error in the configuration or --help waits for neither Ray nor torch.
     from hybridflow.controller.run import run
 
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from hybridflow import ops, registry
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Algorithm(ABC):
         return set()
 
     @classmethod
-    def check(cls, run: RunConfig) -> list[Mistake]:
+    def check(cls, run: RunConfig) -> list[FieldError]:
         """Mistakes in the algorithm's options, alone and against the rest of the configuration."""
         return []
 
@@ -206,16 +206,16 @@ def _is_worker(annotation: object, owner: type) -> bool:
     return isinstance(annotation, type) and "layout_of" in {name for base in annotation.__mro__ for name in vars(base)}
 
 
-def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[Mistake]:
+def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[FieldError]:
     """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts; None is all of them."""
     prompts_per_step = run.data.prompts_per_step
     if prompts_per_update is None or prompts_per_step < 1:
         return []  # too small a step is a mistake of its own, which the rules of the configuration tell
     if prompts_per_update > prompts_per_step:
         problem = f"found {prompts_per_update}, more than the {prompts_per_step} prompts of data.prompts_per_step"
-        return [Mistake("algorithm.prompts_per_update", f"{problem}. Lower the one or raise the other")]
+        return [FieldError("algorithm.prompts_per_update", f"{problem}. Lower the one or raise the other")]
     if prompts_per_step % prompts_per_update:
         problem = f"found {prompts_per_update}, which does not divide data.prompts_per_step={prompts_per_step}"
         divisors = [n for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0]
-        return [Mistake("algorithm.prompts_per_update", f"{problem}. Use one of {', '.join(map(str, divisors))}")]
+        return [FieldError("algorithm.prompts_per_update", f"{problem}. Use one of {', '.join(map(str, divisors))}")]
     return []

@@ -12,7 +12,7 @@ from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm, PolicyOptions, check_prompts_per_update
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import AT_LEAST_TWO, NOT_NEGATIVE
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class GRPO(Algorithm):
         return {"reference"} if isinstance(options, Config) and not options.kl_coefficient else set()
 
     @classmethod
-    def check(cls, run: RunConfig) -> list[Mistake]:
+    def check(cls, run: RunConfig) -> list[FieldError]:
         options = run.algorithm.options
         assert isinstance(options, Config)
         return check_prompts_per_update(run, options.prompts_per_update)

@@ -16,7 +16,7 @@ from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm, OldLogProbs, PolicyOptions, check_prompts_per_update
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import ABOVE_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
 from hybridflow.workers.token_functions import TokenAdvantages
 
@@ -159,14 +159,14 @@ class PPO(Algorithm):
         return {"reference"} if isinstance(run.algorithm.options, Config) and run.algorithm.options.kl_in == "none" else set()
 
     @classmethod
-    def check(cls, run: RunConfig) -> list[Mistake]:
+    def check(cls, run: RunConfig) -> list[FieldError]:
         options = run.algorithm.options
         assert isinstance(options, Config)
         mistakes = check_prompts_per_update(run, options.prompts_per_update)
         if options.kl_in == "loss" and options.kl_estimator == "k1":
-            mistakes.append(Mistake("algorithm.kl_estimator", "k1 has a gradient of zero on average in the loss. Use k2 or k3"))
+            mistakes.append(FieldError("algorithm.kl_estimator", "k1 has a gradient of zero on average in the loss. Use k2 or k3"))
         if isinstance(options.importance_cap, float) and options.old_log_probs == "rollout":
-            mistakes.append(Mistake("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
+            mistakes.append(FieldError("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
-            mistakes.append(Mistake("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
+            mistakes.append(FieldError("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
         return mistakes

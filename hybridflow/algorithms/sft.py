@@ -9,7 +9,7 @@ from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm, check_prompts_per_update
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import COUNT
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class SFT(Algorithm):
         return set() if run.data.validation_files else {"rollout", "reward"}
 
     @classmethod
-    def check(cls, run: RunConfig) -> list[Mistake]:
+    def check(cls, run: RunConfig) -> list[FieldError]:
         options = run.algorithm.options
         assert isinstance(options, Config)
         return check_prompts_per_update(run, options.prompts_per_update)

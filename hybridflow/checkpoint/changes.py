@@ -10,7 +10,7 @@ WITHOUT_EFFECT = (
     "run.ray_address",
     "run.timeout_s",
     "data.validation_files",
-    "rollout.memory_fraction",
+    "rollout.gpu_memory_utilization",
     "rollout.cpu_cache_gib",
     "rollout.enforce_eager",
     "rollout.sleep",

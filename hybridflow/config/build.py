@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hybridflow.config.ranges import Range
-from hybridflow.errors import Mistake
+from hybridflow.config.schema import RENAMED
+from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ class UnfitError(ValueError):
 
 
 class Builder:
-    """Builds dataclasses; `mistakes` grows instead of an exception being raised at the first.
+    """Builds dataclasses; `errors` grows instead of an exception being raised at the first.
 
     `place_of` answers where a key was given; `known_keys`, and `aliases` with what they stand for, are what a misspelt key is
     compared with.
@@ -32,7 +33,7 @@ class Builder:
     def __init__(self, place_of: Callable[[str], str], known_keys: Iterable[str], aliases: Mapping[str, str] | None = None):
         self.place_of = place_of
         self.known_keys, self.aliases = list(known_keys), aliases or {}
-        self.mistakes: list[Mistake] = []
+        self.errors: list[FieldError] = []
 
     def build(self, kind: type[T], values: object, *, path: str = "", default: T | None = None) -> T | None:
         """An instance of dataclass `kind` with `values` over those of `default`.
@@ -60,12 +61,14 @@ class Builder:
 
     def add(self, key: str, problem: str) -> None:
         """Note a mistake at `key`."""
-        self.mistakes.append(Mistake(key, problem, self.place_of(key)))
+        self.errors.append(FieldError(key, problem, self.place_of(key)))
 
     def _unknown(self, key: str, value: object) -> None:
         if isinstance(value, Mapping) and value:
             for name, element in value.items():
                 self._unknown(_join(key, name), element)
+        elif key in RENAMED:
+            self.add(key, f"is called {RENAMED[key]} now")
         else:
             self.add(key, f"no such key{suggestion(key, self.known_keys, self.aliases)}")
 
@@ -101,7 +104,7 @@ class Builder:
             self.add(path, str(error))
             return default
         except TypeError as error:  # a key without default had a mistake, which is noted already
-            if not self.mistakes:
+            if not self.errors:
                 raise TypeError(f"{kind.__qualname__} cannot be built from {sorted(given)}") from error
             return default
 

@@ -6,16 +6,16 @@ import os
 from dataclasses import dataclass
 
 from hybridflow.config.schema import Config
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 
 
 @dataclass(frozen=True)
-class Missing(Mistake):
+class Missing(FieldError):  # noqa: N818
     """What this machine lacks, and the one that is to run may have: a file, a package, a GPU. A warning in a dry run."""
 
 
 @dataclass(frozen=True)
-class Remark(Mistake):
+class FieldWarning(FieldError):  # noqa: N818
     """What a user should know, and what stops nothing: always a warning."""
 
 

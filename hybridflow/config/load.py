@@ -18,11 +18,11 @@ from hybridflow import registry
 from hybridflow.config import verl_keys
 from hybridflow.config.build import Builder, keys_of
 from hybridflow.config.build import found as shown
-from hybridflow.config.findings import Missing, Remark
+from hybridflow.config.findings import FieldWarning, Missing
 from hybridflow.config.rules import AlgorithmClass, check
 from hybridflow.config.schema import AlgorithmConfig, Config
 from hybridflow.config.settings import KNOWN_KEYS, Setting, Settings, default_mappings
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.errors import ConfigError, FieldError
 
 logger = logging.getLogger("hybridflow")
 
@@ -41,37 +41,37 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, is_dry_run: 
         ConfigError: with every mistake found, not only the first.
     """
     settings = Settings(resolve_value)
-    layers = read_files(path, settings.mistakes) if path else []
-    unread = list(settings.mistakes)
+    layers = read_files(path, settings.errors) if path else []
+    unread = list(settings.errors)
     for layer in layers:
         settings.apply(layer)
-    settings.apply(read_overrides(overrides, settings.mistakes))
-    num_mistakes = len(settings.mistakes)
+    settings.apply(read_overrides(overrides, settings.errors))
+    num_mistakes = len(settings.errors)
     values = resolve(settings)
     if unread:  # what an interpolation refers to may be there
-        del settings.mistakes[num_mistakes:]
+        del settings.errors[num_mistakes:]
     algorithm = _algorithm_of(values, settings) if not unread or settings.place_of("algorithm.name") else None
     options = keys_of(algorithm.config_class, "algorithm") if algorithm else []
     builder = Builder(settings.place_of, [*KNOWN_KEYS, *options], aliases=verl_keys.stands_for())
     config = build_config(builder, values, algorithm)
-    mistakes = settings.mistakes + builder.mistakes
+    mistakes = settings.errors + builder.errors
     found = check(config, algorithm, is_partial=bool(unread), asks_hub=asks_hub)
     for mistake in _without_doubtful(found, {mistake.key for mistake in mistakes}, builder.known_keys):
         mistakes.append(replace(mistake, where=mistake.where or settings.place_of(mistake.key)))
     if unread:  # a key that is given nowhere may be in the file that could not be read
         mistakes = [mistake for mistake in mistakes if mistake.where or mistake in unread]
-    _tell([*settings.remarks, *mistakes], is_dry_run=is_dry_run)
+    _tell([*settings.warnings, *mistakes], is_dry_run=is_dry_run)
     return config
 
 
-def read_files(path: str, mistakes: list[Mistake]) -> list[list[Setting]]:
+def read_files(path: str, mistakes: list[FieldError]) -> list[list[Setting]]:
     """The settings of the YAML file at `path` and of those that it builds on (`base: other.yaml`), lowest first."""
     layers: list[list[Setting]] = []
     seen: list[str] = []
     place = ""
     while path:
         if os.path.realpath(path) in seen:
-            mistakes.append(Mistake("base", f"{path} builds on itself", place))
+            mistakes.append(FieldError("base", f"{path} builds on itself", place))
             break
         seen.append(os.path.realpath(path))
         tree, lines = _read_yaml(path, place, mistakes)
@@ -79,26 +79,26 @@ def read_files(path: str, mistakes: list[Mistake]) -> list[list[Setting]]:
         layers.insert(0, list(_flatten(tree, path, lines)))
         place = f"{path}:{lines.get('base', 1)}"
         if base is not None and not isinstance(base, str):
-            mistakes.append(Mistake("base", f"found {shown(base)}; needed: the path of a YAML file", place))
+            mistakes.append(FieldError("base", f"found {shown(base)}; needed: the path of a YAML file", place))
             break
         path = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(base))) if base else ""
     return layers
 
 
-def read_overrides(overrides: Sequence[str], mistakes: list[Mistake]) -> list[Setting]:
+def read_overrides(overrides: Sequence[str], mistakes: list[FieldError]) -> list[Setting]:
     """The settings of `key=value` arguments; values are YAML. A leading `+`, as Hydra wants for new keys, is ignored."""
     settings = []
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip().lstrip("+")
         if not equals or not key:
-            mistakes.append(Mistake(override, "is not of the form key=value", COMMAND_LINE))
+            mistakes.append(FieldError(override, "is not of the form key=value", COMMAND_LINE))
             continue
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             reason = str(error).partition("\n")[0]
-            mistakes.append(Mistake(key, f"the value {text!r} cannot be read as YAML: {reason}", COMMAND_LINE))
+            mistakes.append(FieldError(key, f"the value {text!r} cannot be read as YAML: {reason}", COMMAND_LINE))
             continue
         assert isinstance(value, dict)
         settings.append(Setting(key, value["value"], COMMAND_LINE))
@@ -135,7 +135,7 @@ def load_algorithm(name: str) -> AlgorithmClass:
     names = {name for base in loaded.__mro__ for name in vars(base)} if isinstance(loaded, type) else set()
     if not {"config_class", "check", "roles"} <= names:
         problem = f"{name!r} is no subclass of hybridflow.algorithms.base.Algorithm"
-        raise ConfigError([Mistake("algorithm.name", problem)])
+        raise ConfigError([FieldError("algorithm.name", problem)])
     algorithm: AlgorithmClass = loaded  # type: ignore[assignment]
     return algorithm
 
@@ -167,18 +167,18 @@ def build_config(builder: Builder, values: Mapping[str, object], algorithm: Algo
     return replace(config, algorithm=AlgorithmConfig(name=name, options=options))
 
 
-def _without_doubtful(mistakes: Iterable[Mistake], noted: Collection[str], known_keys: Iterable[str]) -> list[Mistake]:
+def _without_doubtful(mistakes: Iterable[FieldError], noted: Collection[str], known_keys: Iterable[str]) -> list[FieldError]:
     """Without those of or about keys with a mistake of their own (`noted`): what they were found with is a default."""
     keys = [key for key in known_keys if key in noted]
     names = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, keys))})(?!\w|\.\w)")
     return [m for m in mistakes if m.key not in noted and not (keys and names.search(m.problem))]
 
 
-def _tell(mistakes: Sequence[Mistake], *, is_dry_run: bool) -> None:
+def _tell(mistakes: Sequence[FieldError], *, is_dry_run: bool) -> None:
     """Log what stops nothing, and raise what does."""
     stopping = []
     for mistake in mistakes:
-        if isinstance(mistake, Remark):
+        if isinstance(mistake, FieldWarning):
             logger.warning("%s", mistake)
         elif is_dry_run and isinstance(mistake, Missing):
             logger.warning("not on this machine: %s", mistake)
@@ -198,7 +198,7 @@ def _algorithm_of(values: Mapping[str, object], settings: Settings) -> Algorithm
         return load_algorithm(name)
     except ConfigError as error:
         place = settings.place_of("algorithm.name")
-        settings.mistakes += [replace(mistake, where=place) for mistake in error.mistakes]
+        settings.errors += [replace(mistake, where=place) for mistake in error.errors]
     near = difflib.get_close_matches(name, registry.ALGORITHMS, n=1)
     return load_algorithm(near[0]) if near and ":" not in name else None
 
@@ -219,29 +219,29 @@ def _escaped(value: object) -> object:
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
-def _read_yaml(path: str, place: str, mistakes: list[Mistake]) -> tuple[dict[object, object], dict[str, int]]:
+def _read_yaml(path: str, place: str, mistakes: list[FieldError]) -> tuple[dict[object, object], dict[str, int]]:
     """The tree in a file, and the line of each dotted key."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ""))
         loaded = OmegaConf.load(path) if text.strip() else OmegaConf.create()
     except OSError as error:
-        mistakes.append(Mistake(path, f"cannot be read: {error.strerror}", place))
+        mistakes.append(FieldError(path, f"cannot be read: {error.strerror}", place))
         return {}, {}
     except UnicodeDecodeError as error:
-        mistakes.append(Mistake(path, f"is not text: {error}", place))
+        mistakes.append(FieldError(path, f"is not text: {error}", place))
         return {}, {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        mistakes.append(Mistake("YAML", f"{error.problem}", f"{path}:{mark.line + 1 if mark else 1}"))
+        mistakes.append(FieldError("YAML", f"{error.problem}", f"{path}:{mark.line + 1 if mark else 1}"))
         return {}, {}
     except OmegaConfBaseException as error:
         line = lines.get(str(error.full_key), 1)
-        mistakes.append(Mistake(str(error.full_key), str(error).partition("\n")[0], f"{path}:{line}"))
+        mistakes.append(FieldError(str(error.full_key), str(error).partition("\n")[0], f"{path}:{line}"))
         return {}, {}
     tree = OmegaConf.to_container(loaded, resolve=False) if isinstance(loaded, DictConfig) else None
     if not isinstance(tree, dict):
-        mistakes.append(Mistake(path, "holds no mapping of keys to values", place))
+        mistakes.append(FieldError(path, "holds no mapping of keys to values", place))
         return {}, {}
     return dict(tree), lines
 
@@ -278,7 +278,7 @@ def _resolve_section(
                 yield name, _resolved_child(root, name)
         except OmegaConfBaseException as error:
             reason = str(error).partition("\n")[0]
-            settings.mistakes.append(Mistake(key, f"found {value!r}: {reason}", settings.place_of(key)))
+            settings.errors.append(FieldError(key, f"found {value!r}: {reason}", settings.place_of(key)))
 
 
 def _resolved_child(section: DictConfig, name: str) -> object:

@@ -26,7 +26,7 @@ from hybridflow.config.ranges import (
     TOP_P,
 )
 from hybridflow.config.schema import Config
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 
 
 class AlgorithmClass(Protocol):
@@ -35,13 +35,13 @@ class AlgorithmClass(Protocol):
     config_class: ClassVar[type]
 
     @classmethod
-    def check(cls, run: Config) -> list[Mistake]: ...
+    def check(cls, run: Config) -> list[FieldError]: ...
 
     @classmethod
     def roles(cls, run: Config) -> tuple[str, ...]: ...
 
 
-Rule = Callable[[Config, tuple[str, ...]], Iterable[Mistake]]
+Rule = Callable[[Config, tuple[str, ...]], Iterable[FieldError]]
 """Takes the configuration and the roles that the algorithm creates; all built-in ones where it is not known."""
 
 
@@ -77,8 +77,8 @@ RANGES = {
     "rollout.stop_token_ids": NOT_NEGATIVE,
     "rollout.tensor_parallel": COUNT,
     "rollout.max_model_tokens": COUNT,
-    "rollout.max_requests": COUNT,
-    "rollout.memory_fraction": OPEN_SHARE,
+    "rollout.max_num_seqs": COUNT,
+    "rollout.gpu_memory_utilization": OPEN_SHARE,
     "rollout.cpu_cache_gib": POSITIVE,
     "rollout.sync_bucket_mib": COUNT,
     "validation.every_steps": NOT_NEGATIVE,
@@ -110,7 +110,7 @@ PACKAGES = {
 
 def check(
     config: Config, algorithm: AlgorithmClass | None, *, is_partial: bool = False, asks_hub: bool = False
-) -> list[Mistake]:
+) -> list[FieldError]:
     """Every mistake that the rules find in `config`, in their order; `algorithm` None skips what depends on it.
 
     Where only a part of what the user gave is known, keys are judged one by one. `asks_hub` adds the rule that needs a network.
@@ -122,24 +122,24 @@ def check(
     return mistakes if is_partial else mistakes + algorithm.check(config)
 
 
-def values_are_in_range(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def values_are_in_range(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Each number of `RANGES`, or each element of a list of them; null is allowed where the type has it."""
     for key, allowed in RANGES.items():
         value = attrgetter(key)(config)
         numbers = value if isinstance(value, tuple) else (value,)
         if any(number is not None and number not in allowed for number in numbers):
             shown = list(value) if isinstance(value, tuple) else value
-            yield Mistake(key, f"found {shown}; allowed: {allowed}")
+            yield FieldError(key, f"found {shown}; allowed: {allowed}")
 
 
-def weights_match_files(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def weights_match_files(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """One weight for each training file, or none at all."""
     weights, files = config.data.train_weights, config.data.train_files
     if weights and len(weights) != len(files):
-        yield Mistake("data.train_weights", f"found {len(weights)} weights for {len(files)} files in data.train_files")
+        yield FieldError("data.train_weights", f"found {len(weights)} weights for {len(files)} files in data.train_files")
 
 
-def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Engine, reward, trackers and workers: in their table, or a module of the user's that can be found."""
     named = [("rollout.engine", config.rollout.engine, registry.ENGINES)]
     if config.reward.path is None:
@@ -148,12 +148,12 @@ def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]
     named += [(f"placement.workers.{role}", name, registry.ROLES) for role, name in config.placement.workers.items()]
     for key, name, table in named:
         if problem := registry.unknown_name(name, table) or name_is_malformed(name):
-            yield Mistake(key, problem)
+            yield FieldError(key, problem)
         elif problem := module_is_missing(name):
             yield Missing(key, problem)
 
 
-def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The optional packages that the configuration needs. An engine counts where the algorithm generates."""
     for (key, name), (package, advice) in PACKAGES.items():
         value = attrgetter(key)(config)

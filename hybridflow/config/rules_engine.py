@@ -12,7 +12,7 @@ from pathlib import Path
 from hybridflow.config.findings import Missing
 from hybridflow.config.rules_placement import uses_gpus
 from hybridflow.config.schema import Config
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
 RESPONSE_LENGTHS = "data.max_prompt_tokens and data.max_response_tokens"
@@ -23,10 +23,10 @@ VLLM_KEYS = {
     "dtype": "rollout.dtype",
     "seed": "run.seed",
     "max_model_len": RESPONSE_LENGTHS,
-    "max_num_seqs": "rollout.max_requests",
+    "max_num_seqs": "rollout.max_num_seqs",
     "tensor_parallel_size": "rollout.tensor_parallel",
     "enforce_eager": "rollout.enforce_eager",
-    "gpu_memory_utilization": "rollout.memory_fraction (on a CPU rollout.cpu_cache_gib)",
+    "gpu_memory_utilization": "rollout.gpu_memory_utilization (on a CPU rollout.cpu_cache_gib)",
     "enable_sleep_mode": "rollout.sleep",
 }
 SGLANG_KEYS = {
@@ -36,10 +36,10 @@ SGLANG_KEYS = {
     "dtype": "rollout.dtype",
     "random_seed": "run.seed",
     "context_length": RESPONSE_LENGTHS,
-    "max_running_requests": "rollout.max_requests",
+    "max_running_requests": "rollout.max_num_seqs",
     "tp_size": "rollout.tensor_parallel",
     "disable_cuda_graph": "rollout.enforce_eager",
-    "mem_fraction_static": "rollout.memory_fraction",
+    "mem_fraction_static": "rollout.gpu_memory_utilization",
     "enable_memory_saver": "rollout.sleep",
     "enable_deterministic_inference": "rollout.seed_requests",
 }
@@ -85,7 +85,7 @@ LOG_PROBS_AFTER_CUTS = ("vllm",)
 """Engines whose log-probabilities are, unless told otherwise, of the tokens that top_p, top_k and min_p leave."""
 
 
-def options_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def options_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Each engine option is an argument of a built-in engine that has no key of ours."""
     engine, options = config.rollout.engine, config.rollout.engine_options
     if engine not in ENGINES or "rollout" not in roles or not options:
@@ -95,28 +95,28 @@ def options_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[Mistak
     for name in options:
         key = f"rollout.engine_options.{name}"
         if name in arguments.keys:
-            yield Mistake(key, f"{engine}'s {name} comes from {arguments.keys[name]}: set that, and leave this out")
+            yield FieldError(key, f"{engine}'s {name} comes from {arguments.keys[name]}: set that, and leave this out")
         elif names == set():
-            yield Mistake(key, f"the {engine} engine has no options. Leave it out, or set rollout.engine=vllm")
+            yield FieldError(key, f"the {engine} engine has no options. Leave it out, or set rollout.engine=vllm")
         elif names is not None and name not in names:
-            yield Mistake(key, f"{engine}'s engine has no such argument{nearest(name, names)}")
+            yield FieldError(key, f"{engine}'s engine has no such argument{nearest(name, names)}")
 
 
-def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The engine can be cut over as many ranks as asked, and on a CPU this machine has the memory of their caches."""
     rollout, engine = config.rollout, config.rollout.engine
     if "rollout" not in roles:
         return
     if engine in WHOLE and rollout.tensor_parallel > 1:
         problem = f"found {rollout.tensor_parallel}, but the {engine} engine does not cut weights"
-        yield Mistake("rollout.tensor_parallel", f"{problem}. Use 1, or rollout.engine=vllm")
+        yield FieldError("rollout.tensor_parallel", f"{problem}. Use 1, or rollout.engine=vllm")
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if engine in CACHED_IN_CPU_MEMORY and not uses_gpus(config) and rollout.cpu_cache_gib > memory_gib:
         problem = f"found {rollout.cpu_cache_gib:g} GiB for each rank, but this machine has {memory_gib:.1f}"
         yield Missing("rollout.cpu_cache_gib", f"{problem}. Weights, optimizer and activations need their share too")
 
 
-def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The engine can give the log-probabilities that training computes: at the temperature, and before any cut."""
     rollout = config.rollout
     if rollout.engine not in LOG_PROBS_AFTER_CUTS or "rollout" not in roles:
@@ -128,7 +128,7 @@ def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Itera
             found = f"found {getattr(rollout, name)}"
             problem = f"{found}, and {rollout.engine} would give log-probabilities of the tokens left; training's are of all"
             advice = f"Set it to {whole}; or, at temperature 1, set rollout.engine_options.logprobs_mode=raw_logprobs"
-            yield Mistake(f"rollout.{name}", f"{problem}. {advice}")
+            yield FieldError(f"rollout.{name}", f"{problem}. {advice}")
     if mode != "processed_logprobs" and rollout.temperature != 1:
         problem = f"found {mode}, which is at temperature 1, and rollout.temperature={rollout.temperature}"
-        yield Mistake("rollout.engine_options.logprobs_mode", f"{problem}. Leave it out, or set the temperature to 1")
+        yield FieldError("rollout.engine_options.logprobs_mode", f"{problem}. Leave it out, or set the temperature to 1")

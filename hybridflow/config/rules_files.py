@@ -11,7 +11,7 @@ from pathlib import Path
 from hybridflow.config.findings import Missing
 from hybridflow.config.rules_placement import divisors
 from hybridflow.config.schema import Config
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -23,17 +23,17 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
 HEADS_NAMES = ("num_attention_heads", "n_head")
 
 
-def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """There is training data, and every named file is there."""
     if not config.data.train_files:
-        yield Mistake("data.train_files", "is empty; name one or more Parquet files")
+        yield FieldError("data.train_files", "is empty; name one or more Parquet files")
     named = {"data.train_files": config.data.train_files, "data.validation_files": config.data.validation_files}
     for key, files in named.items():
         for file in files:
             if not os.path.isfile(file):  # False too where this user may not look
                 yield Missing(key, missing(file, "file"))
             elif not is_parquet(file):
-                yield Mistake(key, f"file {file!r} is not a whole Parquet file. Was it written completely?")
+                yield FieldError(key, f"file {file!r} is not a whole Parquet file. Was it written completely?")
 
 
 def is_parquet(file: str) -> bool:
@@ -46,22 +46,22 @@ def is_parquet(file: str) -> bool:
         return first == opened.read() == PARQUET
 
 
-def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """A local folder has its parts; a name like org/name is left for the hub to resolve."""
     if not config.model.path:
-        yield Mistake("model.path", "is missing; give a local folder, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
+        yield FieldError("model.path", "is missing; give a local folder, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
     for key, path in model_paths(config, roles).items():
         if not Path(path).is_dir():
             if not HUB_NAME.fullmatch(path):
                 yield Missing(key, missing(path, "folder") + "; a hub name looks like org/name")
             continue
         if not (Path(path) / "config.json").is_file():
-            yield Mistake(key, f"folder {path!r} holds no config.json. Give the folder of a saved Hugging Face model")
+            yield FieldError(key, f"folder {path!r} holds no config.json. Give the folder of a saved Hugging Face model")
         elif not any(file for pattern in WEIGHTS for file in Path(path).glob(pattern)):
-            yield Mistake(key, f"folder {path!r} holds no weights ({' or '.join(WEIGHTS)})")
+            yield FieldError(key, f"folder {path!r} holds no weights ({' or '.join(WEIGHTS)})")
 
 
-def tokenizer_is_there(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def tokenizer_is_there(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The folder of the tokenizer, or else of the model, holds a vocabulary."""
     key, path = "model.tokenizer", config.model.tokenizer
     if path is None:
@@ -73,10 +73,10 @@ def tokenizer_is_there(config: Config, roles: tuple[str, ...]) -> Iterator[Mista
         yield Missing(key, missing(path, "folder"))
     elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
         problem = f"folder {path!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
-        yield Mistake(key, f"{problem}. Save one there, or name another folder in model.tokenizer")
+        yield FieldError(key, f"{problem}. Save one there, or name another folder in model.tokenizer")
 
 
-def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Prompt and response together are no longer than a local model can read."""
     for key, path in model_paths(config, roles).items():
         file = Path(path) / "config.json"
@@ -85,16 +85,16 @@ def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[Mis
         try:
             context = _number_in(json.loads(file.read_text(encoding="utf-8")), CONTEXT_NAMES)
         except ValueError as error:
-            yield Mistake(key, f"{file} is not JSON: {error}")
+            yield FieldError(key, f"{file} is not JSON: {error}")
             continue
         if context is not None and config.max_model_tokens > context:
             data = config.data
             asked = f"data.max_prompt_tokens={data.max_prompt_tokens} and data.max_response_tokens={data.max_response_tokens}"
             problem = f"{asked} make {config.max_model_tokens} tokens; {key}={path!r} reads {context}. Lower one of them"
-            yield Mistake("data.max_response_tokens", problem)
+            yield FieldError("data.max_response_tokens", problem)
 
 
-def heads_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def heads_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Ranks that share the attention of a local model, in training or in an engine, get equally many heads."""
     for key, path in model_paths(config, roles).items():
         shares = {"model.sequence_parallel": config.model.sequence_parallel}
@@ -107,10 +107,10 @@ def heads_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
         for share_key, number in shares.items():
             if heads is not None and number >= 1 and heads % number:
                 problem = f"found {number}, which does not divide the {heads} attention heads of {key}={path!r}"
-                yield Mistake(share_key, f"{problem}. Use {divisors(heads)}")
+                yield FieldError(share_key, f"{problem}. Use {divisors(heads)}")
 
 
-def run_folder_can_be_written(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def run_folder_can_be_written(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The run's folder is one that this user may write, or can be made."""
     folder = Path(config.run.folder).absolute()
     first = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -124,7 +124,7 @@ def run_folder_can_be_written(config: Config, roles: tuple[str, ...]) -> Iterato
     yield Missing("run.folder", f"{problem}. Choose another")
 
 
-def checkpoint_exists(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def checkpoint_exists(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """A checkpoint that is named is there."""
     resume = config.checkpoint.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():

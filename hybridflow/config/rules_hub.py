@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hybridflow.config.findings import Missing, Remark, joins_a_cluster
+from hybridflow.config.findings import FieldWarning, Missing, joins_a_cluster
 from hybridflow.config.rules_files import HUB_NAME, TOKENIZER_FILES, WEIGHTS, model_paths
 from hybridflow.config.schema import Config
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 
 TIMEOUT_S = 10.0
 NUM_ATTEMPTS = 2
@@ -32,14 +32,14 @@ class Answer:
     problem: str = ""
 
 
-def hub_models_can_be_had(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def hub_models_can_be_had(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The hub knows every model that is named so, or its cache on this machine holds it.
 
     On a cluster that is joined the ranks load the models, so what is found here is only a remark.
     """
     unreachable: Answer | None = None
-    kind = Remark if joins_a_cluster(config) else Missing
-    here = "on this machine (the ranks look where they run), " if kind is Remark else ""
+    kind = FieldWarning if joins_a_cluster(config) else Missing
+    here = "on this machine (the ranks look where they run), " if kind is FieldWarning else ""
     for key, name in _names(config, roles).items():
         if _is_offline():
             if lacking := _lacking_in_cache(name, is_tokenizer=key == "model.tokenizer"):
@@ -47,7 +47,7 @@ def hub_models_can_be_had(config: Config, roles: tuple[str, ...]) -> Iterator[Mi
             continue
         answer = unreachable or _ask(name, "tokenizer_config.json" if key == "model.tokenizer" else "config.json")
         if answer.kind == "unclear":
-            yield Remark(key, f"{answer.problem}. The hub is asked again when the model is loaded")
+            yield FieldWarning(key, f"{answer.problem}. The hub is asked again when the model is loaded")
         elif answer.kind == "refused":
             yield kind(key, f"{here}{name!r} is no folder, and {answer.problem}")
         elif answer.kind == "no connection":
@@ -55,7 +55,7 @@ def hub_models_can_be_had(config: Config, roles: tuple[str, ...]) -> Iterator[Mi
             if lacking := _lacking_in_cache(name, is_tokenizer=key == "model.tokenizer"):
                 yield kind(key, f"{here}{name!r} is no folder, {answer.problem}, and {lacking}. {_advice(name)}")
             else:
-                yield Remark(
+                yield FieldWarning(
                     key, f"{answer.problem}; its cache holds {name!r}. Set HF_HUB_OFFLINE=1 to use that without asking"
                 )
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from hybridflow import registry
-from hybridflow.config.findings import Missing, Remark, joins_a_cluster
+from hybridflow.config.findings import FieldWarning, Missing, joins_a_cluster
 from hybridflow.config.pools import PoolSize, cpu_slots_of_this_machine, gpus_of_this_machine, parse_pool
 from hybridflow.config.schema import Config
-from hybridflow.errors import Mistake, PlacementError
+from hybridflow.errors import FieldError, PlacementError
 from hybridflow.registry import nearest
 
 SEQUENCE_PARALLEL_ROLES = frozenset({"actor", "critic", "reference"})
 
 
-def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """There is a pool, and each size reads as nodes x ranks per node."""
     if not config.placement.pools:
-        yield Mistake("placement.pools", "is empty; name at least one pool, for example main: 1x1")
+        yield FieldError("placement.pools", "is empty; name at least one pool, for example main: 1x1")
     for name, text in config.placement.pools.items():
         try:
             parse_pool(text)
@@ -25,39 +25,39 @@ def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[Mi
             # What must divide its ranks cannot be judged without a size, so it is told with it.
             divisors = [f"{key}={number}" for key, number in _divisors_of(name, config, roles).items() if number > 1]
             more = f". Its ranks must be a multiple of {' and of '.join(divisors)}" if divisors else ""
-            yield Mistake(f"placement.pools.{name}", f"{error}{more}")
+            yield FieldError(f"placement.pools.{name}", f"{error}{more}")
 
 
-def pools_are_used(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def pools_are_used(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Every pool has a role; what a pool without one would hold stays idle."""
     used = {pool_of(role, config) for role in ("data", *roles)}
     for name in parsed_pools(config):
         if name not in used:
-            yield Remark(f"placement.pools.{name}", f"no role is on it; place one there by placement.roles.ROLE={name}")
+            yield FieldWarning(f"placement.pools.{name}", f"no role is on it; place one there by placement.roles.ROLE={name}")
 
 
-def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Every role that is placed exists, on a pool that exists."""
     pools = config.placement.pools
     known = {*registry.ROLES, *config.placement.workers, *roles}
     for role, pool in config.placement.roles.items():
         if role not in known:
             problem = f"no role is called {role!r}{nearest(role, known) or '.'} Roles of this run: {', '.join(roles)}"
-            yield Mistake(f"placement.roles.{role}", problem)
+            yield FieldError(f"placement.roles.{role}", problem)
         if pool not in pools:
             problem = f"found {pool!r}, but placement.pools has only {', '.join(pools)}"
-            yield Mistake(f"placement.roles.{role}", f"{problem}. Add the pool there, or place the role on another")
+            yield FieldError(f"placement.roles.{role}", f"{problem}. Add the pool there, or place the role on another")
 
 
-def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Every role that the algorithm declares is a built-in one, or has a class."""
     for role in roles:
         if role not in registry.ROLES and role not in config.placement.workers:
             problem = f"is missing: {config.algorithm.name} declares the role {role!r}{nearest(role, registry.ROLES) or '.'}"
-            yield Mistake(f"placement.workers.{role}", f"{problem} Name its class as my_package.module:Class")
+            yield FieldError(f"placement.workers.{role}", f"{problem} Name its class as my_package.module:Class")
 
 
-def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Ranks that work as one fit into the ranks of their pool, and those of an engine into a node."""
     unit = "GPUs" if uses_gpus(config) else "ranks"
     for pool, size in parsed_pools(config).items():
@@ -67,10 +67,10 @@ def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
             if number >= 1 and ranks % number:
                 node = " on each node" if is_engine and size.nodes > 1 else ""
                 problem = f"found {number}, which does not divide the {ranks} {unit}{node} of pool {pool!r}"
-                yield Mistake(key, f"{problem}. Use {divisors(ranks)}.")
+                yield FieldError(key, f"{problem}. Use {divisors(ranks)}.")
 
 
-def slots_suffice(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def slots_suffice(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """A cluster that is started here has a slot for every rank. One that is joined is asked when the run starts."""
     if joins_a_cluster(config):
         return
@@ -85,7 +85,7 @@ def slots_suffice(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
     yield from _enough_cpu_slots(sizes, config.placement.cpu_slots)  # a rank with a GPU takes a CPU slot too
 
 
-def _enough_gpus(sizes: Mapping[str, PoolSize]) -> Iterator[Mistake]:
+def _enough_gpus(sizes: Mapping[str, PoolSize]) -> Iterator[FieldError]:
     needed, num_gpus = sum(size.num_ranks for size in sizes.values()), gpus_of_this_machine()
     if needed and not num_gpus:
         problem = "found cuda, but the NVIDIA driver shows no GPU on this machine. Set run.device=cpu"
@@ -95,7 +95,7 @@ def _enough_gpus(sizes: Mapping[str, PoolSize]) -> Iterator[Mistake]:
         yield Missing("placement.pools", f"{problem}. Use fewer ranks, or join a larger cluster with run.ray_address")
 
 
-def _enough_cpu_slots(sizes: Mapping[str, PoolSize], asked: int | None) -> Iterator[Mistake]:
+def _enough_cpu_slots(sizes: Mapping[str, PoolSize], asked: int | None) -> Iterator[FieldError]:
     needed, num_slots = sum(size.num_ranks for size in sizes.values()), cpu_slots_of_this_machine(asked)
     if needed <= num_slots:
         return
@@ -107,7 +107,7 @@ def _enough_cpu_slots(sizes: Mapping[str, PoolSize], asked: int | None) -> Itera
     left = sizes[largest].num_ranks - (needed - num_slots)
     smaller = f"placement.pools.{largest}={PoolSize(1, left, sizes[largest].is_cpu)}" if left >= 1 else "pools of fewer ranks"
     advice = f"Set {smaller}, or placement.cpu_slots={needed}, with which ranks share cores"
-    kind = Missing if asked is None else Mistake
+    kind = Missing if asked is None else FieldError
     yield kind("placement.pools", f"{problem}. {advice}")
 
 

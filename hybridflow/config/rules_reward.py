@@ -14,17 +14,17 @@ from hybridflow.config.findings import Missing
 from hybridflow.config.reward_signature import SignatureError, call_for
 from hybridflow.config.rules_files import missing
 from hybridflow.config.schema import Config
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
 
-def reward_file_exists(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def reward_file_exists(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The user's file is there."""
     if config.reward.path is not None and not os.path.isfile(config.reward.path):
         yield Missing("reward.path", missing(config.reward.path, "file"))
 
 
-def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Iterator[Mistake]:
+def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The user's file parses and defines the function; this or the built-in rule takes `reward.options`."""
     if config.reward.path is not None and os.path.isfile(config.reward.path):
         yield from _own_function(config, Path(config.reward.path))
@@ -37,22 +37,22 @@ def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Ite
         )
 
 
-def _own_function(config: Config, file: Path) -> Iterator[Mistake]:
+def _own_function(config: Config, file: Path) -> Iterator[FieldError]:
     name = config.reward.function
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        yield Mistake("reward.path", f"{file} is not Python: {error}")
+        yield FieldError("reward.path", f"{file} is not Python: {error}")
         return
     names = list(_top_level_names(tree))
     if "*" not in names and name not in names:
         defined = f" It defines: {', '.join(names)}" if names else ""
-        yield Mistake("reward.function", f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}")
+        yield FieldError("reward.function", f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}")
     elif "*" not in names and names.count(name) == 1:
         yield from _signature_mistakes(config, "reward.function", tree, name)
 
 
-def _signature_mistakes(config: Config, key: str, tree: ast.Module, name: str) -> Iterator[Mistake]:
+def _signature_mistakes(config: Config, key: str, tree: ast.Module, name: str) -> Iterator[FieldError]:
     """Where `name` is a plain function; what a decorator or a call has made is asked when it is loaded."""
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     if len(functions) != 1 or functions[0].decorator_list:
@@ -62,7 +62,7 @@ def _signature_mistakes(config: Config, key: str, tree: ast.Module, name: str) -
     except SignatureError as error:
         asked = config.reward.name if config.reward.path is None else f"{name} of {config.reward.path}"
         where = f"reward.options.{error.option}" if error.option else key
-        yield Mistake(where, f"{asked}: {error}")
+        yield FieldError(where, f"{asked}: {error}")
 
 
 def _parameters(arguments: ast.arguments) -> dict[str, inspect.Parameter]:

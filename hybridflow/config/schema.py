@@ -16,6 +16,13 @@ Switch = bool | Literal["auto"]
 """What costs time and saves GPU memory. auto leaves it to the plan (hybridflow/planner); on a CPU it is off."""
 
 
+RENAMED = {
+    "rollout.memory_fraction": "rollout.gpu_memory_utilization",
+    "rollout.max_requests": "rollout.max_num_seqs",
+}
+"""Keys of the release before, and what they are called now. An old one is an error that names the new one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run as a whole."""
@@ -98,7 +105,7 @@ class DataConfig:
     validation_files: tuple[FilePath, ...] = ()
     """Parquet files of validation prompts; empty means no validation."""
     prompts_per_step: int = 64
-    """Prompts drawn for each step."""
+    """Prompts drawn for each step: the train batch, counted in prompts."""
     max_prompt_tokens: int = 512
     """Longer prompts are treated as `overlong_prompts` says."""
     max_response_tokens: int = 512
@@ -185,9 +192,9 @@ class RolloutConfig:
     max_model_tokens: int | None = None
     """Most tokens of a prompt with its response; null means `data.max_prompt_tokens` plus `data.max_response_tokens`. Larger
     where an algorithm makes prompts from responses."""
-    max_requests: int = 1024
+    max_num_seqs: int = 1024
     """Responses generated at once by one engine."""
-    memory_fraction: float = 0.5
+    gpu_memory_utilization: float = 0.5
     """Share of the GPU for the engine's weights and cache."""
     cpu_cache_gib: float = 1.0
     """Key-value cache of vLLM on CPU."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from hybridflow.config import verl_keys
 from hybridflow.config.build import keys_of
-from hybridflow.config.findings import Remark
+from hybridflow.config.findings import FieldWarning
 from hybridflow.config.schema import Config
 from hybridflow.config.verl_values import UntranslatableError
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 
 KNOWN_KEYS = tuple(key for key in keys_of(Config) if key != "algorithm.options")
 SECTIONS = frozenset(key.partition(".")[0] for key in KNOWN_KEYS)
@@ -44,8 +44,8 @@ class Settings:
 
     def __init__(self, resolve: Callable[[object, Mapping[str, object]], object]):
         self.values: dict[str, object] = {}
-        self.mistakes: list[Mistake] = []
-        self.remarks: list[Remark] = []
+        self.errors: list[FieldError] = []
+        self.warnings: list[FieldWarning] = []
         self._resolve = resolve
         self._verl_values: dict[str, object] = {}  # kept for interpolations that name verl's keys
         self._places: dict[str, str] = {}
@@ -103,13 +103,13 @@ class Settings:
             value = self._resolve(setting.value, self.context())
             _insert(self._verl_values, verl_keys.full_name(setting.key), value)
             if translation.warning and value is not None:
-                self.remarks.append(Remark(setting.key, translation.warning, setting.place))
+                self.warnings.append(FieldWarning(setting.key, translation.warning, setting.place))
             for key, translated in translation.apply(value, self.get).items():
                 self._put(key, translated, f"{setting.place} ({setting.key})")
         except UntranslatableError as error:
-            self.mistakes.append(Mistake(setting.key, str(error), setting.place))
+            self.errors.append(FieldError(setting.key, str(error), setting.place))
         except ValueError as error:  # an interpolation that cannot be resolved
-            self.mistakes.append(Mistake(setting.key, str(error).partition("\n")[0], setting.place))
+            self.errors.append(FieldError(setting.key, str(error).partition("\n")[0], setting.place))
 
     def _put(self, key: str, value: object, place: str) -> None:
         if key == "algorithm" and isinstance(value, str):
@@ -123,7 +123,7 @@ class Settings:
         if value is None and key in SECTIONS:
             return  # a section whose keys are all commented out changes nothing
         if not _insert(self.values, key, value):
-            self.mistakes.append(Mistake(key, "the section around it was given as one value, not as keys", place))
+            self.errors.append(FieldError(key, "the section around it was given as one value, not as keys", place))
         self._forget_places(key)
         self._places[key] = place
 

@@ -13,7 +13,7 @@ from typing import TextIO
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.schema import Config
 from hybridflow.controller.cluster import is_in_copied_folder
-from hybridflow.errors import ConfigError, FolderInUseError, Mistake
+from hybridflow.errors import ConfigError, FieldError, FolderInUseError
 
 LOCK = "lock"
 """A file that says which process has the folder. The operating system frees it when that ends, however it does."""
@@ -30,7 +30,7 @@ def reserved(config: Config) -> Iterator[Path]:
     folder = Path(config.run.folder)
     if not folder.is_absolute() and is_in_copied_folder():
         found = f"found {folder}, which would lie in the copy of the working folder that Ray made for this job and deletes"
-        raise ConfigError([Mistake("run.folder", f"{found}. Give an absolute path on a disk that all nodes share")])
+        raise ConfigError([FieldError("run.folder", f"{found}. Give an absolute path on a disk that all nodes share")])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+", encoding="utf-8")
@@ -62,4 +62,4 @@ def _take(lock: TextIO, folder: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError([Mistake("run.folder", f"{folder} cannot be written: {error.strerror}. Choose another")])
+    return ConfigError([FieldError("run.folder", f"{folder} cannot be written: {error.strerror}. Choose another")])

@@ -106,7 +106,7 @@ def refusal(needs: PoolNeeds) -> str:
 def _advice(needs: PoolNeeds) -> str:
     advice = ["lower tokens_per_microbatch or model.logits_chunk_tokens, set model.lora_rank"]
     if needs.engine is not None:
-        advice.insert(0, "lower rollout.memory_fraction, place rollout on a pool of its own")
+        advice.insert(0, "lower rollout.gpu_memory_utilization, place rollout on a pool of its own")
     if off := [measure for measure, is_on in needs.fixed.items() if not is_on]:
         advice.insert(0, f"leave to the plan (auto) what is switched off: {', '.join(map(_shown, off))}")
     if ranks := _ranks_that_suffice(needs):

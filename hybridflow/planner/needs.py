@@ -150,7 +150,7 @@ def _engine_needs(config: Config, facts: PoolFacts) -> EngineNeeds:
     frees_weights = rollout.engine in ENGINES_THAT_FREE_WEIGHTS
     return EngineNeeds(
         role="rollout",
-        share=int(rollout.memory_fraction * facts.gpu.total),
+        share=int(rollout.gpu_memory_utilization * facts.gpu.total),
         kept_asleep=0 if frees_weights else weights,
     )
 

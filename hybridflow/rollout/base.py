@@ -93,7 +93,7 @@ class EngineSpec:
     """`float32` or `bfloat16`."""
     max_model_tokens: int
     """Most tokens of prompt and response together."""
-    max_requests: int
+    max_num_seqs: int
     """Most responses generated at once; more wait."""
     seed: int
     device: torch.device
@@ -101,7 +101,7 @@ class EngineSpec:
     """The generation layout: tensor ranks share one engine."""
     rank: int
     """Of this process in the pool."""
-    memory_fraction: float
+    gpu_memory_utilization: float
     """Share of the GPU that weights and cache of the engine may take."""
     cpu_cache_gib: float
     """Size of the key-value cache of an engine that reserves it on the CPU."""

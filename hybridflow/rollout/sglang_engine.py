@@ -169,8 +169,8 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "device": device,
         "base_gpu_id": spec.device.index or 0,
         "context_length": spec.max_model_tokens + RESERVED_TOKENS,
-        "max_running_requests": spec.max_requests,
-        "mem_fraction_static": spec.memory_fraction,
+        "max_running_requests": spec.max_num_seqs,
+        "mem_fraction_static": spec.gpu_memory_utilization,
         "random_seed": spec.seed + spec.layout.data_rank(spec.rank),  # where requests have none, engines must not draw alike
         "disable_cuda_graph": spec.enforce_eager or device == "cpu",
         "enable_memory_saver": spec.can_sleep,

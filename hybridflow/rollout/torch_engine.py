@@ -66,25 +66,25 @@ class TorchEngine(Engine):
         )
 
     def _num_slots(self) -> int:
-        """How many responses of full length fit the memory for the cache, `max_requests` at most."""
+        """How many responses of full length fit the memory for the cache, `max_num_seqs` at most."""
         probe = SlotCache(num_slots=1, max_tokens=1)
         self._prefill_logits(probe, [np.zeros(1, np.int32)], prompt_of_slot=np.zeros(1, np.int64), slots=np.zeros(1, np.int64))
         bytes_per_row = probe.num_bytes * self.spec.max_model_tokens
         room = self.spec.cpu_cache_gib * 2**30
         if self.spec.device.type == "cuda":
             weights = sum(parameter.nbytes for parameter in self.model.parameters())
-            room = self.spec.memory_fraction * torch.cuda.mem_get_info(self.spec.device)[1] - weights
-        num_slots = min(self.spec.max_requests, int(room // bytes_per_row))
+            room = self.spec.gpu_memory_utilization * torch.cuda.mem_get_info(self.spec.device)[1] - weights
+        num_slots = min(self.spec.max_num_seqs, int(room // bytes_per_row))
         if num_slots < 1:
             raise EngineError(
                 f"the cache of one response of {self.spec.max_model_tokens} tokens takes {bytes_per_row / 2**30:.2f} GiB, "
                 f"but the engine has {max(room, 0) / 2**30:.2f} GiB. "
-                "Raise rollout.memory_fraction (CUDA) or rollout.cpu_cache_gib (CPU)"
+                "Raise rollout.gpu_memory_utilization (CUDA) or rollout.cpu_cache_gib (CPU)"
             )
-        if num_slots < self.spec.max_requests:
+        if num_slots < self.spec.max_num_seqs:
             logger.info(
-                "torch engine: %.1f GiB of cache hold %d responses of %d tokens at once, not the %d of rollout.max_requests",
-                room / 2**30, num_slots, self.spec.max_model_tokens, self.spec.max_requests,
+                "torch engine: %.1f GiB of cache hold %d responses of %d tokens at once, not the %d of rollout.max_num_seqs",
+                room / 2**30, num_slots, self.spec.max_model_tokens, self.spec.max_num_seqs,
             )  # fmt: skip
         return num_slots
 

@@ -35,7 +35,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, object]:
         "dtype": spec.dtype,
         "seed": spec.seed,
         "max_model_len": spec.max_model_tokens,
-        "max_num_seqs": spec.max_requests,
+        "max_num_seqs": spec.max_num_seqs,
         "tensor_parallel_size": spec.layout.tensor,
         "enforce_eager": spec.enforce_eager or on_cpu,  # there are no CUDA graphs to gain, and compiling takes a minute
         "enable_prefix_caching": True,
@@ -51,7 +51,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, object]:
         # A prompt in several chunks breaks requests with a seed: see _check_options.
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, spec.max_model_tokens)}
     else:
-        arguments |= {"gpu_memory_utilization": spec.memory_fraction, "enable_sleep_mode": spec.can_sleep}
+        arguments |= {"gpu_memory_utilization": spec.gpu_memory_utilization, "enable_sleep_mode": spec.can_sleep}
         # All prompts of a step come at once. vLLM's own 2,048 takes tens of steps of its scheduler to take them in.
         arguments["max_num_batched_tokens"] = 8192
         if "async_scheduling" in known:  # the next step is scheduled while this one runs

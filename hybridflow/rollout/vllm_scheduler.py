@@ -81,7 +81,7 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         if self.num_preemptions.bit_count() == 1:  # the first one, and where their number has doubled
             logger.warning(
                 "vLLM's key-value cache is full: %d requests so far had to wait and be computed again. More memory "
-                "(rollout.memory_fraction, on a CPU rollout.cpu_cache_gib) or a smaller rollout.max_requests avoids it",
+                "(rollout.gpu_memory_utilization, on a CPU rollout.cpu_cache_gib) or a smaller rollout.max_num_seqs avoids it",
                 self.num_preemptions,
             )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridflow.config.schema import Config
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metrics
 from hybridflow.registry import TRACKERS, load
 
@@ -102,7 +102,7 @@ def _tracker_class(name: str) -> type[Tracker]:
     found = load(name, TRACKERS, key="trackers.names")
     if not (isinstance(found, type) and issubclass(found, Tracker)):
         raise ConfigError(
-            [Mistake("trackers.names", f"{name!r} is {found!r}, not a subclass of hybridflow.trackers.base.Tracker")]
+            [FieldError("trackers.names", f"{name!r} is {found!r}, not a subclass of hybridflow.trackers.base.Tracker")]
         )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybridflow.config.schema import Config
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, run_folder
 
@@ -19,7 +19,7 @@ class TensorboardTracker(Tracker):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             found = f"'tensorboard' needs the package tensorboard, which does not import: {error}"
-            raise ConfigError([Mistake("trackers.names", f"{found}. pip install tensorboard, or leave it out")]) from error
+            raise ConfigError([FieldError("trackers.names", f"{found}. pip install tensorboard, or leave it out")]) from error
         self.folder = run_folder(config) / "tensorboard"
         self._writer = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from hybridflow.config.schema import Config
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, run_folder, run_name
 
@@ -24,7 +24,7 @@ class WandbTracker(Tracker):
         except ImportError as error:
             found = f"'wandb' needs the package wandb, which does not import: {error}"
             raise ConfigError(
-                [Mistake("trackers.names", f"{found}. pip install 'hybridflow[wandb]', or leave it out")]
+                [FieldError("trackers.names", f"{found}. pip install 'hybridflow[wandb]', or leave it out")]
             ) from error
         folder = run_folder(config)
         id_file = folder / RUN_ID_FILE

@@ -17,7 +17,7 @@ from hybridflow.batch import Array, Batch, Heavy, Ragged
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Sampling
@@ -83,7 +83,7 @@ class RolloutWorker(Worker):
         engine_class = registry.load(name, registry.ENGINES, key="rollout.engine")
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
-            raise ConfigError([Mistake("rollout.engine", problem)])
+            raise ConfigError([FieldError("rollout.engine", problem)])
         self.engine = EngineThread(engine_class(engine_spec(config, context)))
         self.rows = RowsUnderWay(self.engine)
         """Those of `submit`."""
@@ -100,7 +100,7 @@ class RolloutWorker(Worker):
         if num_ranks % tensor:
             divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
             problem = f"found {tensor}, which does not divide the {num_ranks} ranks of the pool. Use one of {divisors}"
-            raise ConfigError([Mistake("rollout.tensor_parallel", problem)])
+            raise ConfigError([FieldError("rollout.tensor_parallel", problem)])
         per_node = parse_pool(config.placement.pools[pool_of("rollout", config)]).ranks_per_node
         # The paper's groups (section 5.3): what a rank trains then lies inside what it generates with, on one node.
         interval = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1
@@ -254,13 +254,13 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         model=config.model.path,
         dtype=rollout.dtype_on(context.device.type),
         max_model_tokens=config.max_model_tokens,
-        max_requests=rollout.max_requests,
+        max_num_seqs=rollout.max_num_seqs,
         seed=config.run.seed,
         seed_requests=rollout.seed_requests,
         device=context.device,
         layout=context.layout,
         rank=context.rank,
-        memory_fraction=rollout.memory_fraction,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
         cpu_cache_gib=rollout.cpu_cache_gib,
         enforce_eager=rollout.enforce_eager,
         options=dict(rollout.engine_options),

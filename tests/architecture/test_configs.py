@@ -11,7 +11,7 @@ import pytest
 from hybridflow import registry
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import AlgorithmConfig, Config
-from hybridflow.errors import ConfigError, Mistake
+from hybridflow.errors import ConfigError, FieldError
 from tests.architecture import limits
 
 MAX_LEAVES = 150
@@ -21,7 +21,7 @@ KEYS_OF_FILES = {"model.path", "model.tokenizer", "data.train_files", "data.vali
 """What a configuration names is not there before it has been prepared."""
 
 
-def depends_on_the_machine(mistake: Mistake) -> bool:
+def depends_on_the_machine(mistake: FieldError) -> bool:
     """A file that is not prepared here, or an optional package that is not installed."""
     return mistake.key in KEYS_OF_FILES or "needs the package" in mistake.problem
 
@@ -73,5 +73,5 @@ def test_every_configuration_loads(path: Path, tmp_path: Path, monkeypatch: pyte
     try:
         load_config(str(path))
     except ConfigError as error:
-        mistakes = [mistake for mistake in error.mistakes if not depends_on_the_machine(mistake)]
+        mistakes = [mistake for mistake in error.errors if not depends_on_the_machine(mistake)]
         assert not mistakes, "\n".join(map(str, mistakes))

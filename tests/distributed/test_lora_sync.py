@@ -41,7 +41,7 @@ def update_and_sync(model: str, engine: str, num_ranks: int) -> list[Compared]:
         rollout=RolloutConfig(
             engine=engine,
             tensor_parallel=num_ranks if engine == "vllm" else 1,
-            max_requests=4,
+            max_num_seqs=4,
             cpu_cache_gib=0.1,
             sync_bucket_mib=1,
         ),

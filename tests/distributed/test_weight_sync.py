@@ -270,7 +270,7 @@ def sync_workers(rank: int, num_ranks: int, *, model: str, engine: str = "torch"
         model=ModelConfig(path=model),
         data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),
         rollout=RolloutConfig(
-            engine=engine, tensor_parallel=tensor_parallel, max_requests=4, cpu_cache_gib=0.1, sync_bucket_mib=1
+            engine=engine, tensor_parallel=tensor_parallel, max_num_seqs=4, cpu_cache_gib=0.1, sync_bucket_mib=1
         ),
         placement=PlacementConfig(pools={"main": f"1x{num_ranks}"}),
     )

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="NOT RUN: no vLLM"),
 ]
-MEMORY_FRACTION = 0.2
+GPU_MEMORY_UTILIZATION = 0.2
 SHARE_GIVEN_BACK = 0.9
 """Of the engine's memory, at least; CUDA graphs stay."""
 
@@ -28,7 +28,7 @@ def test_vllm_sleeps_between_syncs_and_generates_as_if_it_had_not(tmp_path: Path
     config = Config(
         model=ModelConfig(path=make_tiny_model(tmp_path / "model", hidden_size=128, num_attention_heads=2)),
         data=DataConfig(max_prompt_tokens=200, max_response_tokens=100),
-        rollout=RolloutConfig(engine="vllm", max_requests=16, memory_fraction=MEMORY_FRACTION, sleep=True),
+        rollout=RolloutConfig(engine="vllm", max_num_seqs=16, gpu_memory_utilization=GPU_MEMORY_UTILIZATION, sleep=True),
     )
     actor, rollout = actor_and_rollout(config)
     rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def test_vllm_sleeps_between_syncs_and_generates_as_if_it_had_not(tmp_path: Path
         expected = [response.tokens.tolist() for response in rollout.engine.generate(asked)]
         free, total = torch.cuda.mem_get_info()
         rollout.sleep()
-        assert torch.cuda.mem_get_info()[0] - free > SHARE_GIVEN_BACK * MEMORY_FRACTION * total
+        assert torch.cuda.mem_get_info()[0] - free > SHARE_GIVEN_BACK * GPU_MEMORY_UTILIZATION * total
         rollout.wake()
         rollout.weight_sync.num_syncs = 0  # the next sync compares log-probabilities too
         rollout.sync_weights()  # raises where fingerprints differ

@@ -23,7 +23,7 @@ def test_recorded_loads_keep_engine_and_trainer_equal(tmp_path: Path, engine: st
     config = Config(
         model=ModelConfig(path=make_tiny_model(tmp_path / "model", hidden_size=128, num_attention_heads=2)),
         data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),
-        rollout=RolloutConfig(engine=engine, max_requests=4, memory_fraction=0.1, sync_bucket_mib=1),
+        rollout=RolloutConfig(engine=engine, max_num_seqs=4, gpu_memory_utilization=0.1, sync_bucket_mib=1),
     )
     actor, rollout = actor_and_rollout(config)
     for _ in range(4):

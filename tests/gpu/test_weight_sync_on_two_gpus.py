@@ -32,7 +32,12 @@ def sync_several_times(rank: int, folder: str, engine: str, tensor_parallel: int
         model=ModelConfig(path=f"{folder}/model"),
         data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),
         rollout=RolloutConfig(
-            engine=engine, tensor_parallel=tensor_parallel, max_requests=4, memory_fraction=0.1, sync_bucket_mib=1, sleep=sleep
+            engine=engine,
+            tensor_parallel=tensor_parallel,
+            max_num_seqs=4,
+            gpu_memory_utilization=0.1,
+            sync_bucket_mib=1,
+            sleep=sleep,
         ),
         placement=PlacementConfig(pools={"main": f"1x{NUM_RANKS}"}),
     )

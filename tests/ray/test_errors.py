@@ -54,7 +54,7 @@ def test_a_mistake_in_the_configuration_is_told_before_anything_starts(
 ) -> None:
     code, text = said(toy, tmp_path / "run", [override], capsys)
     assert code == 2
-    assert text.startswith("1 mistake in the configuration:\n")
+    assert text.startswith("1 error in the configuration:\n")
     assert expected.format(here=HERE) in text
     assert not (tmp_path / "run").exists() and not ray.is_initialized()
 
@@ -74,7 +74,7 @@ def test_several_mistakes_are_all_listed(toy: Toy, tmp_path: Path, capsys: pytes
     overrides = ["rollout.temprature=1", "rollout.top_p=1.5", "data.train_files=absent.parquet", "placement.pools.main=two"]
     code, text = said(toy, tmp_path / "run", overrides, capsys)
     assert code == 2
-    assert text.startswith("4 mistakes in the configuration:\n") and len(text.splitlines()) == 5
+    assert text.startswith("4 errors in the configuration:\n") and len(text.splitlines()) == 5
     keys = ("rollout.temprature", "rollout.top_p", "data.train_files", "placement.pools.main")
     assert all(f" {key}: " in text for key in keys)
 

@@ -42,5 +42,5 @@ def mistakes_of(overrides: Sequence[str], path: str | None = None) -> list[str]:
     try:
         load_config(path, overrides)
     except ConfigError as error:
-        return [str(mistake) for mistake in error.mistakes]
+        return [str(mistake) for mistake in error.errors]
     return []

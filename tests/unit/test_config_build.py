@@ -36,7 +36,7 @@ class Even:
 
 def built(kind: type, values: object, path: str = "") -> tuple[object, list[str]]:
     builder = Builder(lambda key: "here", known_keys=("size", "inner.rate", "inner.mode"))
-    return builder.build(kind, values, path=path), [str(mistake) for mistake in builder.mistakes]
+    return builder.build(kind, values, path=path), [str(mistake) for mistake in builder.errors]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ rules_hub.TIMEOUT_S, rules_hub.PAUSE_S = 1.0, 0.0
 try:
     load_config(None, sys.argv[1:], asks_hub=True)
 except ConfigError as error:
-    print("mistakes:", *(f"{mistake}" for mistake in error.mistakes), sep="\\n")
+    print("mistakes:", *(f"{mistake}" for mistake in error.errors), sep="\\n")
 print("asked" if "huggingface_hub" in sys.modules else "did not ask")
 """
 

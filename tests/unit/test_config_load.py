@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from hybridflow.config.load import load_config
+from hybridflow.config.schema import RENAMED
+from hybridflow.config.settings import KNOWN_KEYS
 from hybridflow.errors import ConfigError
 from tests.unit.config_cases import mistakes_of, model_folder, right_run
 
 OWN_ALGORITHM = '''
 from dataclasses import dataclass
 from typing import ClassVar
-from hybridflow.errors import Mistake
+from hybridflow.errors import FieldError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -32,7 +34,7 @@ class Mine:
 
     @classmethod
     def check(cls, run):
-        return [Mistake("algorithm.steps", "is odd")] if run.algorithm.options.steps % 2 else []
+        return [FieldError("algorithm.steps", "is odd")] if run.algorithm.options.steps % 2 else []
 
 class NoAlgorithm:
     pass
@@ -220,6 +222,15 @@ def test_a_last_word_alone_is_answered_with_the_keys_that_end_in_it(tmp_path: Pa
     assert mistakes_of([*right_run(tmp_path), f"{word}=3"]) == [f"command line: {word}: no such key; did you mean {keys}?"]
 
 
+def test_a_key_of_the_release_before_is_answered_with_its_new_name(tmp_path: Path) -> None:
+    found = mistakes_of([*right_run(tmp_path), "rollout.memory_fraction=0.4", "rollout.max_requests=8"])
+    assert found == [
+        "command line: rollout.memory_fraction: is called rollout.gpu_memory_utilization now",
+        "command line: rollout.max_requests: is called rollout.max_num_seqs now",
+    ]
+    assert set(RENAMED.values()) <= set(KNOWN_KEYS) and not RENAMED.keys() & set(KNOWN_KEYS)
+
+
 def test_an_option_of_another_algorithm_is_a_mistake(tmp_path: Path) -> None:
     (found,) = mistakes_of([*right_run(tmp_path), "algorithm=grpo", "algorithm.gae_lamda=0.9"])
     assert found.startswith("command line: algorithm.gae_lamda: no such key. Keys of this section: name, ")
@@ -247,7 +258,7 @@ def test_many_mistakes_are_listed_together_with_their_number(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         load_config(None, [*right_run(tmp_path), *overrides, "run.device=tpu"])
     lines = str(caught.value).splitlines()
-    assert lines[0] == "5 mistakes in the configuration:"
+    assert lines[0] == "5 errors in the configuration:"
     keys = ("rolout.top_p: ", "run.device: ", "actor.schedule: ", "rollout.top_p: ", "data.train_files: ")
     assert all(f"  command line: {key}" in line for key, line in zip(keys, lines[1:], strict=True))
 

@@ -55,7 +55,7 @@ def test_the_configuration_stays_small() -> None:
         ("rollout.top_p=0", "more than 0 and at most 1"),
         ("rollout.stop_token_ids=[3,-5]", "at least 0"),
         ("rollout.min_p=1", "at least 0 and less than 1"),
-        ("rollout.memory_fraction=1", "more than 0 and less than 1"),
+        ("rollout.gpu_memory_utilization=1", "more than 0 and less than 1"),
         ("actor.learning_rate=-1", "at least 0"),
         ("actor.learning_rate=.nan", "at least 0"),
         ("critic.adam_betas=[0.9, 1]", "at least 0 and less than 1"),

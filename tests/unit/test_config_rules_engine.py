@@ -38,7 +38,7 @@ def test_every_wrong_engine_option_is_named(tmp_path: Path) -> None:
         "block_sise: vllm's engine has no such argument; did you mean 'block_size'?",
         "b: vllm's engine has no such argument",
         "seed: vllm's seed comes from run.seed: set that, and leave this out",
-        "gpu_memory_utilization: vllm's gpu_memory_utilization comes from rollout.memory_fraction (on a CPU "
+        "gpu_memory_utilization: vllm's gpu_memory_utilization comes from rollout.gpu_memory_utilization (on a CPU "
         "rollout.cpu_cache_gib): set that, and leave this out",
     ]
 

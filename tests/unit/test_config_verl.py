@@ -109,7 +109,7 @@ def test_a_published_script_loads_with_the_values_it_gives(tmp_path: Path) -> No
     assert (config.model.path, config.model.gradient_checkpointing) == ("Qwen/Qwen2.5-0.5B-Instruct", True)
     assert (config.actor.learning_rate, config.critic.learning_rate) == (1e-6, 1e-5)
     assert (option(config, "prompts_per_update"), option(config, "clip")) == (64, (0.2, 0.2))
-    assert (config.rollout.engine, config.rollout.memory_fraction) == ("vllm", 0.4)
+    assert (config.rollout.engine, config.rollout.gpu_memory_utilization) == ("vllm", 0.4)
     assert (config.reference.offload_parameters, config.actor.offload_parameters) == (True, False)
     assert config.trackers.names == ("console", "wandb")
     assert config.run.folder == "outputs/qwen2.5_0.5b_ppo_gsm8k_20261121_0930"
@@ -131,7 +131,7 @@ def test_the_short_forms_of_a_published_report_load_from_yaml(tmp_path: Path) ->
     config = load_config(str(tmp_path / "run.yaml"), right_run(tmp_path))
     assert (config.data.prompts_per_step, option(config, "prompts_per_update")) == (64, 32)
     assert config.actor.tokens_per_microbatch == 4 * (512 + 512)
-    assert (config.rollout.memory_fraction, option(config, "kl_coefficient")) == (0.75, 0.001)
+    assert (config.rollout.gpu_memory_utilization, option(config, "kl_coefficient")) == (0.75, 0.001)
 
 
 def test_every_key_of_the_table_leads_to_keys_that_exist() -> None:

@@ -49,7 +49,7 @@ def test_ppo_of_7b_with_a_critic_is_refused_on_one_gpu_of_80_gib() -> None:
     assert "actor learns" in message and "critic learns" in message
     assert "56.7 GiB  actor: optimizer" in message  # 8 bytes x 7.6e9
     assert "3 of this size suffice (placement.pools.main)" in message
-    for advice in ("rollout.memory_fraction", "tokens_per_microbatch", "model.lora_rank"):
+    for advice in ("rollout.gpu_memory_utilization", "tokens_per_microbatch", "model.lora_rank"):
         assert advice in message
 
 

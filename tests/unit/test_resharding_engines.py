@@ -33,7 +33,7 @@ def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     config = Config(
         model=ModelConfig(path=folder),
         data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),
-        rollout=RolloutConfig(engine=request.param, max_requests=4, cpu_cache_gib=0.1, sync_bucket_mib=1),
+        rollout=RolloutConfig(engine=request.param, max_num_seqs=4, cpu_cache_gib=0.1, sync_bucket_mib=1),
     )
     roles: dict[str, Worker] = {}
     for role, kind in (("actor", ActorWorker), ("rollout", RolloutWorker)):

@@ -25,7 +25,7 @@ def config_of(model: str) -> Config:
     return Config(
         model=ModelConfig(path=model),
         data=DataConfig(max_prompt_tokens=32, max_response_tokens=20),
-        rollout=RolloutConfig(engine="torch", max_requests=16),
+        rollout=RolloutConfig(engine="torch", max_num_seqs=16),
     )
 
 

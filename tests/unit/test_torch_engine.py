@@ -105,7 +105,7 @@ def test_long_prompts_are_prefilled_in_parts(tiny_model: str, monkeypatch: pytes
 
 def test_more_requests_than_slots_wait(tiny_model: str) -> None:
     asked = requests(prompts(40), replace(GREEDY, temperature=1.0))
-    few = TorchEngine(spec_of(tiny_model, max_requests=3))
+    few = TorchEngine(spec_of(tiny_model, max_num_seqs=3))
     for request in asked:
         few.add(request)
     few.step()

@@ -52,9 +52,7 @@ def test_a_dry_run_with_a_mistake_that_every_machine_would_find_fails(
 ) -> None:
     assert main([yaml_file, *ELSEWHERE, "rollout.tensor_parallel=3", CUTTING_ENGINE, "--dry-run"]) == 2
     output = capsys.readouterr()
-    assert not output.out and output.err.startswith(
-        "1 mistake in the configuration:\n  command line: rollout.tensor_parallel: "
-    )
+    assert not output.out and output.err.startswith("1 error in the configuration:\n  command line: rollout.tensor_parallel: ")
     assert any("data.train_files" in message for message in caplog.messages)
 
 

@@ -150,7 +150,10 @@ def test_an_unknown_engine_option_is_named(folders: tuple[str, str]) -> None:
         (
             {},
             1e-5,
-            ["No available memory", "gpu_memory_utilization is rollout.memory_fraction (on a CPU rollout.cpu_cache_gib)"],
+            [
+                "No available memory",
+                "gpu_memory_utilization is rollout.gpu_memory_utilization (on a CPU rollout.cpu_cache_gib)",
+            ],
         ),
         ({"enable_chunked_prefill": True}, 1.0, ["on a CPU vLLM cannot take prompts in chunks", "rollout.seed_requests=false"]),
     ],
