@@ -53,7 +53,7 @@ def model_paths(config: Config, roles: Set[str]) -> dict[str, str]:
 
 
 def switches(config: Config) -> dict[str, Switch]:
-    """Every measure with what the configuration says about it."""
+    """Every option with what the configuration says about it."""
     trained = {"actor": config.actor, "critic": config.critic}
     return {
         f"rollout.{SLEEP}": config.rollout.sleep,
@@ -67,7 +67,7 @@ def switches(config: Config) -> dict[str, Switch]:
 
 def has_open_switches(config: Config, roles: Set[str]) -> bool:
     """Whether something about these roles is left to the plan."""
-    return any(value == "auto" for measure, value in switches(config).items() if measure.partition(".")[0] in roles)
+    return any(value == "auto" for option, value in switches(config).items() if option.partition(".")[0] in roles)
 
 
 def pool_needs(config: Config, facts: PoolFacts, run_roles: Set[str]) -> PoolNeeds:
@@ -85,19 +85,19 @@ def pool_needs(config: Config, facts: PoolFacts, run_roles: Set[str]) -> PoolNee
         sync=_sync_needs(config, facts) if {"actor", "rollout"} <= run_roles else None,
         unknown_roles=tuple(role for role in facts.roles if role not in facts.sizes and role not in WITHOUT_GPU),
         fixed={
-            measure: value
-            for measure, value in switches(config).items()
-            if value != "auto" and measure.partition(".")[0] in facts.roles
+            option: value
+            for option, value in switches(config).items()
+            if value != "auto" and option.partition(".")[0] in facts.roles
         },
     )
 
 
-def settled(config: Config, measures: Set[str], role: str = "") -> Config:
-    """`config` for the worker of `role`, with every switch on true or false: as the user set it, else by `measures`."""
+def settled(config: Config, options: Set[str], role: str = "") -> Config:
+    """`config` for the worker of `role`, with every switch on true or false: as the user set it, else by `options`."""
 
-    def decided(measure: str) -> bool:
-        value = everything[measure]
-        return measure in measures if value == "auto" else value
+    def decided(option: str) -> bool:
+        value = everything[option]
+        return option in options if value == "auto" else value
 
     everything = switches(config)
     checkpointing = f"{role}.{CHECKPOINTING}"
