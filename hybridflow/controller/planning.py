@@ -12,7 +12,7 @@ from hybridflow.config.schema import Config
 from hybridflow.controller.group import Pool
 from hybridflow.controller.placement import RolePlace
 from hybridflow.planner.memory import Gpu
-from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, settled
+from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, resolved
 from hybridflow.planner.options import choose_all
 from hybridflow.workers.facts import RankFacts
 
@@ -31,11 +31,11 @@ class RunPlan:
 
     def config_of(self, role: str) -> Config:
         """The configuration that workers of `role` are built from: every switch is on or off."""
-        return settled(self.config, self.options, role)
+        return resolved(self.config, self.options, role)
 
     @property
     def engine_sleeps(self) -> bool:
-        return settled(self.config, self.options).rollout.sleep is True
+        return bool(resolved(self.config, self.options).rollout.sleep)
 
 
 def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Pool], device: str) -> Asked:

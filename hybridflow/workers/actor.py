@@ -30,8 +30,8 @@ class ActorWorker(Worker):
         from hybridflow.workers.training import TrainingCore
 
         super().__init__(config, context)
-        self.model = build_policy(trained_model(config, context, config.actor.path))
-        self.core = TrainingCore(self.model, config.actor, context)
+        self.model = build_policy(trained_model(self.config, context, config.actor.path))
+        self.core = TrainingCore(self.model, self.config.actor, context)
         self.weight_sync = ActorSync(config, context)
         self.temperature = config.rollout.temperature or 1.0  # greedy rollouts train the distribution as it is
 

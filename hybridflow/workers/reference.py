@@ -28,9 +28,9 @@ class ReferenceWorker(Worker):
         from hybridflow.workers.model_spec import frozen_model
 
         super().__init__(config, context)
-        self.model = build_policy(frozen_model(config, context, config.reference.path)).requires_grad_(False)
+        self.model = build_policy(frozen_model(self.config, context, config.reference.path)).requires_grad_(False)
         self.temperature = config.rollout.temperature or 1.0
-        if config.reference.offload_parameters is True:
+        if self.config.reference.offload_parameters:
             fsdp.move_model(self.model, torch.device("cpu"))
 
     @classmethod
@@ -47,12 +47,12 @@ class ReferenceWorker(Worker):
         from hybridflow.workers.training import evaluate
 
         settings = self.config.reference
-        if settings.offload_parameters is True:
+        if settings.offload_parameters:
             fsdp.move_model(self.model, self.context.device)
         microbatches = Microbatches(batch, self.context, tokens_per_microbatch=settings.tokens_per_microbatch)
         columns = evaluate(self.model, microbatches, self._forward)
         fsdp.drop_gathered(self.model)
-        if settings.offload_parameters is True:
+        if settings.offload_parameters:
             fsdp.move_model(self.model, torch.device("cpu"))
         return Batch.from_columns(dict(columns))
 

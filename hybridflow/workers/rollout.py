@@ -80,7 +80,7 @@ class RolloutWorker(Worker):
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([Mistake("rollout.engine", problem)])
-        self.engine = EngineThread(engine_class(engine_spec(config, context)))
+        self.engine = EngineThread(engine_class(engine_spec(self.config, context)))
         self.finishing = Finishing([], np.empty(0, np.int32), has_log_probs=False)
         self.weight_sync = RolloutSync(config, context, self.engine)
         logger.info("rollout rank %d: engine %s started in %.0f s", context.rank, name, time.perf_counter() - start)
@@ -210,7 +210,7 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         options=dict(rollout.engine_options),
         tokenizer=config.model.tokenizer,
         trust_remote_code=config.model.trust_remote_code,
-        can_sleep=rollout.sleep is True,
+        can_sleep=bool(rollout.sleep),
     )
 
 

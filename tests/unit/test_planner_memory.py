@@ -9,7 +9,7 @@ import pytest
 from hybridflow.config.schema import Config, ModelConfig, RolloutConfig, TrainingConfig
 from hybridflow.errors import PlacementError
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak, phases
-from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, settled
+from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, resolved
 from hybridflow.planner.options import candidates, choose, choose_all, refusal
 from hybridflow.planner.sizes import ModelSize
 
@@ -187,9 +187,9 @@ def test_an_option_is_given_with_its_reason() -> None:
     assert "without it 'actor learns' takes" in line
 
 
-def test_settled_switches_are_true_or_false_for_each_role() -> None:
+def test_resolved_switches_are_true_or_false_for_each_role() -> None:
     options = {"rollout.sleep", "critic.gradient_checkpointing", "critic.offload_optimizer"}
-    actor, critic = (settled(DEFAULTS, options, role) for role in ("actor", "critic"))
+    actor, critic = (resolved(DEFAULTS, options, role) for role in ("actor", "critic"))
     assert (actor.model.gradient_checkpointing, critic.model.gradient_checkpointing) == (False, True)
     for config in (actor, critic):
         assert (config.rollout.sleep, config.reference.offload_parameters) == (True, False)
@@ -197,9 +197,9 @@ def test_settled_switches_are_true_or_false_for_each_role() -> None:
         assert (config.actor.offload_optimizer, config.actor.offload_parameters) == (False, False)
 
 
-def test_settling_leaves_what_was_decided() -> None:
+def test_resolving_leaves_what_was_decided() -> None:
     own = replace(DEFAULTS, actor=TrainingConfig(offload_parameters=True, offload_optimizer=False))
-    config = settled(own, {"actor.offload_optimizer"}, "actor")
+    config = resolved(own, {"actor.offload_optimizer"}, "actor")
     assert (config.actor.offload_parameters, config.actor.offload_optimizer) == (True, False)
 
 
