@@ -163,7 +163,7 @@ def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:
 
 
 def _start_building(config: Config, place: RolePlace, pool: Pool) -> Jobs:
-    """Let all ranks build their worker of a role from `config`, in which the plan has settled what was left to it."""
+    """Let all ranks build their worker of a role from `config`, in which the plan has decided what was left to it."""
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
     logger.info("building %s on pool '%s' (%d rank(s))", place.role, place.pool, place.size.num_ranks)
     started = [process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes]

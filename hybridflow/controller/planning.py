@@ -11,9 +11,9 @@ import ray
 from hybridflow.config.schema import Config
 from hybridflow.controller.group import Pool
 from hybridflow.controller.placement import RolePlace
-from hybridflow.planner.measures import choose_all
 from hybridflow.planner.memory import Gpu
-from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, settled
+from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, resolved
+from hybridflow.planner.options import choose_all
 from hybridflow.workers.facts import RankFacts
 
 logger = logging.getLogger("hybridflow")
@@ -27,15 +27,15 @@ class RunPlan:
     """What was decided for all pools."""
 
     config: Config
-    measures: frozenset[str]
+    options: frozenset[str]
 
     def config_of(self, role: str) -> Config:
         """The configuration that workers of `role` are built from: every switch is on or off."""
-        return settled(self.config, self.measures, role)
+        return resolved(self.config, self.options, role)
 
     @property
     def engine_sleeps(self) -> bool:
-        return settled(self.config, self.measures).rollout.sleep is True
+        return bool(resolved(self.config, self.options).rollout.sleep)
 
 
 def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Pool], device: str) -> Asked:
@@ -51,7 +51,7 @@ def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Poo
 
 
 def decide(config: Config, placed: Mapping[str, RolePlace], asked: Asked) -> RunPlan:
-    """The cheapest measures with which every pool that was asked holds its roles; the log says which and why.
+    """The cheapest options with which every pool that was asked holds its roles; the log says which and why.
 
     Raises:
         PlacementError: one of them cannot, whatever is offloaded.
@@ -61,7 +61,7 @@ def decide(config: Config, placed: Mapping[str, RolePlace], asked: Asked) -> Run
     for plan in plans:
         for line in plan.lines():
             logger.info(line)
-    return RunPlan(config, frozenset(measure for plan in plans for measure in plan.measures))
+    return RunPlan(config, frozenset(option for plan in plans for option in plan.options))
 
 
 def _facts(name: str, placed: Mapping[str, RolePlace], found: list[RankFacts]) -> PoolFacts:

@@ -1,6 +1,6 @@
-"""What the roles of a pool take of each of its GPUs, phase by phase, under given measures.
+"""What the roles of a pool take of each of its GPUs, phase by phase, under given options.
 
-A *measure* is a key of the configuration that is on, such as `actor.offload_optimizer`. `model.gradient_checkpointing`, one key
+A *option* is a key of the configuration that is on, such as `actor.offload_optimizer`. `model.gradient_checkpointing`, one key
 for all models, is decided for each of them: `actor.gradient_checkpointing`.
 """
 
@@ -108,33 +108,33 @@ class Phase:
         return sum(self.parts.values())
 
 
-def phases(needs: PoolNeeds, measures: Set[str]) -> Iterator[Phase]:
+def phases(needs: PoolNeeds, options: Set[str]) -> Iterator[Phase]:
     """The peaks of a step: generation, the merging of adapters, each role's pass without gradients, each role's update.
 
     Engines are awake from generation to the end of collection, where models compute without gradients, and may sleep while
     roles learn. An offloaded role is back on the GPU while it computes; its optimizer only while it learns.
     """
     if needs.engine is not None:
-        yield _phase(needs, measures, "generation", {})
+        yield _phase(needs, options, "generation", {})
     for model in needs.models:
         if needs.sync_buffers and model.has_adapters and model.has_output_layer:
             merging = {f"{model.role}: merged weights": model.parameters * MASTER_BYTES // model.num_ranks}
-            yield _phase(needs, measures, "weight sync", merging, active=model)
+            yield _phase(needs, options, "weight sync", merging, active=model)
         forward = {f"{model.role}: layers and logits": model.forward()}
-        yield _phase(needs, measures, f"{model.role} computes", forward, active=model)
+        yield _phase(needs, options, f"{model.role} computes", forward, active=model)
     for model in needs.models:
         if model.is_trained:
-            is_checkpointed = f"{model.role}.{CHECKPOINTING}" in measures
+            is_checkpointed = f"{model.role}.{CHECKPOINTING}" in options
             backward = {
-                f"{model.role}: gradients": model.gradients(are_sharded=f"{model.role}.{GRADIENTS}" in measures),
+                f"{model.role}: gradients": model.gradients(are_sharded=f"{model.role}.{GRADIENTS}" in options),
                 f"{model.role}: layers, activations and logits": model.backward(is_checkpointed=is_checkpointed),
             }
-            yield _phase(needs, measures, f"{model.role} learns", backward, active=model, learns=True)
+            yield _phase(needs, options, f"{model.role} learns", backward, active=model, learns=True)
 
 
 def _phase(
     needs: PoolNeeds,
-    measures: Set[str],
+    options: Set[str],
     name: str,
     working: Mapping[str, int],
     *,
@@ -144,22 +144,22 @@ def _phase(
     parts: dict[str, int] = {}
     if needs.engine is not None:
         engine = needs.engine
-        is_asleep = learns and f"{engine.role}.{SLEEP}" in measures
+        is_asleep = learns and f"{engine.role}.{SLEEP}" in options
         parts[f"{engine.role}: {'asleep' if is_asleep else 'weights and cache'}"] = (
             min(engine.share, engine.kept_asleep + ASLEEP_BYTES) if is_asleep else engine.share
         )
     parts["weight sync: buckets"] = needs.sync_buffers
     for model in needs.models:
         is_active = model is active
-        is_here = is_active or f"{model.role}.{PARAMETERS}" not in measures
+        is_here = is_active or f"{model.role}.{PARAMETERS}" not in options
         parts[f"{model.role}: weights"] = model.weights if is_here else 0
-        has_optimizer = (is_active and learns) or f"{model.role}.{OPTIMIZER}" not in measures
+        has_optimizer = (is_active and learns) or f"{model.role}.{OPTIMIZER}" not in options
         parts[f"{model.role}: optimizer"] = model.optimizer if has_optimizer else 0
     for role in needs.unknown_roles:
         parts[f"{role}: reserved, since its needs are not known"] = int(needs.gpu.total * UNKNOWN_ROLE_SHARE)
     return Phase(name, {part: size for part, size in {**parts, **working}.items() if size})
 
 
-def peak(needs: PoolNeeds, measures: Set[str]) -> Phase:
+def peak(needs: PoolNeeds, options: Set[str]) -> Phase:
     """The phase that takes most; of a pool without models and engine, one that takes what is reserved for unknown roles."""
-    return max(phases(needs, measures), key=lambda phase: phase.total, default=_phase(needs, measures, "all", {}))
+    return max(phases(needs, options), key=lambda phase: phase.total, default=_phase(needs, options, "all", {}))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
-from hybridflow.config.schema import Config, Switch
+from hybridflow.config.schema import Config, Switch, TrainingConfig
 from hybridflow.planner.memory import (
     CHECKPOINTING,
     GRADIENTS,
@@ -53,7 +53,7 @@ def model_paths(config: Config, roles: Set[str]) -> dict[str, str]:
 
 
 def switches(config: Config) -> dict[str, Switch]:
-    """Every measure with what the configuration says about it."""
+    """Every option with what the configuration says about it."""
     trained = {"actor": config.actor, "critic": config.critic}
     return {
         f"rollout.{SLEEP}": config.rollout.sleep,
@@ -67,7 +67,7 @@ def switches(config: Config) -> dict[str, Switch]:
 
 def has_open_switches(config: Config, roles: Set[str]) -> bool:
     """Whether something about these roles is left to the plan."""
-    return any(value == "auto" for measure, value in switches(config).items() if measure.partition(".")[0] in roles)
+    return any(value == "auto" for option, value in switches(config).items() if option.partition(".")[0] in roles)
 
 
 def pool_needs(config: Config, facts: PoolFacts, run_roles: Set[str]) -> PoolNeeds:
@@ -85,39 +85,36 @@ def pool_needs(config: Config, facts: PoolFacts, run_roles: Set[str]) -> PoolNee
         sync=_sync_needs(config, facts) if {"actor", "rollout"} <= run_roles else None,
         unknown_roles=tuple(role for role in facts.roles if role not in facts.sizes and role not in WITHOUT_GPU),
         fixed={
-            measure: value
-            for measure, value in switches(config).items()
-            if value != "auto" and measure.partition(".")[0] in facts.roles
+            option: value
+            for option, value in switches(config).items()
+            if value != "auto" and option.partition(".")[0] in facts.roles
         },
     )
 
 
-def settled(config: Config, measures: Set[str], role: str = "") -> Config:
-    """`config` for the worker of `role`, with every switch on true or false: as the user set it, else by `measures`."""
+def resolved(config: Config, options: Set[str] = frozenset(), role: str = "") -> Config:
+    """`config` for the worker of `role`, in which no switch is `auto`: those of `options` are on, the others off. A switch that
+    the user has set stays; so does a configuration that is resolved already."""
 
-    def decided(measure: str) -> bool:
-        value = everything[measure]
-        return measure in measures if value == "auto" else value
+    def decided(option: str, value: Switch) -> bool:
+        return option in options if value == "auto" else value
 
-    everything = switches(config)
-    checkpointing = f"{role}.{CHECKPOINTING}"
-    is_checkpointed = decided(checkpointing) if checkpointing in everything else config.model.gradient_checkpointing is True
-    actor, critic = (
-        replace(
+    def trained(name: str, section: TrainingConfig) -> TrainingConfig:
+        return replace(
             section,
-            offload_parameters=decided(f"{name}.{PARAMETERS}"),
-            offload_optimizer=decided(f"{name}.{OPTIMIZER}"),
-            shard_gradients=decided(f"{name}.{GRADIENTS}"),
+            offload_parameters=decided(f"{name}.{PARAMETERS}", section.offload_parameters),
+            offload_optimizer=decided(f"{name}.{OPTIMIZER}", section.offload_optimizer),
+            shard_gradients=decided(f"{name}.{GRADIENTS}", section.shard_gradients),
         )
-        for name, section in (("actor", config.actor), ("critic", config.critic))
-    )
+
+    model, reference, rollout = config.model, config.reference, config.rollout
     return replace(
         config,
-        model=replace(config.model, gradient_checkpointing=is_checkpointed),
-        actor=actor,
-        critic=critic,
-        reference=replace(config.reference, offload_parameters=decided(f"reference.{PARAMETERS}")),
-        rollout=replace(config.rollout, sleep=decided(f"rollout.{SLEEP}")),
+        model=replace(model, gradient_checkpointing=decided(f"{role}.{CHECKPOINTING}", model.gradient_checkpointing)),
+        actor=trained("actor", config.actor),
+        critic=trained("critic", config.critic),
+        reference=replace(reference, offload_parameters=decided(f"reference.{PARAMETERS}", reference.offload_parameters)),
+        rollout=replace(rollout, sleep=decided(f"rollout.{SLEEP}", rollout.sleep)),
     )
 
 

@@ -32,8 +32,8 @@ class ActorWorker(Worker):
         from hybridflow.workers.training import TrainingCore
 
         super().__init__(config, context)
-        self.model = build_policy(trained_model(config, context, config.actor.path))
-        self.core = TrainingCore(self.model, config.actor, context, temperature=config.rollout.temperature or 1.0)
+        self.model = build_policy(trained_model(self.config, context, config.actor.path))
+        self.core = TrainingCore(self.model, self.config.actor, context, temperature=config.rollout.temperature or 1.0)
         self.weight_sync = ActorSync(config, context)
 
     @classmethod

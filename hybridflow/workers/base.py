@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from hybridflow.config.schema import Config
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
+from hybridflow.planner.needs import resolved
 from hybridflow.workers.remote import Dispatcher, remote
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Worker:
     """Set on the controller's stand-in for the group, None on a rank."""
 
     def __init__(self, config: Config, context: RankContext):
-        self.config = config
+        self.config = resolved(config)  # built without a plan, `auto` is off
         self.context = context
 
     @classmethod

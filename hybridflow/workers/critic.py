@@ -28,8 +28,8 @@ class CriticWorker(Worker):
         from hybridflow.workers.training import TrainingCore
 
         super().__init__(config, context)
-        self.model = build_value_model(trained_model(config, context, config.critic.path))
-        self.core = TrainingCore(self.model, config.critic, context)
+        self.model = build_value_model(trained_model(self.config, context, config.critic.path))
+        self.core = TrainingCore(self.model, self.config.critic, context)
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:

@@ -38,6 +38,8 @@ def frozen_model(config: Config, context: RankContext, path: str | None) -> Mode
 
 
 def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.dtype, adapters: Adapters | None) -> ModelSpec:
+    is_checkpointed = config.model.gradient_checkpointing
+    assert is_checkpointed != "auto", "what is left to the plan is decided before models are built: planner.needs.resolved"
     source = ModelSource(
         path=path or config.model.path,
         attention=implementation(config.model.attention, context.device, compute_dtype(config, context.device)),
@@ -51,7 +53,7 @@ def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.d
         device=context.device,
         compute_dtype=compute_dtype(config, context.device),
         chunk_tokens=config.model.logits_chunk_tokens,
-        gradient_checkpointing=config.model.gradient_checkpointing is True,
+        gradient_checkpointing=is_checkpointed,
         compile=config.model.compile,
         adapters=adapters,
     )

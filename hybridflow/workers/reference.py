@@ -28,8 +28,8 @@ class ReferenceWorker(Worker):
         from hybridflow.workers.model_spec import frozen_model
 
         super().__init__(config, context)
-        self.model = build_policy(frozen_model(config, context, config.reference.path)).requires_grad_(False)
-        if config.reference.offload_parameters is True:
+        self.model = build_policy(frozen_model(self.config, context, config.reference.path)).requires_grad_(False)
+        if self.config.reference.offload_parameters:
             fsdp.move_model(self.model, torch.device("cpu"))
 
     @classmethod
@@ -46,7 +46,7 @@ class ReferenceWorker(Worker):
         from hybridflow.workers.training import evaluate
 
         settings = self.config.reference
-        if settings.offload_parameters is True:
+        if settings.offload_parameters:
             fsdp.move_model(self.model, self.context.device)
         microbatches = Microbatches(
             batch,
@@ -56,7 +56,7 @@ class ReferenceWorker(Worker):
         )
         columns = evaluate(self.model, microbatches, self._forward)
         fsdp.drop_gathered(self.model)
-        if settings.offload_parameters is True:
+        if settings.offload_parameters:
             fsdp.move_model(self.model, torch.device("cpu"))
         return Batch.from_columns(dict(columns))
 

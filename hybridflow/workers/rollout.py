@@ -84,7 +84,7 @@ class RolloutWorker(Worker):
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([FieldError("rollout.engine", problem)])
-        self.engine = EngineThread(engine_class(engine_spec(config, context)))
+        self.engine = EngineThread(engine_class(engine_spec(self.config, context)))
         self.rows = RowsUnderWay(self.engine)
         """Those of `submit`."""
         self.num_calls = 0
@@ -266,7 +266,7 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         options=dict(rollout.engine_options),
         tokenizer=config.model.tokenizer,
         trust_remote_code=config.model.trust_remote_code,
-        can_sleep=rollout.sleep is True,
+        can_sleep=bool(rollout.sleep),
     )
 
 

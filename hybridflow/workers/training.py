@@ -150,7 +150,7 @@ class TrainingCore:
         given: list[tuple[Microbatch, Outputs]] = []
         for index, microbatch in enumerate(microbatches):
             is_last = index == len(microbatches) - 1
-            fsdp.reduce_gradients(self.model, in_next_backward=is_last or self.config.shard_gradients is True)
+            fsdp.reduce_gradients(self.model, in_next_backward=bool(is_last or self.config.shard_gradients))
             outputs = forward(microbatch)
             if not microbatch.lengths_B.any():  # a dummy, or only empty responses: take part in the collectives, add nothing
                 torch.stack([output.sum() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
@@ -218,17 +218,17 @@ class TrainingCore:
 
     def onload(self, *, with_optimizer: bool) -> None:
         """Bring to the device what is offloaded."""
-        if self.config.offload_parameters is True:
+        if self.config.offload_parameters:
             fsdp.move_model(self.model, self.context.device)
-        if with_optimizer and self.config.offload_optimizer is True:
+        if with_optimizer and self.config.offload_optimizer:
             fsdp.move_optimizer(self.optimizer, self.context.device)
 
     def offload(self) -> None:
         """Give back gathered weights, and what the configuration keeps in CPU memory while the role is idle."""
         fsdp.drop_gathered(self.model)
-        if self.config.offload_parameters is True:
+        if self.config.offload_parameters:
             fsdp.move_model(self.model, CPU)
-        if self.config.offload_optimizer is True:
+        if self.config.offload_optimizer:
             fsdp.move_optimizer(self.optimizer, CPU)
 
     @contextmanager

@@ -50,7 +50,7 @@ WITHOUT_TORCH = (
     "hybridflow.metrics",
     "hybridflow.batch",
     "hybridflow.config.load",
-    "hybridflow.planner.measures",
+    "hybridflow.planner.options",
     "hybridflow.planner.needs",
     "hybridflow.algorithms.ppo",
     "hybridflow.algorithms.grpo",

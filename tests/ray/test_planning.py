@@ -70,14 +70,14 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 def test_what_fits_stays_and_the_log_says_so(config: Config, log: pytest.LogCaptureFixture) -> None:
     plan = planned(config, 139.8, 139.8)
-    assert not plan.measures and plan.engine_sleeps is False
+    assert not plan.options and plan.engine_sleeps is False
     assert plan.config_of("actor").actor.offload_optimizer is False
     assert "memory of pool 'main' fits" in log.text and "nothing is offloaded, slept or recomputed" in log.text
 
 
 def test_the_smallest_gpu_of_a_pool_decides(config: Config, log: pytest.LogCaptureFixture) -> None:
     plan = planned(config, 139.8, 40.0)
-    assert "actor.gradient_checkpointing" in plan.measures
+    assert "actor.gradient_checkpointing" in plan.options
     assert plan.config_of("actor").model.gradient_checkpointing is True
     assert "of 40.0 GiB at the peak" in log.text
 

@@ -29,6 +29,7 @@ from hybridflow.models.load import ModelSource, load_causal_lm, load_tokenizer
 from hybridflow.models.lora import Adapters
 from hybridflow.models.packing import pack
 from hybridflow.parallel.layout import Layout
+from hybridflow.planner.needs import resolved
 from hybridflow.workers.model_spec import frozen_model, trained_model
 from tests.toy import make_tiny_model
 from tests.training_rows import context_of, random_batch, training_config
@@ -235,7 +236,7 @@ def test_a_window_that_no_layer_has_refuses_nothing(tmp_path: Path, config: Pret
 
 
 def test_models_of_a_run_are_built_for_its_longest_rows(tiny_model: str) -> None:
-    config = training_config(tiny_model)
+    config = resolved(training_config(tiny_model))
     tokens = config.data.max_prompt_tokens + config.data.max_response_tokens
     for spec in (trained_model(config, context_of("actor"), None), frozen_model(config, context_of("reference"), None)):
         assert spec.source.max_row_tokens == tokens

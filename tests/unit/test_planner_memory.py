@@ -8,9 +8,9 @@ import pytest
 
 from hybridflow.config.schema import Config, ModelConfig, RolloutConfig, TrainingConfig
 from hybridflow.errors import PlacementError
-from hybridflow.planner.measures import candidates, choose, choose_all, refusal
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak, phases
-from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, settled
+from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, resolved
+from hybridflow.planner.options import candidates, choose, choose_all, refusal
 from hybridflow.planner.sizes import ModelSize
 
 SIZE = ModelSize(  # Qwen2.5-7B
@@ -82,16 +82,16 @@ def test_ranks_are_advised_that_suffice_only_where_gradients_are_shared() -> Non
     assert "16 of this size suffice" in refusal(needs)
 
 
-def test_ppo_of_7b_with_a_critic_fits_four_gpus_of_80_gib_with_measures() -> None:
+def test_ppo_of_7b_with_a_critic_fits_four_gpus_of_80_gib_with_options() -> None:
     plan = choose(ppo(79.2, ranks=4))
     assert plan is not None
-    assert {"rollout.sleep", "actor.offload_optimizer", "actor.gradient_checkpointing"} <= plan.measures
-    assert peak(plan.needs, plan.measures).total <= plan.needs.budget
+    assert {"rollout.sleep", "actor.offload_optimizer", "actor.gradient_checkpointing"} <= plan.options
+    assert peak(plan.needs, plan.options).total <= plan.needs.budget
 
 
 def test_where_everything_fits_nothing_is_done() -> None:
     plan = choose(ppo(1000.0))
-    assert plan is not None and plan.measures == frozenset()
+    assert plan is not None and plan.options == frozenset()
     assert plan.lines()[0].endswith("nothing is offloaded, slept or recomputed")
 
 
@@ -100,32 +100,32 @@ def test_more_memory_never_makes_the_plan_dearer() -> None:
     for gib in range(40, 800, 10):
         needs = ppo(gib, ranks=4)
         plan = choose(needs)
-        cost = {measure: 2**digit for digit, measure in enumerate(candidates(needs))}
-        costs.append(float("inf") if plan is None else sum(cost[measure] for measure in plan.measures))
+        cost = {option: 2**digit for digit, option in enumerate(candidates(needs))}
+        costs.append(float("inf") if plan is None else sum(cost[option] for option in plan.options))
     assert costs == sorted(costs, reverse=True)
     assert costs[0] == float("inf") and costs[-1] == 0 and len(set(costs)) > 5
 
 
 @pytest.mark.parametrize("gib", range(80, 320, 20))
-def test_no_measure_of_a_plan_could_be_left_out(gib: int) -> None:
+def test_no_option_of_a_plan_could_be_left_out(gib: int) -> None:
     needs = ppo(gib, ranks=4)
     plan = choose(needs)
     assert plan is not None
-    for measure in plan.measures:
-        assert peak(needs, plan.measures - {measure}).total > needs.budget
+    for option in plan.options:
+        assert peak(needs, plan.options - {option}).total > needs.budget
 
 
 def test_one_rank_has_nobody_to_share_gradients_with() -> None:
-    assert not any("gradients" in measure for measure in candidates(ppo(80.0)))
+    assert not any("gradients" in option for option in candidates(ppo(80.0)))
     assert candidates(ppo(80.0, ranks=4))[:2] == ["actor.shard_gradients", "critic.shard_gradients"]
 
 
-def test_no_measure_makes_any_phase_larger() -> None:
+def test_no_option_makes_any_phase_larger() -> None:
     needs = ppo(79.2, ranks=4)
     before = [phase.total for phase in phases(needs, set())]
-    for measure in candidates(needs):
-        after = [phase.total for phase in phases(needs, {measure})]
-        assert all(now <= then for now, then in zip(after, before, strict=True)) and after != before, measure
+    for option in candidates(needs):
+        after = [phase.total for phase in phases(needs, {option})]
+        assert all(now <= then for now, then in zip(after, before, strict=True)) and after != before, option
 
 
 def test_what_the_user_has_decided_stays() -> None:
@@ -138,8 +138,8 @@ def test_what_the_user_has_decided_stays() -> None:
     for gib in (150.0, 1000.0):
         plan = choose(ppo(gib, ranks=4, config=own))
         assert plan is not None
-        assert {"rollout.sleep", "actor.gradient_checkpointing", "critic.gradient_checkpointing"} <= plan.measures
-        assert "actor.offload_optimizer" not in plan.measures
+        assert {"rollout.sleep", "actor.gradient_checkpointing", "critic.gradient_checkpointing"} <= plan.options
+        assert "actor.offload_optimizer" not in plan.options
         assert "rollout.sleep (as configured)" in plan.lines()[0]
 
 
@@ -159,7 +159,7 @@ def test_every_pool_that_does_not_fit_is_listed() -> None:
     assert "Other processes hold 30.0 GiB" in str(refused.value)
 
 
-def test_an_engine_alone_has_no_measures() -> None:
+def test_an_engine_alone_has_no_options() -> None:
     plan = choose(ppo(79.2, roles=("rollout",)))
     assert plan is not None and not candidates(plan.needs) and peak(plan.needs, set()).name == "generation"
 
@@ -179,7 +179,7 @@ def test_an_engine_that_keeps_its_weights_frees_less() -> None:
     assert kept[1] - kept[0] == SIZE.parameters * 2  # bfloat16
 
 
-def test_a_measure_is_given_with_its_reason() -> None:
+def test_an_option_is_given_with_its_reason() -> None:
     plan = choose(ppo(150.0, ranks=4))
     assert plan is not None
     (line,) = [line for line in plan.lines() if "recomputes" in line and "of actor" in line]
@@ -187,9 +187,9 @@ def test_a_measure_is_given_with_its_reason() -> None:
     assert "without it 'actor learns' takes" in line
 
 
-def test_settled_switches_are_true_or_false_for_each_role() -> None:
-    measures = {"rollout.sleep", "critic.gradient_checkpointing", "critic.offload_optimizer"}
-    actor, critic = (settled(DEFAULTS, measures, role) for role in ("actor", "critic"))
+def test_resolved_switches_are_true_or_false_for_each_role() -> None:
+    options = {"rollout.sleep", "critic.gradient_checkpointing", "critic.offload_optimizer"}
+    actor, critic = (resolved(DEFAULTS, options, role) for role in ("actor", "critic"))
     assert (actor.model.gradient_checkpointing, critic.model.gradient_checkpointing) == (False, True)
     for config in (actor, critic):
         assert (config.rollout.sleep, config.reference.offload_parameters) == (True, False)
@@ -197,9 +197,9 @@ def test_settled_switches_are_true_or_false_for_each_role() -> None:
         assert (config.actor.offload_optimizer, config.actor.offload_parameters) == (False, False)
 
 
-def test_settling_leaves_what_was_decided() -> None:
+def test_resolving_leaves_what_was_decided() -> None:
     own = replace(DEFAULTS, actor=TrainingConfig(offload_parameters=True, offload_optimizer=False))
-    config = settled(own, {"actor.offload_optimizer"}, "actor")
+    config = resolved(own, {"actor.offload_optimizer"}, "actor")
     assert (config.actor.offload_parameters, config.actor.offload_optimizer) == (True, False)
 
 

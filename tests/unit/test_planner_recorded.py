@@ -13,9 +13,9 @@ from benchmarks.shapes import SHAPES
 from hybridflow import registry
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import Config
-from hybridflow.planner.measures import choose
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak
 from hybridflow.planner.needs import PoolFacts, pool_needs
+from hybridflow.planner.options import choose
 from hybridflow.workers.facts import model_sizes
 from tests.unit.config_cases import CUTTING_ENGINE, LOOKS_LIKE_PARQUET
 
@@ -92,7 +92,7 @@ def test_the_estimated_peak_is_near_the_recorded_one(name: str, tmp_path: Path) 
     as_run = replace(needs, models=models)
     plan = choose(needs)
     assert plan is not None
-    estimated = peak(as_run, plan.measures).total / GIB
+    estimated = peak(as_run, plan.options).total / GIB
     measured = max(step["memory/peak_allocated_gib"] for step in steps)
     assert measured <= estimated <= measured * (1 + RECORDED[name].excess), (
         f"estimated {estimated:.2f}, measured {measured:.2f} GiB"
@@ -100,13 +100,13 @@ def test_the_estimated_peak_is_near_the_recorded_one(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W3", "W1_two_pools"])
-def test_small_models_on_a_large_gpu_need_no_measures(name: str, tmp_path: Path) -> None:
+def test_small_models_on_a_large_gpu_need_no_options(name: str, tmp_path: Path) -> None:
     plan = choose(main_pool(name, config_of(name, tmp_path)))
-    assert plan is not None and plan.measures == frozenset()
+    assert plan is not None and plan.options == frozenset()
 
 
 @pytest.mark.parametrize(
-    ("name", "measures"),
+    ("name", "options"),
     [
         ("W4", set()),
         ("W4_shard_gradients", {"actor.shard_gradients"}),
@@ -114,10 +114,10 @@ def test_small_models_on_a_large_gpu_need_no_measures(name: str, tmp_path: Path)
     ],
 )
 def test_w4_is_feasible_as_it_was_run_and_the_plan_alone_would_do_the_same(
-    name: str, measures: set[str], tmp_path: Path
+    name: str, options: set[str], tmp_path: Path
 ) -> None:
     config = config_of(name, tmp_path)
-    for gradient_checkpointing in ("actor.gradient_checkpointing" in measures, "auto"):
+    for gradient_checkpointing in ("actor.gradient_checkpointing" in options, "auto"):
         model = replace(config.model, gradient_checkpointing=gradient_checkpointing)
         plan = choose(main_pool(name, replace(config, model=model)))
-        assert plan is not None and plan.measures == measures
+        assert plan is not None and plan.options == options

@@ -1,4 +1,4 @@
-"""Which measures a pool needs: the cheapest set with which everything fits, and the words that say so."""
+"""Which memory options a pool needs: the cheapest with which everything fits, and the words that say so."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COSTS = {
     PARAMETERS: "copied to the GPU and back in every pass and update",
 }
 RANKS_TRIED = sorted(factor << exponent for factor in (2, 3) for exponent in range(10))
-"""2, 3, 4, 6, 8, 12, ... up to 1536: each takes up to 0.04 s where ten measures are open."""
+"""2, 3, 4, 6, 8, 12, ... up to 1536: numbers that machines and nodes come in."""
 FREE_SHARE_EXPECTED = 0.95
 """Of a GPU that nobody else uses, once a process has started on it."""
 
@@ -36,15 +36,15 @@ class PoolPlan:
     """What was decided for a pool."""
 
     needs: PoolNeeds
-    measures: frozenset[str]
+    options: frozenset[str]
     """Those that are on, the user's own included."""
 
     def lines(self) -> list[str]:
-        """For the log: what the pool takes at its peak, and each measure with its reason."""
-        needs, highest = self.needs, peak(self.needs, self.measures)
-        chosen = [measure for measure in candidates(needs) if measure in self.measures]
+        """For the log: what the pool takes at its peak, and each option with its reason."""
+        needs, highest = self.needs, peak(self.needs, self.options)
+        chosen = [option for option in candidates(needs) if option in self.options]
         own = sorted(_switched_on(needs))
-        listed = ", ".join([*map(_shown, chosen), *(f"{_shown(measure)} (as configured)" for measure in own)])
+        listed = ", ".join([*map(_shown, chosen), *(f"{_shown(option)} (as configured)" for option in own)])
         sizes = f"{_gib(highest.total)} of {_gib(needs.gpu.total)} GiB at the peak ({highest.name})"
         lines = [f"memory of pool '{needs.pool}' fits: {sizes}; {listed or 'nothing is offloaded, slept or recomputed'}"]
         for model in needs.models:
@@ -52,43 +52,44 @@ class PoolPlan:
             lines.append(f"  {model.role}: {_gib(model.weights)} GiB of weights{optimizer}")
         if needs.engine is not None:
             lines.append(f"  {needs.engine.role}: {_gib(needs.engine.share)} GiB of weights and cache")
-        return lines + [f"  {self._reason(measure)}" for measure in chosen]
+        return lines + [f"  {self._reason(option)}" for option in chosen]
 
-    def _reason(self, measure: str) -> str:
-        without = peak(self.needs, self.measures - {measure})
+    def _reason(self, option: str) -> str:
+        without = peak(self.needs, self.options - {option})
         return (
-            f"{_shown(measure)}: {_cost(measure)}; without it '{without.name}' takes {_gib(without.total)} GiB, "
+            f"{_shown(option)}: {_cost(option)}; without it '{without.name}' takes {_gib(without.total)} GiB, "
             f"{_gib(self.needs.budget)} can be planned with"
         )
 
 
 def candidates(needs: PoolNeeds) -> list[str]:
-    """The measures that are left to the plan, cheapest first. Their costs are judged, not measured: docs/memory.md."""
+    """The options that are left to the plan, cheapest first. Their costs are judged, not measured: docs/memory.md."""
     trained = [model.role for model in needs.models if model.is_trained]
-    measures = [f"{role}.{GRADIENTS}" for role in trained if needs.num_ranks > 1]
-    measures += [f"{model.role}.{PARAMETERS}" for model in needs.models if not model.is_trained]
-    measures += [f"{role}.{OPTIMIZER}" for role in trained] + [f"{role}.{CHECKPOINTING}" for role in trained]
-    measures += [f"{needs.engine.role}.{SLEEP}"] if needs.engine is not None and trained else []
-    measures += [f"{role}.{PARAMETERS}" for role in trained]
-    return [measure for measure in measures if measure not in needs.fixed]
+    options = [f"{role}.{GRADIENTS}" for role in trained if needs.num_ranks > 1]
+    options += [f"{model.role}.{PARAMETERS}" for model in needs.models if not model.is_trained]
+    options += [f"{role}.{OPTIMIZER}" for role in trained] + [f"{role}.{CHECKPOINTING}" for role in trained]
+    options += [f"{needs.engine.role}.{SLEEP}"] if needs.engine is not None and trained else []
+    options += [f"{role}.{PARAMETERS}" for role in trained]
+    return [option for option in options if option not in needs.fixed]
 
 
 def choose(needs: PoolNeeds) -> PoolPlan | None:
-    """The cheapest measures with which every phase fits; None where none do.
+    """The cheapest options with which every phase fits; None where they do not even with all on.
 
-    A dearer measure is taken only where no set of cheaper ones suffices: the sets are tried in the order of binary numbers
-    whose digits, from the lowest, are the candidates from the cheapest.
+    All are on at first. From the dearest to the cheapest each is switched off again where everything fits without it. No option
+    makes a phase larger, so a dearer one stays on only where all cheaper ones together do not suffice.
     """
-    open_ones, own = candidates(needs), _switched_on(needs)
-    for number in range(2 ** len(open_ones)):
-        measures = own | {measure for digit, measure in enumerate(open_ones) if number >> digit & 1}
-        if peak(needs, measures).total <= needs.budget:
-            return PoolPlan(needs, measures)
-    return None
+    options = _switched_on(needs) | set(candidates(needs))
+    if peak(needs, options).total > needs.budget:
+        return None
+    for option in reversed(candidates(needs)):
+        if peak(needs, options - {option}).total <= needs.budget:
+            options -= {option}
+    return PoolPlan(needs, options)
 
 
 def refusal(needs: PoolNeeds) -> str:
-    """Why a pool cannot hold its roles: every phase that does not fit with all measures on, and what can be changed."""
+    """Why a pool cannot hold its roles: every phase that does not fit with all options on, and what can be changed."""
     everything = _switched_on(needs) | set(candidates(needs))
     size = f"{needs.num_ranks} rank(s) with {_gib(needs.gpu.total)} GiB, of which {_gib(needs.budget)} can be planned with"
     tried = ", ".join(map(_shown, sorted(everything))) or "nothing"
@@ -107,7 +108,7 @@ def _advice(needs: PoolNeeds) -> str:
     advice = ["lower tokens_per_microbatch or model.logits_chunk_tokens, set model.lora_rank"]
     if needs.engine is not None:
         advice.insert(0, "lower rollout.gpu_memory_utilization, place rollout on a pool of its own")
-    if off := [measure for measure, is_on in needs.fixed.items() if not is_on]:
+    if off := [option for option, is_on in needs.fixed.items() if not is_on]:
         advice.insert(0, f"leave to the plan (auto) what is switched off: {', '.join(map(_shown, off))}")
     if ranks := _ranks_that_suffice(needs):
         advice.insert(0, f"use more ranks: {ranks} of this size suffice (placement.pools.{needs.pool})")
@@ -115,7 +116,7 @@ def _advice(needs: PoolNeeds) -> str:
 
 
 def _ranks_that_suffice(needs: PoolNeeds) -> int | None:
-    """The fewest ranks for which there is a plan, of numbers that machines and nodes come in."""
+    """The fewest ranks for which there is a plan."""
     for num_ranks in RANKS_TRIED:
         if num_ranks > needs.num_ranks and num_ranks % needs.ranks_multiple == 0:
             models = tuple(replace(model, num_ranks=num_ranks) for model in needs.models)
@@ -137,17 +138,17 @@ def choose_all(pools: list[PoolNeeds]) -> list[PoolPlan]:
 
 
 def _switched_on(needs: PoolNeeds) -> frozenset[str]:
-    return frozenset(measure for measure, is_on in needs.fixed.items() if is_on)
+    return frozenset(option for option, is_on in needs.fixed.items() if is_on)
 
 
-def _shown(measure: str) -> str:
+def _shown(option: str) -> str:
     """As the configuration has it: one key recomputes activations, decided for each role."""
-    role, _, key = measure.partition(".")
-    return f"model.{key} of {role}" if key == CHECKPOINTING else measure
+    role, _, key = option.partition(".")
+    return f"model.{key} of {role}" if key == CHECKPOINTING else option
 
 
-def _cost(measure: str) -> str:
-    return COSTS.get(measure) or COSTS[measure.partition(".")[2]]
+def _cost(option: str) -> str:
+    return COSTS.get(option) or COSTS[option.partition(".")[2]]
 
 
 def _gib(size: int) -> str:
