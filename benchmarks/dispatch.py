@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import ray
-
 from hybridflow.algorithms.respond import respond_in_parts
+
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.schema import Config

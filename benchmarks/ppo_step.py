@@ -9,7 +9,10 @@ Each workload is an ordinary `hybridflow.train` run; the numbers come from its m
 - W2: the same with 512 prompts, mini-batch 256.
 - W3: GRPO, 64 prompts x 8 responses of 512 tokens, no critic, one GPU.
 - W4: GRPO, Qwen2.5-7B shape, 128 prompts x 8 responses of 1,024 tokens on 4 GPUs, rollout tensor parallel 2.
-- tiny: W1's shape in small, for a CPU.
+- W5: GRPO, Qwen2.5-0.5B shape, 64 prompts x 8 responses, the lengths of which are log-normal with mean 400 and at most 4,096
+  tokens: long ones hold up a step that waits for all. W5s1 lets generation run one step ahead on the same GPU, W5x2 is W5 on
+  two GPUs that do both, W5s1x2 has one GPU for each side.
+- tiny: W1's shape in small, for a CPU; tiny5 and tiny5s1 likewise W5.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +42,7 @@ from hybridflow.workers.utilisation import FlopsPerToken, flops_per_token
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 WARM_UP_STEPS = 2
-SUMMARISED = ("seconds/", "sync/", "memory/", "controller/")
+SUMMARISED = ("seconds/", "sync/", "memory/", "controller/", "stream/", "staleness/", "importance/", "agreement/")
 PEAK_FLOPS = 790e12
 """What a bf16 matrix product reaches on one H200, measured; utilisation is relative to this."""
 
@@ -54,6 +57,8 @@ class Workload:
     responses_per_prompt: int = 1
     gpus: int = 1
     overrides: Mapping[str, object] = field(default_factory=dict)
+    lengths_mean: float = 0.0
+    """Of responses, where each has a limit of its own, at most `response_tokens`."""
 
 
 COMMON = {
@@ -78,6 +83,13 @@ FOUR_H200 |= {
 }
 TINY = {"rollout.engine": "torch", "run.device": "cpu", "actor.tokens_per_microbatch": 4096}
 
+AHEAD = {"loop.max_staleness": 1}
+APART = {"placement.pools": "{main: 1x1, generation: 1x1, scoring: 1x1 cpu}", "placement.roles.rollout": "generation"}
+W5 = Workload(
+    shape="0.5b", prompts=64, response_tokens=4096, responses_per_prompt=8, overrides=GRPO | ONE_H200, lengths_mean=400.0
+)
+TINY5 = Workload(shape="tiny", prompts=8, response_tokens=256, responses_per_prompt=4, overrides=GRPO | TINY, lengths_mean=40.0)
+
 WORKLOADS = {
     "W1": Workload(
         shape="0.5b", prompts=64, response_tokens=512, overrides=PPO | ONE_H200 | {"algorithm.prompts_per_update": 32}
@@ -100,6 +112,12 @@ WORKLOADS = {
         gpus=4,
         overrides=GRPO | FOUR_H200,
     ),
+    "W5": W5,
+    "W5s1": replace(W5, overrides=W5.overrides | AHEAD),
+    "W5x2": replace(W5, gpus=2, overrides=W5.overrides | {"placement.pools.main": "1x2"}),
+    "W5s1x2": replace(W5, gpus=2, overrides=W5.overrides | AHEAD | APART | {"rollout.gpu_memory_utilization": 0.85}),
+    "tiny5": TINY5,
+    "tiny5s1": replace(TINY5, overrides=TINY5.overrides | AHEAD | APART),
     "tiny": Workload(shape="tiny", prompts=16, response_tokens=32, overrides=PPO | TINY | {"algorithm.prompts_per_update": 8}),
 }
 
@@ -113,7 +131,7 @@ def command(name: str, workload: Workload, folder: Path, steps: int, extra: list
         "run.total_steps": steps,
         "model.path": folder / workload.shape / "model",
         "model.tokenizer": folder / workload.shape / "tokenizer",
-        "data.train_files": f"[{folder / 'prompts.parquet'}]",
+        "data.train_files": f"[{prompts_file(folder, workload)}]",
         "data.prompts_per_step": workload.prompts,
         "data.max_response_tokens": workload.response_tokens,
         "checkpoint.resume": "never",
@@ -121,6 +139,11 @@ def command(name: str, workload: Workload, folder: Path, steps: int, extra: list
     config = str(HERE / "ppo_step.yaml")
     pairs = [f"{key}={value}" for key, value in settings.items()]
     return [sys.executable, "-m", "hybridflow.train", config, *pairs, *extra]
+
+
+def prompts_file(folder: Path, workload: Workload) -> Path:
+    """Of the prompts of a workload, with or without lengths of responses."""
+    return folder / ("prompts_with_lengths.parquet" if workload.lengths_mean else "prompts.parquet")
 
 
 def read_steps(folder: Path) -> list[dict[str, float]]:
@@ -152,6 +175,7 @@ def summary(shape: Shape, workload: Workload, steps: list[dict[str, float]]) -> 
     measured = steps[WARM_UP_STEPS:]
     names = sorted({name for step in measured for name in step if name.startswith(SUMMARISED)})
     medians = {name: statistics.median(step.get(name, 0.0) for step in measured) for name in [*names, "tokens_per_second"]}
+    medians["response/tokens_mean"] = statistics.median(step["response/tokens_mean"] for step in measured)
     updating = sum(medians.get(f"seconds/{role}.update", 0.0) for role in ("actor", "critic"))
     if updating:
         roles = flops_of_roles(shape)
@@ -176,7 +200,13 @@ def run(name: str, folder: Path, steps: int, extra: list[str]) -> dict[str, obje
     """Run one workload and return its raw numbers with what is needed to repeat them."""
     workload, shape = WORKLOADS[name], SHAPES[WORKLOADS[name].shape]
     make_model(folder / workload.shape, shape)
-    make_prompts(folder / "prompts.parquet", num_prompts=2048, vocabulary=shape.vocabulary)
+    make_prompts(
+        prompts_file(folder, workload),
+        num_prompts=2048,
+        vocabulary=shape.vocabulary,
+        lengths_mean=workload.lengths_mean,
+        longest=workload.response_tokens,
+    )
     line = command(name, workload, folder, steps, extra)
     started = time.time()
     subprocess.run(line, check=True)

@@ -8,6 +8,7 @@ nothing is thrown away, and long responses are neither starved nor favoured.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hybridflow.batch import Batch
+from hybridflow.controller import interrupts
 
+logger = logging.getLogger("hybridflow")
+
+SECONDS_OF_SILENCE = 30.0
+"""After which the log says what a step waits for."""
 Draw = Callable[[int, int], Batch]
 """`draw(step, count)`: the next prompts, one row each."""
 Collect = Callable[[Batch], Batch]
@@ -162,15 +168,24 @@ class Stream:
 
     def _next(self, step: int, *, num_left: int) -> tuple[int, Batch]:
         """Wait for the first complete group that this step may take, where it takes `num_left` more."""
+        started = said = time.monotonic()
         with self._done:
             while True:
                 if self._failure is not None:
                     raise self._failure
+                interrupts.raise_if_lost()
                 for number, future in self._complete.items():
                     if self._may_take(number, step, num_left):
                         del self._complete[number]
                         return number, future.result()
-                self._done.wait()
+                self._done.wait(1.0)
+                if time.monotonic() - said > SECONDS_OF_SILENCE:
+                    said = time.monotonic()
+                    num_running = len(self.outstanding) - len(self._complete)
+                    logger.info(
+                        "step %d still waits for %d of its prompts after %.0f s; %d prompts are under way, prompt group %d the oldest",
+                        *(step, num_left, said - started, num_running, min(self.outstanding)),
+                    )
 
     def _may_take(self, number: int, step: int, num_left: int) -> bool:
         """Whether all other groups can still be taken in time: for each later step, those that are due by then must fit into

@@ -26,6 +26,8 @@ from hybridflow.workers.rollout import RolloutWorker, nothing_said
 
 W = TypeVar("W", bound=Worker)
 
+CLOSING_TIMEOUT_S = 5.0
+"""For the call that a thread may be in when the run ends."""
 POLL_S = 0.1
 """The longest that ranks look out for finished rows in one call: other calls to them wait meanwhile."""
 STARTED = ("response", "rollout_log_probs", "policy_versions")
@@ -175,6 +177,7 @@ class Generation:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        self._thread.join(CLOSING_TIMEOUT_S)  # a call through Ray that outlives Ray would abort the process
 
     def _run(self) -> None:
         try:
@@ -280,6 +283,7 @@ class Scoring:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        self._thread.join(CLOSING_TIMEOUT_S)  # a call through Ray that outlives Ray would abort the process
 
     def _run(self) -> None:
         while True:
