@@ -57,8 +57,6 @@ class Workload:
     responses_per_prompt: int = 1
     gpus: int = 1
     overrides: Mapping[str, object] = field(default_factory=dict)
-    lengths_mean: float = 0.0
-    """Of responses, where each has a limit of its own, at most `response_tokens`."""
 
 
 COMMON = {
@@ -83,12 +81,11 @@ FOUR_H200 |= {
 }
 TINY = {"rollout.engine": "torch", "run.device": "cpu", "actor.tokens_per_microbatch": 4096}
 
+LENGTHS = {"algorithm": "benchmarks.log_normal:LogNormalGRPO"}
 AHEAD = {"loop.max_staleness": 1}
 APART = {"placement.pools": "{main: 1x1, generation: 1x1, scoring: 1x1 cpu}", "placement.roles.rollout": "generation"}
-W5 = Workload(
-    shape="0.5b", prompts=64, response_tokens=4096, responses_per_prompt=8, overrides=GRPO | ONE_H200, lengths_mean=400.0
-)
-TINY5 = Workload(shape="tiny", prompts=8, response_tokens=256, responses_per_prompt=4, overrides=GRPO | TINY, lengths_mean=40.0)
+W5 = Workload(shape="0.5b", prompts=64, response_tokens=4096, responses_per_prompt=8, overrides=GRPO | ONE_H200 | LENGTHS)
+TINY5 = Workload(shape="tiny", prompts=8, response_tokens=256, responses_per_prompt=4, overrides=GRPO | TINY | LENGTHS)
 
 WORKLOADS = {
     "W1": Workload(
@@ -131,7 +128,7 @@ def command(name: str, workload: Workload, folder: Path, steps: int, extra: list
         "run.total_steps": steps,
         "model.path": folder / workload.shape / "model",
         "model.tokenizer": folder / workload.shape / "tokenizer",
-        "data.train_files": f"[{prompts_file(folder, workload)}]",
+        "data.train_files": f"[{folder / 'prompts.parquet'}]",
         "data.prompts_per_step": workload.prompts,
         "data.max_response_tokens": workload.response_tokens,
         "checkpoint.resume": "never",
@@ -139,11 +136,6 @@ def command(name: str, workload: Workload, folder: Path, steps: int, extra: list
     config = str(HERE / "ppo_step.yaml")
     pairs = [f"{key}={value}" for key, value in settings.items()]
     return [sys.executable, "-m", "hybridflow.train", config, *pairs, *extra]
-
-
-def prompts_file(folder: Path, workload: Workload) -> Path:
-    """Of the prompts of a workload, with or without lengths of responses."""
-    return folder / ("prompts_with_lengths.parquet" if workload.lengths_mean else "prompts.parquet")
 
 
 def read_steps(folder: Path) -> list[dict[str, float]]:
@@ -200,13 +192,7 @@ def run(name: str, folder: Path, steps: int, extra: list[str]) -> dict[str, obje
     """Run one workload and return its raw numbers with what is needed to repeat them."""
     workload, shape = WORKLOADS[name], SHAPES[WORKLOADS[name].shape]
     make_model(folder / workload.shape, shape)
-    make_prompts(
-        prompts_file(folder, workload),
-        num_prompts=2048,
-        vocabulary=shape.vocabulary,
-        lengths_mean=workload.lengths_mean,
-        longest=workload.response_tokens,
-    )
+    make_prompts(folder / "prompts.parquet", num_prompts=2048, vocabulary=shape.vocabulary)
     line = command(name, workload, folder, steps, extra)
     started = time.time()
     subprocess.run(line, check=True)

@@ -72,12 +72,8 @@ def make_model(folder: Path, shape: Shape) -> None:
     fast.save_pretrained(folder / "tokenizer")
 
 
-def make_prompts(path: Path, *, num_prompts: int, vocabulary: int, lengths_mean: float = 0.0, longest: int = 0) -> None:
-    """Write prompts of 60 to 180 tokens, about the lengths of GSM8K with its instruction.
-
-    With `lengths_mean` the responses to each prompt have a limit of their own, from a log-normal distribution of that mean
-    (before the cut at `longest`) and a standard deviation of the logarithm of 1, as the lengths of reasoning are spread.
-    """
+def make_prompts(path: Path, *, num_prompts: int, vocabulary: int) -> None:
+    """Write prompts of 60 to 180 tokens, about the lengths of GSM8K with its instruction."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(60, 180, num_prompts)
     prompts = [" ".join(f"w{token}" for token in rng.integers(NUM_SPECIAL, vocabulary, length)) for length in lengths]
@@ -87,8 +83,5 @@ def make_prompts(path: Path, *, num_prompts: int, vocabulary: int, lengths_mean:
         "reward_model": [{"ground_truth": "0"}] * num_prompts,
         "extra_info": [{"index": index} for index in range(num_prompts)],
     }
-    if lengths_mean:
-        limits = np.exp(rng.normal(np.log(lengths_mean) - 0.5, 1.0, num_prompts))
-        columns["max_response_tokens"] = np.clip(limits, 1, longest).astype(np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)

@@ -183,7 +183,7 @@ class Stream:
                     said = time.monotonic()
                     num_running = len(self.outstanding) - len(self._complete)
                     logger.info(
-                        "step %d still waits for %d of its prompts after %.0f s; %d prompts are under way, prompt group %d the oldest",
+                        "step %d waits for %d more prompts, after %.0f s; %d are under way, group %d the oldest",
                         *(step, num_left, said - started, num_running, min(self.outstanding)),
                     )
 
