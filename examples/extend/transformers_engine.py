@@ -63,6 +63,11 @@ class TransformersEngine(Engine):
             )
         ]
 
+    def interrupt(self) -> list[Response]:
+        responses = [Response.without_tokens(request) for request in self.waiting]
+        self.waiting.clear()
+        return responses
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         own = self.model.state_dict(keep_vars=True)
         with torch.no_grad():

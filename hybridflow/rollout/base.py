@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from hybridflow.parallel.layout import Layout
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +60,27 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """A finished response."""
+    """A response, or the part of one that was there when its engine was interrupted."""
 
     id: int
     tokens: npt.NDArray[np.int32]
-    """Shape [R], the ending token included."""
+    """Shape [R], the ending token included. At least one, unless interrupted."""
     log_probs: npt.NDArray[np.float32] | None
     """Shape [R], in nats; None where not asked for."""
     finish_reason: FinishReason
     num_cached_tokens: int = 0
     """Of the prompt: those whose keys and values were there already, computed for an earlier request. Zero also where an engine
     does not say."""
+
+    @classmethod
+    def without_tokens(cls, request: Request) -> Response:
+        """What is there of a request that was interrupted before its first token."""
+        return cls(
+            id=request.id,
+            tokens=np.empty(0, np.int32),
+            log_probs=np.empty(0, np.float32) if request.sampling.log_probs else None,
+            finish_reason="interrupted",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +177,19 @@ class Engine(ABC):
     @abstractmethod
     def num_unfinished(self) -> int:
         """Requests added and not yet returned."""
+
+    def interrupt(self) -> list[Response]:
+        """Stop all unfinished requests between two steps, also those that wait, and return what is there of each.
+
+        The engine is idle afterwards: weights can change, and a response can go on as a new request whose prompt is the old one
+        and the tokens so far. It then needs a seed of its own, and a stop string that began before is not seen. The
+        `finish_reason` is "interrupted", but for requests that finished meanwhile. An engine that cannot stop in the middle, as
+        here, answers its requests in full.
+        """
+        finished: list[Response] = []
+        while self.num_unfinished:
+            finished += self.step()
+        return finished
 
     def generate(self, requests: Sequence[Request]) -> list[Response]:
         """The responses, in the order of the requests. The engine must be idle.

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybridflow.rollout.base import Request, Response
+from hybridflow.rollout.base import FinishReason, Request, Response
 from hybridflow.rollout.sampling import SamplingColumns, uniform
 from hybridflow.rollout.stopping import Decode, StopStrings
 
@@ -122,7 +122,9 @@ class RunningRows:
         is_done = row["is_stopped"] | (row["num_generated"] >= row["max_tokens"])
         if not is_done.any():
             return [], None
-        responses = [self._response(int(slot)) for slot in np.flatnonzero(is_done)]
+        responses = [
+            self._response(int(slot), "stop" if row["is_stopped"][slot] else "length") for slot in np.flatnonzero(is_done)
+        ]
         self.count -= len(responses)
         targets = np.flatnonzero(is_done[: self.count])
         sources = self.count + np.flatnonzero(~is_done[self.count :])
@@ -133,12 +135,18 @@ class RunningRows:
             column[targets] = column[sources]
         return responses, moves
 
-    def _response(self, slot: int) -> Response:
+    def take_all(self) -> list[Response]:
+        """The responses as far as they are; no slot is in use afterwards."""
+        responses = [self._response(slot, "interrupted") for slot in range(self.count)]
+        self.count = 0
+        return responses
+
+    def _response(self, slot: int, finish_reason: FinishReason) -> Response:
         request, row = self.requests[slot], self.table[slot]
         generated = slice(0, int(row["num_generated"]))
         return Response(
             id=request.id,
             tokens=self.tokens[slot, generated].copy(),
             log_probs=self.log_probs[slot, generated].copy() if request.sampling.log_probs else None,
-            finish_reason="stop" if row["is_stopped"] else "length",
+            finish_reason=finish_reason,
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from typing import Literal, TypedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import sglang
@@ -29,6 +29,7 @@ BYTES_PER_UPDATE = 512 << 20
 RESERVED_TOKENS = 2
 """Of the context, which SGLang keeps free behind prompt and response."""
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+WAIT_BETWEEN_ABORTS_S = 0.2
 
 
 class Finish(TypedDict):
@@ -41,8 +42,8 @@ class Meta(TypedDict):
     """What SGLang tells about a response."""
 
     finish_reason: Finish
-    output_token_logprobs: list[tuple[float, int, str | None]]
-    """(log-probability, token, its text) for each token."""
+    output_token_logprobs: NotRequired[list[tuple[float, int, str | None]]]
+    """(log-probability, token, its text) for each token; left out where a request was aborted before its first."""
 
 
 class Output(TypedDict):
@@ -101,7 +102,16 @@ class SglangEngine(Engine):
         if not self.running:
             return []
         finished, _ = self.engine.loop.run_until_complete(asyncio.wait(self.running, return_when=asyncio.FIRST_COMPLETED))
-        return [_response(self.running.pop(task), task.result()) for task in finished]
+        return [_response(self.running.pop(task), task.result(), FINISH_REASONS) for task in finished]
+
+    def interrupt(self) -> list[Response]:
+        responses: list[Response] = []
+        while self.running:  # again, for those that were not yet on their way to SGLang's scheduler
+            self.engine.tokenizer_manager.abort_request(abort_all=True)
+            finished, _ = self.engine.loop.run_until_complete(asyncio.wait(self.running, timeout=WAIT_BETWEEN_ABORTS_S))
+            reasons = FINISH_REASONS | {"abort": "interrupted"}
+            responses += [_response(self.running.pop(task), task.result(), reasons) for task in finished]
+        return responses
 
     @property
     def num_unfinished(self) -> int:
@@ -170,16 +180,16 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
     return arguments | spec.options
 
 
-def _response(request: Request, output: Output) -> Response:
+def _response(request: Request, output: Output, reasons: Mapping[str, FinishReason]) -> Response:
     meta = output["meta_info"]
     reason = meta["finish_reason"]["type"]
-    if reason not in FINISH_REASONS:
+    if reason not in reasons:
         raise EngineError(f"SGLang ended request {request.id} with {meta['finish_reason']!r} and without a response")
-    found = meta["output_token_logprobs"]
+    found = meta.get("output_token_logprobs", [])
     log_probs = np.array([log_prob for log_prob, *_ in found], np.float32)
     return Response(
         id=request.id,
         tokens=np.array([token for _, token, *_ in found], np.int32),
         log_probs=log_probs if request.sampling.log_probs else None,
-        finish_reason=FINISH_REASONS[reason],
+        finish_reason=reasons[reason],
     )

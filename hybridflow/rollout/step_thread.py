@@ -6,6 +6,7 @@ Whole batches and the turns of an episode take one path: `submit`, which returns
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -37,6 +38,10 @@ class EngineThread:
         self._unanswered: dict[int, tuple[int, Future[Response]]] = {}
         self._failure: BaseException | None = None
         self._num_pauses = 0
+        self._num_interrupts_asked = 0
+        self._num_interrupts = 0
+        """Those carried out."""
+        self._busy_seconds = 0.0
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="hybridflow-engine", daemon=True)
         self._thread.start()
@@ -61,6 +66,31 @@ class EngineThread:
             EngineError: of the first request that has no response.
         """
         return [future.result() for future in self.submit(requests)]
+
+    def interrupt(self) -> None:
+        """Stop all requests that were submitted and are unfinished, and wait until the engine is idle.
+
+        The future of each gets what there is of its response, possibly no token, with the finish reason "interrupted". What is
+        submitted later runs as always.
+
+        Raises:
+            EngineError: the engine failed, before or now, or was closed.
+        """
+        with self._changed:
+            self._raise_failure()
+            self._submitted.extend(self._held_back)  # they will be answered, not run
+            self._held_back.clear()
+            self._num_interrupts_asked += 1
+            number = self._num_interrupts_asked
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._num_interrupts >= number or self._failure is not None or self._is_closed)
+            if self._num_interrupts < number:
+                self._raise_failure()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that the engine has spent in steps since the start."""
+        return self._busy_seconds
 
     @contextmanager
     def paused(self) -> Iterator[Engine]:
@@ -103,19 +133,30 @@ class EngineThread:
         torch.get_num_threads()
         try:
             while self._wait_for_work():
-                if self._unanswered:  # none where all that was submitted was refused
-                    self._answer(self._engine.step())
+                if self._num_interrupts_asked > self._num_interrupts:
+                    self._interrupt()
+                elif self._unanswered:  # none where all that was submitted was refused
+                    start = time.monotonic()
+                    responses = self._engine.step()
+                    self._busy_seconds += time.monotonic() - start
+                    self._answer(responses)
         except BaseException as error:  # it reaches whoever waits for a response, and whoever submits later
             self._end(error)
         else:
             self._end(None)
 
     def _wait_for_work(self) -> bool:
-        """Wait until there is a step to make, and hand over what was submitted; False when closed."""
+        """Wait until there is something to do, and hand over what was submitted unless it is interrupted; False when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._unanswered or self._submitted)
+            self._changed.wait_for(
+                lambda: (
+                    self._is_closed or self._unanswered or self._submitted or self._num_interrupts_asked > self._num_interrupts
+                )
+            )
             if self._is_closed:
                 return False
+            if self._num_interrupts_asked > self._num_interrupts:
+                return True
             # Of ranks that share an engine, one may see two submissions where another sees the first alone: they take one.
             while self._submitted and (self._admits_while_running or not self._unanswered):
                 for request, future in self._submitted[0]:
@@ -123,6 +164,19 @@ class EngineThread:
                 self._submitted.popleft()
                 self._changed.notify_all()
             return True
+
+    def _interrupt(self) -> None:
+        """Answer all that is unfinished with what there is."""
+        # Without the lock: others may submit meanwhile. An idle engine belongs to whoever paused it.
+        responses = self._engine.interrupt() if self._unanswered else []
+        with self._changed:
+            self._answer(responses)
+            for requests in self._submitted:
+                for request, future in requests:
+                    future.set_result(Response.without_tokens(request))
+            self._submitted.clear()
+            self._num_interrupts = self._num_interrupts_asked
+            self._changed.notify_all()
 
     def _admit(self, request: Request, future: Future[Response]) -> None:
         """Give the engine one request; one that it refuses fails alone."""

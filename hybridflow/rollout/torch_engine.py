@@ -107,6 +107,11 @@ class TorchEngine(Engine):
                 responses += self._take_finished()
         return responses
 
+    def interrupt(self) -> list[Response]:
+        responses = self.rows.take_all() + [Response.without_tokens(request) for request in self.waiting]
+        self.waiting.clear()
+        return responses
+
     def _admit(self) -> None:
         """Start as many requests as there are free slots, with one pass over each distinct prompt."""
         requests = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.rows.num_free))]

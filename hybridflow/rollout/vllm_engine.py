@@ -11,7 +11,7 @@ import os
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason as VllmFinishReason
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.sample.ops import topk_topp_sampler
@@ -60,6 +61,9 @@ SPEAK_OF_INTERNALS = (
 )
 """Loggers of vLLM whose warnings tell our users nothing that they could act on."""
 FINISH_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+MOST_STEPS_IN_FLIGHT = 4
+"""Steps of vLLM that are scheduled and not yet looked at: two with asynchronous scheduling, and one that tells the model runner
+what was aborted. A step of an idle engine does nothing."""
 
 
 class VllmEngine(Engine):
@@ -146,11 +150,20 @@ class VllmEngine(Engine):
         )
 
     def step(self) -> list[Response]:
-        return [self._response(output) for output in self.engine.step() if output.finished]
+        return [self._response(output, FINISH_REASONS) for output in self.engine.step() if output.finished]
 
-    def _response(self, output: RequestOutput) -> Response:
+    def interrupt(self) -> list[Response]:
+        """Tokens that are computed and not yet handed over are lost: those of a step in flight and of repeated decode steps."""
+        reasons = FINISH_REASONS | {"abort": "interrupted"}
+        responses = [self._response(output, reasons) for output in _partial_outputs(self.engine)]
+        self.engine.abort_request([str(response.id) for response in responses])
+        for _ in range(MOST_STEPS_IN_FLIGHT):
+            self.engine.step()
+        return responses
+
+    def _response(self, output: RequestOutput, reasons: Mapping[str | None, FinishReason]) -> Response:
         completion = output.outputs[0]
-        if completion.finish_reason not in FINISH_REASONS:
+        if completion.finish_reason not in reasons:
             raise EngineError(
                 f"vLLM ended request {output.request_id} with {completion.finish_reason!r} and without a response"
             )
@@ -159,7 +172,7 @@ class VllmEngine(Engine):
             id=int(output.request_id),
             tokens=tokens,
             log_probs=None if completion.logprobs is None else self._log_probs(completion.logprobs, tokens),
-            finish_reason=FINISH_REASONS[completion.finish_reason],
+            finish_reason=reasons[completion.finish_reason],
             num_cached_tokens=output.num_cached_tokens or 0,
         )
 
@@ -317,6 +330,13 @@ def _groups_of(layout: Layout) -> Iterator[None]:
     dist.barrier()
     for memory in SHARED_MEMORY.glob(f"{meeting_name}-*"):  # all have opened it; vLLM leaves it behind at the end
         memory.unlink(missing_ok=True)
+
+
+def _partial_outputs(engine: LLMEngine) -> list[RequestOutput]:
+    """What vLLM would answer to each unfinished request if it were aborted now; it gives that to streams alone."""
+    states = engine.output_processor.request_states.values()
+    aborted: list[RequestOutput] = [state.make_request_output([], None, VllmFinishReason.ABORT, None) for state in states]
+    return aborted
 
 
 def _keep_process_groups(engine: LLMEngine) -> None:
