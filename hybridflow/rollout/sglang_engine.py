@@ -185,7 +185,7 @@ def _response(request: Request, output: Output, reasons: Mapping[str, FinishReas
     reason = meta["finish_reason"]["type"]
     if reason not in reasons:
         raise EngineError(f"SGLang ended request {request.id} with {meta['finish_reason']!r} and without a response")
-    found = meta["output_token_logprobs"] if "output_token_logprobs" in meta else []
+    found = meta.get("output_token_logprobs", [])
     log_probs = np.array([log_prob for log_prob, *_ in found], np.float32)
     return Response(
         id=request.id,

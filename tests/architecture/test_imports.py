@@ -28,7 +28,7 @@ LEVELS = (
 
 HOMES = {
     "ray": ("controller/",),
-    "vllm": ("rollout/vllm_arguments.py", "rollout/vllm_engine.py", "rollout/vllm_scheduler.py"),
+    "vllm": tuple(f"rollout/vllm_{part}.py" for part in ("arguments", "engine", "patches", "scheduler")),
     "sglang": ("rollout/sglang_engine.py",),
     "flash_attn": ("models/attention.py",),
     "omegaconf": ("config/load.py",),
