@@ -18,9 +18,11 @@ from hybridflow.errors import WorkerDiedError, WorkerError
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.actor import ActorWorker
+from hybridflow.workers.base import Worker
 from hybridflow.workers.data import DataSummary
 from hybridflow.workers.remote import remote
 from hybridflow.workers.rollout import RolloutWorker
+from tests.training_rows import context_of
 from tests.unit.local_groups import LocalDispatcher
 
 SEPARATE = PlacementConfig(pools={"main": "1x1", "gen": "1x1"}, roles={"rollout": "gen"})
@@ -34,6 +36,7 @@ class FakeActor(ActorWorker):
     """Has weights; `failing` names the methods that raise."""
 
     def __init__(self, failing: dict[str, WorkerError]):
+        Worker.__init__(self, Config(), context_of("actor"))
         self.failing = failing
 
     def act(self, method: str) -> None:
@@ -63,6 +66,7 @@ class FakeRollout(RolloutWorker):
     """Waits for an actor that fails, as an engine does in a collective; raises what `failing` names."""
 
     def __init__(self, actor: FakeActor, failing: dict[str, WorkerError]):
+        Worker.__init__(self, Config(), context_of("rollout"))
         self.actor, self.failing, self.may_end = actor, failing, threading.Event()
         self.version = 0
 
