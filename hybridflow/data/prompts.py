@@ -179,14 +179,16 @@ def _assemble(chunks: Sequence[Sequence[Chunk]], stored: Sequence[str], max_toke
         longest_tokens=max((chunk.longest_tokens for chunk in flat), default=0),
     )
     no_rows = np.empty(0, np.int64)
+    columns = {name: StoredColumn([chunk.stored[name] for chunk in flat]) for name in (PROMPT_TEXT, *stored)}
+    limits = columns.get(MAX_RESPONSE_TOKENS.name)  # not of files with responses
     return Prompts(
-        limits=_limits(StoredColumn([chunk.stored[MAX_RESPONSE_TOKENS.name] for chunk in flat]), sum(map(len, flat))),
+        limits=None if limits is None else _limits(limits, sum(map(len, flat))),
         tokens=Ragged.from_lengths(
             np.concatenate([chunk.tokens.values for chunk in flat] or [no_rows.astype(np.int32)]),
             np.concatenate([chunk.tokens.lengths for chunk in flat] or [no_rows]),
         ),
         row_numbers=np.concatenate([start + chunk.rows for start, chunk in zip(starts, flat, strict=False)] or [no_rows]),
-        stored={name: StoredColumn([chunk.stored[name] for chunk in flat]) for name in (PROMPT_TEXT, *stored)},
+        stored=columns,
         rows_per_file=tuple(sum(map(len, of_file)) for of_file in chunks),
         summary=summary,
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 from hybridflow import registry
 from hybridflow.controller.protocols import Arguments, Protocol
+from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.base import Worker
 from hybridflow.workers.remote import Future, RemoteMethod
@@ -45,13 +47,24 @@ class LocalDispatcher:
         self.threads = [ThreadPoolExecutor(max_workers=1) for _ in workers]
         self.called: list[str] = []
         """Methods in the order of their calls."""
+        self.reported = Metrics()
+        """What workers have reported, of the ranks whose answers count."""
+        self.lock = Lock()
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.layout.data
+
+    @property
+    def is_streaming(self) -> bool:
+        return False
 
     def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Future[object]:
         self.called.append(method)
         built = registry.load(protocol, registry.PROTOCOLS, key=method)(self.layout)
         given = built.distribute(Arguments(args, kwargs))
         answers = {
-            rank: self.threads[rank].submit(self._run, self.workers[rank], method, arguments.args, arguments.kwargs)
+            rank: self.threads[rank].submit(self._run, rank, method, arguments, is_read=rank in built.answering)
             for rank, arguments in enumerate(given)
             if arguments is not None
         }
@@ -59,8 +72,14 @@ class LocalDispatcher:
             answer.add_done_callback(lambda _: self.after(method))
         return LocalFuture(answers, built)
 
-    def _run(self, worker: Worker, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def _run(self, rank: int, method: str, arguments: Arguments, *, is_read: bool) -> object:
+        worker = self.workers[rank]
         marked = next(vars(base)[method] for base in type(worker).__mro__ if method in vars(base))
         assert isinstance(marked, RemoteMethod)
         self.before(method)
-        return marked.function(worker, *args, **kwargs)
+        worker.context.take_reported()
+        result = marked.function(worker, *arguments.args, **arguments.kwargs)
+        reported = worker.context.take_reported()
+        with self.lock:
+            self.reported += reported if is_read else Metrics()
+        return result

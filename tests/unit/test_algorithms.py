@@ -40,6 +40,7 @@ class FixedResponses(RolloutWorker):
     """Answers with `RESPONSES`, whatever the prompts."""
 
     __init__ = Worker.__init__
+    answers_row_by_row = False
 
     @remote("split_by_data_rank")
     def generate(self, batch: Batch, *, sampling: object = None) -> Batch:
@@ -162,9 +163,9 @@ def test_the_only_update_gives_the_weights_that_recomputed_old_log_probs_give(
     model_path: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
     known = run(model_path, ppo.PPO, **options)
-    monkeypatch.setattr(ppo.Config, "is_on_policy", lambda self, run: False)
+    monkeypatch.setattr(ppo.Config, "makes_one_update", lambda self, run: False)
     recomputed = run(model_path, ppo.PPO, **options)
-    assert "log_probs" not in known.batch and "log_probs" in recomputed.batch
+    assert "log_probs" not in known.calls("actor") and "log_probs" in recomputed.calls("actor")
     expected = whole_weights(recomputed.actor.named_tensors())
     before = whole_weights(ActorWorker(known.actor.config, context_of("actor")).named_tensors())
     for name, weight in whole_weights(known.actor.named_tensors()).items():

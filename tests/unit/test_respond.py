@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hybridflow.algorithms.respond import NUM_PARTS, respond
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
 from hybridflow.errors import RewardError
@@ -19,8 +17,9 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.remote import remote
+from hybridflow.workers.respond import NUM_PARTS, respond
 from hybridflow.workers.reward import RewardWorker
-from hybridflow.workers.rollout import Finishing, RolloutWorker
+from hybridflow.workers.rollout import RolloutWorker
 from tests.unit.local_groups import LocalDispatcher
 
 LENGTH_AS_REWARD = """
@@ -163,8 +162,8 @@ def test_rows_and_scores_are_those_of_one_after_the_other(start: Start, layout: 
     given = rows(lengths)
     expected = given.join(rollout.generate(given))
     expected = expected.join(reward.score(expected))
-    answered, scores = respond(given, rollout, reward)
-    found = answered.join(scores.result())
+    given = given.with_columns(call=np.zeros(len(given), np.int64))
+    found = respond(given, rollout, reward).without(["call"])
     assert set(found.names) == set(expected.names)
     for name in expected.light:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
@@ -173,14 +172,14 @@ def test_rows_and_scores_are_those_of_one_after_the_other(start: Start, layout: 
     for name in ("prompt", "response", "rollout_log_probs"):
         assert [row.tolist() for row in found.tokens(name)] == [row.tolist() for row in expected.tokens(name)]
     assert found.objects("response_text") == expected.objects("response_text")
-    assert 1 <= called(rollout, "generate_part") <= NUM_PARTS, "the groups went one after the other both times"
+    assert 1 <= called(rollout, "take_finished") <= NUM_PARTS, "the groups went one after the other both times"
 
 
 def test_the_first_scores_are_there_before_the_last_response(start: Start) -> None:
     rollout, reward = start(engine=HeldEngine)
     hold_last_response_until_something_is_scored(reward)
-    answered, scores = respond(rows(SHUFFLED), rollout, reward)
-    assert scores.result()["reward"].tolist() == answered["response_tokens"].tolist() == SHUFFLED
+    answered = respond(rows(SHUFFLED), rollout, reward)
+    assert answered["reward"].tolist() == answered["response_tokens"].tolist() == SHUFFLED
 
 
 def test_slow_scoring_gets_more_rows_at_once_instead_of_a_queue(start: Start) -> None:
@@ -194,42 +193,30 @@ def test_slow_scoring_gets_more_rows_at_once_instead_of_a_queue(start: Start) ->
             assert generated.wait(20)
 
     dispatcher(reward).before = score_until_all_is_generated
-    _, scores = respond(rows(SHUFFLED), rollout, reward)
-    generated.set()
-    assert scores.result()["reward"].tolist() == SHUFFLED
+    rollout_calls = dispatcher(rollout)
+    rollout_calls.after = lambda method: generated.set() if rollout_calls.workers[0].rows.num_left == 0 else None
+    scored = respond(rows(SHUFFLED), rollout, reward)
+    assert scored["reward"].tolist() == SHUFFLED
     # The first part, and all that finished meanwhile.
     assert called(reward, "score") == 2
 
 
-def test_what_has_finished_is_handed_out_beyond_the_part_that_was_waited_for() -> None:
-    futures: list[Future[Response]] = [Future() for _ in range(4)]
-    finishing = Finishing(futures, np.array([10, 11, 12, 13], np.int32), has_log_probs=False)
-    for row in (3, 0, 2):
-        futures[row].set_result(Response(id=row, tokens=np.full(row, 5), log_probs=None, finish_reason="stop"))
-    positions, responses = finishing.take(1)
-    assert positions.tolist() == [10, 12, 13]
-    assert [response.id for response in responses] == [0, 2, 3]
-    assert finishing.num_left == 1
-    assert finishing.take(0)[1] == [], "nothing to wait for"
-
-
 def test_a_batch_function_sees_the_rows_of_a_step_at_once_and_in_their_order(start: Start) -> None:
     rollout, reward = start(ROWS_AS_REWARD)
-    _, scores = respond(rows(SHUFFLED), rollout, reward)
-    np.testing.assert_allclose(scores.result()["reward"], 41 + np.arange(41) / 100, rtol=1e-6)
+    scored = respond(rows(SHUFFLED), rollout, reward)
+    np.testing.assert_allclose(scored["reward"], 41 + np.arange(41) / 100, rtol=1e-6)
 
 
 def test_a_reward_role_of_ones_own_sees_the_rows_of_a_step_at_once(start: Start) -> None:
     rollout, reward = start(scorer=OwnReward)
-    _, scores = respond(rows(SHUFFLED), rollout, reward)
-    assert scores.result()["reward"].tolist() == [41.0] * 41
+    assert respond(rows(SHUFFLED), rollout, reward)["reward"].tolist() == [41.0] * 41
 
 
 def test_on_a_shared_pool_scores_follow_the_last_response_in_one_call(start: Start) -> None:
     rollout, reward = start(scores_on="main")
-    answered, scores = respond(rows(SHUFFLED), rollout, reward)
-    assert scores.result()["reward"].tolist() == answered["response_tokens"].tolist() == SHUFFLED
-    assert called(rollout, "generate_part") == 0
+    answered = respond(rows(SHUFFLED), rollout, reward)
+    assert answered["reward"].tolist() == answered["response_tokens"].tolist() == SHUFFLED
+    assert called(rollout, "take_finished") == 0
     assert called(reward, "score") == 1
 
 

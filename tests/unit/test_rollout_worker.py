@@ -14,8 +14,9 @@ from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig, ValidationConfig
 from hybridflow.errors import ConfigError, EngineError
 from hybridflow.parallel.layout import Layout
+from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.workers.base import RankContext
-from hybridflow.workers.rollout import RolloutWorker, engine_spec, training_sampling, validation_sampling
+from hybridflow.workers.rollout import RolloutWorker, _seeds, engine_spec, training_sampling, validation_sampling
 from tests.toy import make_tiny_model
 
 CONTEXT = RankContext(role="rollout", rank=0, layout=Layout(), device=torch.device("cpu"))
@@ -40,7 +41,7 @@ def prompts(count: int = 5, *, longest: int = 20) -> Batch:
     random = np.random.default_rng(0)
     rows = [random.integers(4, 64, random.integers(1, longest + 1)) for _ in range(count)]
     batch = Batch.from_columns({"prompt": Ragged.from_rows(rows, np.int32)})
-    return batch.with_columns(seed=np.arange(count, dtype=np.int64) + 10, group=np.arange(count))
+    return batch.with_columns(seed=np.arange(count, dtype=np.int64) + 10, group=np.arange(count), call=np.zeros(count, np.int64))
 
 
 def rows_of(batch: Batch, name: str = "response") -> list[list[float]]:
@@ -49,7 +50,8 @@ def rows_of(batch: Batch, name: str = "response") -> list[list[float]]:
 
 def test_generate_returns_the_new_columns_only(worker: RolloutWorker) -> None:
     responses = worker.generate(prompts())
-    assert set(responses.names) == {"response", "response_text", "response_tokens", "truncated", "rollout_log_probs"}
+    told = {"response", "response_text", "response_tokens", "truncated", "temperature", "policy_versions"}
+    assert set(responses.names) == {*told, "rollout_log_probs"}
     assert len(responses) == 5
 
 
@@ -96,6 +98,49 @@ def test_another_seed_column_gives_other_responses(worker: RolloutWorker) -> Non
     batch = prompts()
     other = batch.with_columns(seed=batch["seed"] + 1000)
     assert rows_of(worker.generate(batch)) != rows_of(worker.generate(other))
+
+
+def test_a_second_call_in_a_step_samples_anew_and_a_second_run_repeats_it(worker: RolloutWorker) -> None:
+    batch, expected_first = prompts().without(["call"]), rows_of(worker.generate(prompts()))
+    worker.begin_step(1, 2)
+    first, second = (rows_of(worker.generate(batch)) for _ in range(2))
+    worker.begin_step(2, 2)
+    assert [rows_of(worker.generate(batch)) for _ in range(2)] == [first, second]
+    assert first == expected_first, "the first call has number 0"
+    assert all(one != other for one, other in zip(first, second, strict=True))
+
+
+def test_a_column_says_which_call_it_is_and_is_not_counted(worker: RolloutWorker) -> None:
+    batch = prompts().without(["call"])
+    worker.begin_step(1, 1)
+    _, second = (rows_of(worker.generate(batch)) for _ in range(2))
+    worker.begin_step(1, 1)
+    assert rows_of(worker.generate(batch.with_columns(call=np.ones(len(batch), np.int64)))) == second
+    assert rows_of(worker.generate(batch)) == rows_of(worker.generate(prompts())), "the other one was not counted"
+
+
+def test_seeds_of_the_first_call_are_those_of_prompt_and_sample() -> None:
+    batch = prompts(3).repeat(2)
+    assert _seeds(batch).tolist() == mixed_seed(batch["seed"], batch["sample"]).tolist()
+    later = batch.with_columns(call=np.arange(1, 7))
+    assert len({*_seeds(batch).tolist(), *_seeds(later).tolist()}) == 12
+
+
+def test_a_row_may_have_a_limit_of_its_own_below_the_common_one(worker: RolloutWorker) -> None:
+    endless = replace(training_sampling(worker.config), ignore_eos=True)
+    whole = rows_of(worker.generate(prompts(4), sampling=endless))
+    limits = np.array([1, 7, 20, np.iinfo(np.int64).max])
+    limited = worker.generate(prompts(4).with_columns(max_response_tokens=limits), sampling=endless)
+    assert limited["response_tokens"].tolist() == [1, 7, 20, 20]
+    assert rows_of(limited) == [row[:limit] for row, limit in zip(whole, limits.tolist(), strict=True)]
+    assert limited["truncated"].all()
+
+
+def test_rows_say_with_which_temperature_and_which_policy_they_were_sampled(worker: RolloutWorker) -> None:
+    responses = worker.generate(prompts(), sampling=replace(training_sampling(worker.config), temperature=0.7))
+    assert responses["temperature"].tolist() == [0.7] * 5
+    expected = [[worker.rows.version, count] for count in responses["response_tokens"].tolist()]
+    assert rows_of(responses, "policy_versions") == expected
 
 
 def test_no_rows_give_no_rows(worker: RolloutWorker) -> None:

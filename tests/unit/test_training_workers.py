@@ -129,11 +129,11 @@ def test_one_update_is_plain_adamw_on_the_clipped_gradient(model_path: str) -> N
 
 def test_log_probs_come_back_in_the_order_of_the_rows(model_path: str) -> None:
     batch = random_batch(LENGTHS)
-    whole = actor_of(training_config(model_path, tokens_per_microbatch=100_000)).log_probs(batch)
-    split = actor_of(training_config(model_path, tokens_per_microbatch=50)).log_probs(batch)
+    in_one, in_parts = (actor_of(training_config(model_path, tokens_per_microbatch=budget)) for budget in (100_000, 50))
+    whole, split = in_one.log_probs(batch), in_parts.log_probs(batch)
     assert split.tokens("log_probs").lengths.tolist() == batch["response_tokens"].tolist()
     np.testing.assert_allclose(split.tokens("log_probs").values, whole.tokens("log_probs").values, atol=1e-5)
-    np.testing.assert_allclose(split["entropy"], whole["entropy"], atol=1e-5)
+    assert dict(in_parts.context.take_reported()) == pytest.approx(dict(in_one.context.take_reported()), rel=1e-5)
 
 
 def test_entropy_is_that_of_the_distribution_at_temperature(model_path: str) -> None:
@@ -142,7 +142,9 @@ def test_entropy_is_that_of_the_distribution_at_temperature(model_path: str) -> 
     ids = torch.from_numpy(np.concatenate([batch.tokens("prompt")[0], batch.tokens("response")[0]]).astype(np.int64))
     log_probs_TV = torch.log_softmax(model(ids[None]).logits[0, 3:6] / 0.9, -1)
     expected = -(log_probs_TV.exp() * log_probs_TV).sum(-1).mean().item()
-    assert actor_of(training_config(model_path)).log_probs(batch)["entropy"][0] == pytest.approx(expected, rel=1e-5)
+    actor = actor_of(training_config(model_path))
+    actor.log_probs(batch)
+    assert actor.context.take_reported()["actor/entropy"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_reference_agrees_with_the_untrained_actor(model_path: str) -> None:
@@ -157,7 +159,7 @@ def test_the_reference_agrees_with_the_untrained_actor(model_path: str) -> None:
 def test_rows_without_a_response_and_batches_without_rows_do_not_crash(model_path: str) -> None:
     actor = actor_of(training_config(model_path))
     assert actor.log_probs(random_batch([(3, 0), (2, 4)])).tokens("log_probs").lengths.tolist() == [0, 4]
-    assert actor.log_probs(random_batch([(3, 0)]))["entropy"].tolist() == [0.0]
+    assert actor.log_probs(random_batch([(3, 0)])).tokens("log_probs").lengths.tolist() == [0]
     assert len(actor.log_probs(random_batch([]))) == 0
     assert actor.update(random_batch([(3, 0)]), loss=LOSS)["actor/grad_norm"] == 0.0
 

@@ -18,9 +18,11 @@ from hybridflow.errors import WorkerDiedError, WorkerError
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.actor import ActorWorker
+from hybridflow.workers.base import Worker
 from hybridflow.workers.data import DataSummary
 from hybridflow.workers.remote import remote
 from hybridflow.workers.rollout import RolloutWorker
+from tests.training_rows import context_of
 from tests.unit.local_groups import LocalDispatcher
 
 SEPARATE = PlacementConfig(pools={"main": "1x1", "gen": "1x1"}, roles={"rollout": "gen"})
@@ -34,6 +36,7 @@ class FakeActor(ActorWorker):
     """Has weights; `failing` names the methods that raise."""
 
     def __init__(self, failing: dict[str, WorkerError]):
+        Worker.__init__(self, Config(), context_of("actor"))
         self.failing = failing
 
     def act(self, method: str) -> None:
@@ -63,7 +66,9 @@ class FakeRollout(RolloutWorker):
     """Waits for an actor that fails, as an engine does in a collective; raises what `failing` names."""
 
     def __init__(self, actor: FakeActor, failing: dict[str, WorkerError]):
+        Worker.__init__(self, Config(), context_of("rollout"))
         self.actor, self.failing, self.may_end = actor, failing, threading.Event()
+        self.version = 0
 
     def act(self, method: str, partner: str) -> None:
         if method in self.failing:
@@ -76,8 +81,9 @@ class FakeRollout(RolloutWorker):
         self.act("open_transfer", "open_transfer")
 
     @remote("one_to_all")
-    def receive_weights(self) -> Metrics:
+    def receive_weights(self, version: int = 0) -> Metrics:
         self.act("receive_weights", "send_weights")
+        self.version = version
         return Metrics({"sync/seconds": 2.0})
 
     @remote("one_to_all")
@@ -119,26 +125,27 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
 
 
 def test_metrics_of_both_sides_are_those_of_the_sync(sides: Sides) -> None:
-    assert dict(sides.sync.sync()) == {"sync/seconds": 2.0, "sync/send_seconds": 1.0}
-    assert dict(sides.sync.sync()) == {}, "nothing has changed since"
+    assert dict(sides.sync.sync(version=1)) == {"sync/seconds": 2.0, "sync/send_seconds": 1.0}
+    assert dict(sides.sync.sync(version=2)) == {}, "nothing has changed since"
+    assert sides.rollout.version == 1, "engines are told which policy they have"
 
 
 @pytest.mark.parametrize("method", ["open_transfer", "send_weights"])
 def test_an_actor_that_fails_is_told_while_the_engines_still_wait_for_it(sides: Sides, method: str) -> None:
     sides.actor.failing[method] = failure("actor", method)
     with pytest.raises(WorkerError, match=f"actor.{method} failed on rank 0"):
-        sides.sync.sync()
+        sides.sync.sync(version=1)
 
 
 def test_an_actor_that_died_is_told_rather_than_the_connection_that_it_closed(sides: Sides) -> None:
     sides.actor.failing["send_weights"] = failure("actor", "send_weights", WorkerDiedError)
     sides.rollout.failing["receive_weights"] = failure("rollout", "receive_weights")
     with pytest.raises(WorkerDiedError, match=r"actor\.send_weights"):
-        sides.sync.sync()
+        sides.sync.sync(version=1)
 
 
 def test_engines_that_could_not_fall_asleep_are_told_at_the_next_sync(sides: Sides) -> None:
     sides.rollout.failing["sleep"] = failure("rollout", "sleep")
     sides.sync.sleep()
     with pytest.raises(WorkerError, match=r"rollout\.sleep failed"):
-        sides.sync.sync()
+        sides.sync.sync(version=1)
