@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from hybridflow.checkpoint.sharded import METADATA, load_sharded, read_metadata
 from hybridflow.checkpoint.store import CheckpointStore, find
+from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import CheckpointError
 from hybridflow.models.heads import VALUE_HEAD_FILE
-from hybridflow.models.load import load_config, load_tokenizer
+from hybridflow.models.load import load_config, skeleton
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 MODEL_KEY = "model."
@@ -84,19 +85,18 @@ def _write_model(weights_folder: Path, target: Path, origin: Source, dtype: Dtyp
     config = load_config(origin.path, trust_remote_code=origin.trust_remote_code)
     exported = _dtype(config, dtype)
     weights = SavedWeights(weights_folder, lora_scale=origin.lora_scale)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=origin.trust_remote_code)  # type: ignore[no-untyped-call]
-    _check_adapters(weights, skeleton)
+    model = skeleton(config, trust_remote_code=origin.trust_remote_code)
+    _check_adapters(weights, model)
     head = [name for name in weights.shapes if name.startswith(VALUE_HEAD)]
-    names = _checked_names(weights, skeleton, has_value_head=bool(head))
+    names = _checked_names(weights, model, has_value_head=bool(head))
     if head:
         values = {name.removeprefix(VALUE_HEAD): value.to(torch.float32) for name, value in weights.read(head).items()}
         save_file(values, target / VALUE_HEAD_FILE, metadata={"format": "pt"})
-        config.architectures = [type(skeleton.base_model).__name__]
+        config.architectures = [type(model.base_model).__name__]
     _write_weights(weights, target, exported, names)
     config.dtype = exported
     config.save_pretrained(target)
-    load_tokenizer(origin.tokenizer, trust_remote_code=origin.trust_remote_code).save_pretrained(target)
+    tokenizer_at(origin.tokenizer, trust_remote_code=origin.trust_remote_code).save_pretrained(target)
     _copy_extras(origin, target, has_value_head=bool(head))
 
 
@@ -150,10 +150,10 @@ class SavedWeights:
         return weight + self.lora_scale * (high @ low)
 
 
-def _check_adapters(weights: SavedWeights, skeleton: PreTrainedModel) -> None:
+def _check_adapters(weights: SavedWeights, model: PreTrainedModel) -> None:
     """Refuse adapters that would be left out or merged wrongly: a Conv1D's weight, for one, is the transpose of a Linear's."""
-    kinds = {name: type(layer) for name, layer in skeleton.named_modules()}
-    adapted, tied = weights.adapted, skeleton.all_tied_weights_keys
+    kinds = {name: type(layer) for name, layer in model.named_modules()}
+    adapted, tied = weights.adapted, model.all_tied_weights_keys
     wrong = sorted(
         layer
         for layer, is_whole in adapted.items()
@@ -169,18 +169,18 @@ def _check_adapters(weights: SavedWeights, skeleton: PreTrainedModel) -> None:
         )
 
 
-def _checked_names(weights: SavedWeights, skeleton: PreTrainedModel, *, has_value_head: bool) -> list[str]:
+def _checked_names(weights: SavedWeights, model: PreTrainedModel, *, has_value_head: bool) -> list[str]:
     """The weights to be written: exactly what the model is made of, tied weights once."""
-    expected = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if has_value_head:
-        inside = f"{skeleton.base_model_prefix}."
+        inside = f"{model.base_model_prefix}."
         expected = {name: shape for name, shape in expected.items() if name.startswith(inside)}
-    once = set(skeleton.all_tied_weights_keys) - expected.keys()
+    once = set(model.all_tied_weights_keys) - expected.keys()
     found = {name: shape for name, shape in weights.shapes.items() if not name.startswith(VALUE_HEAD) and name not in once}
     if different := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         first = different[0]
         raise CheckpointError(
-            f"{weights.folder} does not fit {type(skeleton).__name__}: {len(different)} weights differ, the first is {first}: "
+            f"{weights.folder} does not fit {type(model).__name__}: {len(different)} weights differ, the first is {first}: "
             f"the checkpoint has {_shape(found.get(first))}, the model {_shape(expected.get(first))}. "
             "Give the model that training started from by --source"
         )

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer
 
 from hybridflow import registry
 from hybridflow.batch import Array, Batch, Ragged
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config
+from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import ConfigError, Mistake
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
@@ -71,7 +71,7 @@ class RolloutWorker(Worker):
 
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)
-        self.tokenizer = AutoTokenizer.from_pretrained(
+        self.tokenizer = tokenizer_at(
             config.model.tokenizer or config.model.path, trust_remote_code=config.model.trust_remote_code
         )
         start, name = time.perf_counter(), config.rollout.engine
