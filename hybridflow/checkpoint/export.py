@@ -21,6 +21,7 @@ from hybridflow.checkpoint.sharded import METADATA, load_sharded, read_metadata
 from hybridflow.checkpoint.store import CheckpointStore, find
 from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import CheckpointError
+from hybridflow.models import lora
 from hybridflow.models.heads import VALUE_HEAD_FILE
 from hybridflow.models.load import load_config, skeleton
 
@@ -28,7 +29,6 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 MODEL_KEY = "model."
 """What the keys of weights begin with in a role's sharded state; the rest is the name in a Hugging Face checkpoint."""
 VALUE_HEAD = "value_head."
-ADAPTED, ADAPTER, LOW, HIGH = ".base_layer.", ".lora_", ".lora_A.default.", ".lora_B.default."
 FILE_BYTES = 4 << 30
 """Most bytes of weights in one file, and at once in memory (in the exported dtype)."""
 
@@ -114,17 +114,18 @@ class SavedWeights:
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Name -> shape of each weight, adapters counted as part of the weight that they change."""
-        return {name.replace(ADAPTED, "."): entry.size for name, entry in self._saved.items() if ADAPTER not in name}
+        return {lora.plain_name(name): entry.size for name, entry in self._saved.items() if lora.FACTOR not in name}
 
     @property
     def adapted(self) -> dict[str, bool]:
         """Layer with an adapter -> whether that is saved as the two factors of a saved weight, and nothing else."""
         factors: dict[str, set[str]] = {}
         for name in self._saved:
-            if ADAPTER in name:
-                factors.setdefault(name.partition(ADAPTER)[0], set()).add(name)
+            if lora.FACTOR in name:
+                factors.setdefault(name.partition(lora.FACTOR)[0], set()).add(name)
+        weights = {layer: f"{layer}{lora.BASE}weight" for layer in factors}
         return {
-            layer: found == {f"{layer}{LOW}weight", f"{layer}{HIGH}weight"} and f"{layer}{ADAPTED}weight" in self._saved
+            layer: found == set(lora.factor_names(weights[layer])) and weights[layer] in self._saved
             for layer, found in factors.items()
         }
 
@@ -133,21 +134,15 @@ class SavedWeights:
         needed = [saved for name in names for saved in self._parts(name)]
         state = {saved: torch.empty(self._saved[saved].size, dtype=self._saved[saved].properties.dtype) for saved in needed}
         load_sharded(str(self.folder), {MODEL_KEY.rstrip("."): state}, None)
-        return {name: self._merged([state[saved] for saved in self._parts(name)]) for name in names}
+        return lora.merge(state, self.lora_scale)
 
     def _parts(self, name: str) -> list[str]:
         """What `name` is made of: itself, or the weight before adaptation with both factors of its adapter."""
         if name in self._saved:
             return [name]
         layer, _, leaf = name.rpartition(".")
-        parts = [f"{layer}{ADAPTED}{leaf}", f"{layer}{LOW}{leaf}", f"{layer}{HIGH}{leaf}"]
-        return [part for part in parts if part in self._saved]
-
-    def _merged(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        weight, low, high = (part.to(torch.float32) for part in parts)
-        return weight + self.lora_scale * (high @ low)
+        adapted = f"{layer}{lora.BASE}{leaf}"
+        return [part for part in (adapted, *lora.factor_names(adapted)) if part in self._saved]
 
 
 def _check_adapters(weights: SavedWeights, model: PreTrainedModel) -> None:
