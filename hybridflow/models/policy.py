@@ -35,7 +35,7 @@ class PolicyModel(nn.Module):
         self, packed: Packed, *, temperature: float = 1.0, with_entropy: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities and, where asked for, entropies at each response token of all rows: [R], float32, in nats."""
-        hidden_RH = predicting_states(self.causal_lm.base_model, packed, self.sequence_group)
+        hidden_RH = shifted_hidden_states(self.causal_lm.base_model, packed, self.sequence_group)
         head = output_layer(self.causal_lm)
         log_probs_of = LinearLogProbs(
             temperature=temperature, chunk_tokens=self.chunk_tokens, with_entropy=with_entropy, kernels=self.kernels
@@ -49,7 +49,7 @@ class PolicyModel(nn.Module):
         return log_probs_R, entropy_R
 
 
-def predicting_states(backbone: nn.Module, packed: Packed, sequence_group: SequenceGroup | None) -> torch.Tensor:
+def shifted_hidden_states(backbone: nn.Module, packed: Packed, sequence_group: SequenceGroup | None) -> torch.Tensor:
     """The backbone's output before each response token of this rank's share: shape [R, H]."""
     output = backbone(
         input_ids=packed.input_ids_1T,
