@@ -147,7 +147,7 @@ def _torch_varlen(
     repeats = query_THD.shape[1] // key_THD.shape[1]
     if repeats > 1:
         key_THD, value_THD = key_THD.repeat_interleave(repeats, dim=1), value_THD.repeat_interleave(repeats, dim=1)
-    starts, longest = spans.starts_B1, spans.max_tokens
+    starts, longest = spans.cu_seqlens_B1, spans.max_tokens
     attended = varlen_attn(query_THD, key_THD, value_THD, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
     assert isinstance(attended, torch.Tensor), "varlen_attn gives more than the output only where asked to"
     return attended
@@ -158,7 +158,7 @@ def _flash_varlen(
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    starts, longest = spans.starts_B1, spans.max_tokens
+    starts, longest = spans.cu_seqlens_B1, spans.max_tokens
     attended: torch.Tensor = flash_attn_varlen_func(
         query_THD, key_THD, value_THD, starts, starts, longest, longest, softmax_scale=scale, causal=True
     )

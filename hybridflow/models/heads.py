@@ -64,4 +64,4 @@ class ValueModel(nn.Module):
     def forward(self, packed: Packed) -> torch.Tensor:
         """Values at each response token of all rows: shape [R], float32, in units of the reward."""
         values_R: torch.Tensor = self.value_head(shifted_hidden_states(self.backbone, packed, self.sequence_group))
-        return values_R if self.sequence_group is None else self.sequence_group.gather(values_R, packed.share_sizes)
+        return values_R if self.sequence_group is None else self.sequence_group.gather(values_R, packed.rank_sizes)

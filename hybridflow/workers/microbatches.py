@@ -68,8 +68,8 @@ class Microbatches:
                 prompt,
                 response,
                 self.context.device,
-                share=layout.sequence_rank(self.context.rank),
-                num_shares=layout.sequence,
+                sequence_rank=layout.sequence_rank(self.context.rank),
+                sequence_size=layout.sequence,
             )
             yield Microbatch(rows, packed, response.lengths)
 
