@@ -68,7 +68,12 @@ def compiled_kernels() -> ChunkKernels:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLogProbs:
-    """`linear_log_probs` with its rarer options."""
+    """`linear_log_probs` with its rarer options.
+
+    >>> of_two_tokens = LinearLogProbs(chunk_tokens=1, with_entropy=True)
+    >>> of_two_tokens(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))  # a vocabulary of 4: -log 4 and log 4
+    (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
+    """
 
     temperature: float = 1.0
     """Divides the logits, as in sampling."""

@@ -40,7 +40,15 @@ class PoolPlan:
     """Those that are on, the user's own included."""
 
     def lines(self) -> list[str]:
-        """For the log: what the pool takes at its peak, and each option with its reason."""
+        """For the log: what the pool takes at its peak, and each option with its reason.
+
+        Example, PPO of a model of 7B on four GPUs, in part:
+
+            memory of pool 'main' fits: 103.7 of 120.0 GiB at the peak (actor computes); actor.offload_optimizer, ...
+              actor: 7.1 GiB of weights and 14.2 GiB of optimizer
+              rollout: 60.0 GiB of weights and cache
+              actor.offload_optimizer: copied to the GPU and back in every update; without it 'actor computes' takes ...
+        """
         needs, highest = self.needs, peak(self.needs, self.options)
         chosen = [option for option in candidates(needs) if option in self.options]
         own = sorted(_switched_on(needs))

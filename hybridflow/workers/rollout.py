@@ -95,7 +95,7 @@ class RolloutWorker(Worker):
         per_node = parse_pool(config.placement.pools[pool_of("rollout", config)]).ranks_per_node
         # The paper's groups (section 5.3): what a rank trains then lies inside what it generates with, on one node.
         interval = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1
-        return Layout(data=num_ranks // tensor, tensor=tensor, tensor_interval=interval)
+        return Layout(data=num_ranks // tensor, tensor=tensor, tensor_stride=interval)
 
     @remote("split_by_data_rank")
     def generate(self, batch: Batch, *, sampling: Sampling | None = None) -> Batch:
