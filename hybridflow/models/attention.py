@@ -169,10 +169,6 @@ def _torch_kernel(query: torch.Tensor) -> Kernel:
     return _torch_varlen if query.is_cuda and query.dtype in HALF_DTYPES else _padded_buckets
 
 
-def _flash_kernel(query: torch.Tensor) -> Kernel:
-    return _flash_varlen
-
-
 # No mask function is registered beside them: transformers then builds no mask and asks the device nothing.
 AttentionInterface.register(NAME, _attention_of(_torch_kernel))
-AttentionInterface.register(FLASH_NAME, _attention_of(_flash_kernel))
+AttentionInterface.register(FLASH_NAME, _attention_of(lambda query: _flash_varlen))

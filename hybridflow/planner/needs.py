@@ -162,8 +162,8 @@ def _sync_needs(config: Config, pool: PoolInfo) -> SyncNeeds | None:
     largest = -(-size.vocabulary // tensor) * size.hidden * _engine_bytes(config)
     return SyncNeeds(
         bucket=max(config.rollout.sync_bucket_mib * 2**20, largest),
-        part=size.parameters * _engine_bytes(config) // tensor,
-        num_parts=tensor,
+        received=size.parameters * _engine_bytes(config) // tensor,
+        engine_ranks=tensor,
         receives="rollout" in sides,
         num_senders=None if "actor" in sides else parse_pool(config.placement.pools[pool_of("actor", config)]).num_ranks,
     )

@@ -167,7 +167,7 @@ def test_an_engine_alone_has_no_options() -> None:
 def test_a_role_of_the_users_own_gets_a_reserve() -> None:
     with_own, without = (ppo(100.0, roles=roles) for roles in (("rollout", "judge", "reward", "data"), ("rollout",)))
     assert peak(with_own, set()).total - peak(without, set()).total == 5 * GIB  # 5 % of 100
-    assert "judge: reserved, since its needs are not known" in peak(with_own, set()).parts
+    assert "judge: reserved, since its needs are not known" in peak(with_own, set()).usage
 
 
 def test_an_engine_that_keeps_its_weights_frees_less() -> None:
@@ -175,7 +175,7 @@ def test_an_engine_that_keeps_its_weights_frees_less() -> None:
     kept = []
     for config in (DEFAULTS, other):
         (learns,) = [phase for phase in phases(ppo(500.0, config=config), {"rollout.sleep"}) if phase.name == "actor learns"]
-        kept.append(learns.parts["rollout: asleep"])
+        kept.append(learns.usage["rollout: asleep"])
     assert kept[1] - kept[0] == SIZE.parameters * 2  # bfloat16
 
 
@@ -221,4 +221,4 @@ def test_merging_adapters_is_a_peak_of_its_own() -> None:
     )
     needs = pool_needs(DEFAULTS, pool, {"actor", "rollout"})
     (sync,) = [phase for phase in phases(needs, set()) if phase.name == "weight sync"]
-    assert sync.parts["actor: merged weights"] == 4 * SIZE.parameters
+    assert sync.usage["actor: merged weights"] == 4 * SIZE.parameters
