@@ -36,7 +36,6 @@ class Padding:
     buckets: tuple[Bucket, ...]
     source_P: torch.Tensor
     """For each padded token the packed one that it shows; padding shows its row's first token."""
-    is_padding_P: torch.Tensor
     place_T: torch.Tensor
     """For each packed token its place among the padded ones."""
 
@@ -76,7 +75,7 @@ class RowSpans:
         source_P, is_padding_P = np.concatenate(sources), np.concatenate(paddings)
         place_T = np.empty(int(self.lengths_B.sum()), np.int64)
         place_T[source_P[~is_padding_P]] = np.flatnonzero(~is_padding_P)
-        return Padding(tuple(buckets), to_device(source_P, device), to_device(is_padding_P, device), to_device(place_T, device))
+        return Padding(tuple(buckets), to_device(source_P, device), to_device(place_T, device))
 
 
 def _similar_lengths(lengths_B: Indices) -> Iterator[tuple[Indices, int]]:

@@ -66,7 +66,6 @@ def test_padding_there_and_back_is_the_identity(lengths: list[int]) -> None:
     padding = spans.padding
     assert torch.equal(tokens[padding.source_P][padding.place_T], tokens)
     assert len(padding.source_P) == sum(bucket.num_rows * bucket.longest for bucket in padding.buckets)
-    assert int((~padding.is_padding_P).sum()) == sum(lengths)
 
 
 def test_wildly_different_lengths_need_little_padding() -> None:
