@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # vLLM 0.24 reads it when it is imported
 from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import EngineError
 from hybridflow.rollout import vllm_patches as patches
 from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
@@ -45,7 +45,7 @@ class VllmEngine(Engine):
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
         arguments = engine_arguments(spec)
-        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
+        tokenizer = tokenizer_at(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
         self.end_ids = end_of_sequence_ids(spec.model, tokenizer, trust_remote_code=spec.trust_remote_code)
         self.unfinished: dict[int, Request] = {}
         self.logprobs_mode = str(arguments["logprobs_mode"])
