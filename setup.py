@@ -30,6 +30,7 @@ setup(
         "numpy>=1.26",
         "omegaconf>=2.3",
         "pyarrow>=17",
+        "pydantic>=2.8,<3",
         "ray[default]>=2.50",
         "rich>=13.7",
         "safetensors>=0.5",

@@ -166,13 +166,12 @@ class Algorithm(ABC):
 def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[FieldError]:
     """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts; None is all of them."""
     prompts_per_step = run.data.prompts_per_step
-    if prompts_per_update is None or prompts_per_step < 1:
-        return []  # too small a step is a mistake of its own, which the rules of the configuration tell
+    if prompts_per_update is None or prompts_per_step % prompts_per_update == 0:
+        return []
     if prompts_per_update > prompts_per_step:
         problem = f"found {prompts_per_update}, more than the {prompts_per_step} prompts of data.prompts_per_step"
-        return [FieldError("algorithm.prompts_per_update", f"{problem}. Lower the one or raise the other")]
-    if prompts_per_step % prompts_per_update:
+        advice = "Lower the one or raise the other"
+    else:
         problem = f"found {prompts_per_update}, which does not divide data.prompts_per_step={prompts_per_step}"
-        divisors = [n for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0]
-        return [FieldError("algorithm.prompts_per_update", f"{problem}. Use one of {', '.join(map(str, divisors))}")]
-    return []
+        advice = f"Use one of {', '.join(str(n) for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0)}"
+    return [FieldError("algorithm.prompts_per_update", f"{problem}. {advice}", related=("data.prompts_per_step",))]

@@ -19,7 +19,6 @@ from hybridflow import registry
 from hybridflow.config import verl_keys
 from hybridflow.config.build import default_of, wanted
 from hybridflow.config.load import load_algorithm, to_yaml
-from hybridflow.config.rules import RANGES
 from hybridflow.config.schema import AlgorithmConfig, Config
 
 INTRODUCTION = """\
@@ -114,8 +113,7 @@ def _class_text(kind: type, section: str, *, default: object = None, skipped: st
             continue
         value = default_of(field) if default is None else vars(default)[field.name]
         key = f"{section}.{field.name}"
-        allowed = f", {RANGES[key]}" if key in RANGES else ""
-        yield f"| `{key}` | {_shown(value)} | {wanted(hints[field.name])}{allowed} | {docs.get(field.name, '')} |"
+        yield f"| `{key}` | {_shown(value)} | {wanted(hints[field.name])} | {docs.get(field.name, '')} |"
     yield ""
 
 

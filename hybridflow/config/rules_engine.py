@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridflow.config.findings import Missing
 from hybridflow.config.rules_placement import uses_gpus
 from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError
@@ -95,11 +94,14 @@ def options_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldE
     for name in options:
         key = f"rollout.engine_options.{name}"
         if name in arguments.keys:
-            yield FieldError(key, f"{engine}'s {name} comes from {arguments.keys[name]}: set that, and leave this out")
+            problem = f"{engine}'s {name} comes from {arguments.keys[name]}: set that, and leave this out"
         elif names == set():
-            yield FieldError(key, f"the {engine} engine has no options. Leave it out, or set rollout.engine=vllm")
+            problem = f"the {engine} engine has no options. Leave it out, or set rollout.engine=vllm"
         elif names is not None and name not in names:
-            yield FieldError(key, f"{engine}'s engine has no such argument{nearest(name, names)}")
+            problem = f"{engine}'s engine has no such argument{nearest(name, names)}"
+        else:
+            continue
+        yield FieldError(key, problem, related=("rollout.engine",))
 
 
 def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -109,11 +111,14 @@ def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[
         return
     if engine in WHOLE and rollout.tensor_parallel > 1:
         problem = f"found {rollout.tensor_parallel}, but the {engine} engine does not cut weights"
-        yield FieldError("rollout.tensor_parallel", f"{problem}. Use 1, or rollout.engine=vllm")
+        advice = "Use 1, or rollout.engine=vllm"
+        yield FieldError("rollout.tensor_parallel", f"{problem}. {advice}", related=("rollout.engine",))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if engine in CACHED_IN_CPU_MEMORY and not uses_gpus(config) and rollout.cpu_cache_gib > memory_gib:
         problem = f"found {rollout.cpu_cache_gib:g} GiB for each rank, but this machine has {memory_gib:.1f}"
-        yield Missing("rollout.cpu_cache_gib", f"{problem}. Weights, optimizer and activations need their share too")
+        advice = "Weights, optimizer and activations need their share too"
+        about = ("rollout.engine", "run.device")
+        yield FieldError("rollout.cpu_cache_gib", f"{problem}. {advice}", related=about, is_local=True)
 
 
 def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -128,7 +133,10 @@ def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Itera
             found = f"found {getattr(rollout, name)}"
             problem = f"{found}, and {rollout.engine} would give log-probabilities of the tokens left; training's are of all"
             advice = f"Set it to {whole}; or, at temperature 1, set rollout.engine_options.logprobs_mode=raw_logprobs"
-            yield FieldError(f"rollout.{name}", f"{problem}. {advice}")
+            about = ("rollout.engine", "rollout.engine_options")
+            yield FieldError(f"rollout.{name}", f"{problem}. {advice}", related=about)
     if mode != "processed_logprobs" and rollout.temperature != 1:
         problem = f"found {mode}, which is at temperature 1, and rollout.temperature={rollout.temperature}"
-        yield FieldError("rollout.engine_options.logprobs_mode", f"{problem}. Leave it out, or set the temperature to 1")
+        advice = "Leave it out, or set the temperature to 1"
+        about = ("rollout.engine", "rollout.temperature")
+        yield FieldError("rollout.engine_options.logprobs_mode", f"{problem}. {advice}", related=about)
