@@ -162,8 +162,7 @@ class PPO(Algorithm):
         assert isinstance(options, Config)
         errors = check_prompts_per_update(run, options.prompts_per_update)
         if options.kl_in == "loss" and options.kl_estimator == "k1":
-            problem = "k1 has a gradient of zero on average in the loss. Use k2 or k3"
-            errors.append(FieldError("algorithm.kl_estimator", problem))
+            errors.append(FieldError("algorithm.kl_estimator", "k1 has a gradient of zero on average in a loss. Use k2 or k3"))
         if (options.importance_cap or options.importance_mask) and options.old_log_probs == "rollout":
             errors.append(FieldError("algorithm.old_log_probs", "the importance options weigh the actor's: set actor"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":

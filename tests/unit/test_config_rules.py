@@ -13,7 +13,7 @@ from hybridflow.config.build import convert, keys_of
 from hybridflow.config.load import load_config
 from hybridflow.config.rules import PACKAGES
 from hybridflow.config.schema import Config
-from tests.unit.config_cases import CUTTING_ENGINE, mistakes_of, model_folder, right_run
+from tests.unit.config_cases import CUTTING_ENGINE, mistakes_of, model_folder, only_mistake, right_run
 
 
 @pytest.fixture(autouse=True)
@@ -22,12 +22,6 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-
-
-def only_mistake(folder: Path, *overrides: str) -> str:
-    """The one mistake that `overrides` make in a run that is right without them."""
-    (found,) = mistakes_of([*right_run(folder), *overrides])
-    return found.removeprefix("command line: ")
 
 
 def test_a_right_run_has_no_mistakes(tmp_path: Path) -> None:
