@@ -14,34 +14,23 @@ from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
-RESPONSE_LENGTHS = "data.max_prompt_tokens and data.max_response_tokens"
-VLLM_KEYS = {
-    "model": "model.path",
-    "tokenizer": "model.tokenizer",
-    "trust_remote_code": "model.trust_remote_code",
-    "dtype": "rollout.dtype",
-    "seed": "run.seed",
-    "max_model_len": RESPONSE_LENGTHS,
-    "max_num_seqs": "rollout.max_num_seqs",
-    "tensor_parallel_size": "rollout.tensor_parallel",
-    "enforce_eager": "rollout.enforce_eager",
-    "gpu_memory_utilization": "rollout.gpu_memory_utilization (on a CPU rollout.cpu_cache_gib)",
-    "enable_sleep_mode": "rollout.sleep",
+KEYS_OF_ENGINES = {
+    "model.path": ("model", "model_path"),
+    "model.tokenizer": ("tokenizer", "tokenizer_path"),
+    "model.trust_remote_code": ("trust_remote_code", "trust_remote_code"),
+    "rollout.dtype": ("dtype", "dtype"),
+    "run.seed": ("seed", "random_seed"),
+    "data.max_prompt_tokens and data.max_response_tokens, or rollout.max_model_tokens": ("max_model_len", "context_length"),
+    "rollout.max_num_seqs": ("max_num_seqs", "max_running_requests"),
+    "rollout.tensor_parallel": ("tensor_parallel_size", "tp_size"),
+    "rollout.enforce_eager": ("enforce_eager", "disable_cuda_graph"),
+    "rollout.gpu_memory_utilization (on a CPU rollout.cpu_cache_gib)": ("gpu_memory_utilization", "mem_fraction_static"),
+    "rollout.sleep": ("enable_sleep_mode", "enable_memory_saver"),
 }
-SGLANG_KEYS = {
-    "model_path": "model.path",
-    "tokenizer_path": "model.tokenizer",
-    "trust_remote_code": "model.trust_remote_code",
-    "dtype": "rollout.dtype",
-    "random_seed": "run.seed",
-    "context_length": RESPONSE_LENGTHS,
-    "max_running_requests": "rollout.max_num_seqs",
-    "tp_size": "rollout.tensor_parallel",
-    "disable_cuda_graph": "rollout.enforce_eager",
-    "mem_fraction_static": "rollout.gpu_memory_utilization",
-    "enable_memory_saver": "rollout.sleep",
-    "enable_deterministic_inference": "rollout.seed_requests",
-}
+"""What a key of ours sets: vLLM's argument, and SGLang's."""
+VLLM_KEYS = {vllm: ours for ours, (vllm, _) in KEYS_OF_ENGINES.items()}
+SGLANG_KEYS = {sglang: ours for ours, (_, sglang) in KEYS_OF_ENGINES.items()}
+SGLANG_KEYS |= {"enable_deterministic_inference": "rollout.seed_requests"}
 
 
 @dataclass(frozen=True)
@@ -61,13 +50,10 @@ class Arguments:
             return set()
         found = importlib.util.find_spec(self.package)
         paths = [Path(folder) / self.source for folder in (found and found.submodule_search_locations) or ()]
-        classes = [node for path in paths if path.is_file() for node in ast.parse(path.read_text()).body]
-        lines = [
-            line for node in classes if isinstance(node, ast.ClassDef) and node.name == self.class_name for line in node.body
-        ]
-        return {
-            line.target.id for line in lines if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-        } or None
+        tree = [node for path in paths if path.is_file() for node in ast.parse(path.read_text()).body]
+        body = [line for node in tree if isinstance(node, ast.ClassDef) and node.name == self.class_name for line in node.body]
+        targets = [line.target for line in body if isinstance(line, ast.AnnAssign)]
+        return {target.id for target in targets if isinstance(target, ast.Name)} or None
 
 
 ENGINES = {

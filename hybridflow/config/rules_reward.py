@@ -31,9 +31,7 @@ def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Ite
         module, _, function = registry.REWARDS[config.reward.name].partition(":")
         spec = importlib.util.find_spec(module)
         assert spec is not None and spec.origin is not None, f"{module} has no file"
-        yield from _signature_mistakes(
-            config, "reward.name", ast.parse(Path(spec.origin).read_text(encoding="utf-8")), function
-        )
+        yield from _signature_errors(config, "reward.name", ast.parse(Path(spec.origin).read_text(encoding="utf-8")), function)
 
 
 def _own_function(config: Config, file: Path) -> Iterator[FieldError]:
@@ -49,10 +47,10 @@ def _own_function(config: Config, file: Path) -> Iterator[FieldError]:
         problem = f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}"
         yield FieldError("reward.function", problem, related=("reward.path",))
     elif "*" not in names and names.count(name) == 1:
-        yield from _signature_mistakes(config, "reward.function", tree, name)
+        yield from _signature_errors(config, "reward.function", tree, name)
 
 
-def _signature_mistakes(config: Config, key: str, tree: ast.Module, name: str) -> Iterator[FieldError]:
+def _signature_errors(config: Config, key: str, tree: ast.Module, name: str) -> Iterator[FieldError]:
     """Where `name` is a plain function; what a decorator or a call has made is asked when it is loaded."""
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     if len(functions) != 1 or functions[0].decorator_list:
