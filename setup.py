@@ -25,6 +25,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["hybridflow", "hybridflow.*"]),
     install_requires=[
+        "annotated-types>=0.6",
         "math-verify>=0.8",
         "matplotlib>=3.8",
         "numpy>=1.26",

@@ -36,10 +36,10 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, is_dry_run: 
     Example:
         >>> load_config("configs/quickstart.yaml", ["run.seed=3", "trainer.total_epochs=2"]).run.total_epochs
         2
-        >>> load_config("configs/quickstart.yaml", ["run.seed=x", "actor.lr=1"])
+        >>> load_config("configs/quickstart.yaml", ["run.seed=x", "actor.lerning_rate=1"])
         hybridflow.errors.ConfigError: 2 errors in the configuration:
-          command line: actor.lr: no such key; did you mean 'actor.learning_rate'?
           command line: run.seed: found 'x' (text); needed: an integer of at least 0
+          command line: actor.lerning_rate: no such key; did you mean 'actor.learning_rate'?
 
     Raises:
         ConfigError: with every error found, not only the first.
@@ -95,8 +95,8 @@ def read_overrides(overrides: Sequence[str], reports: list[FieldReport]) -> list
     """The settings of `key=value` arguments; values are YAML. A leading `+`, as Hydra wants for new keys, is ignored.
 
     Example:
-        >>> read_overrides(["+rollout.stop=[a, b]", "actor.learning_rate=1e-6"], reports)  # "1e-6" becomes a number by its key
-        [Setting("rollout.stop", ["a", "b"], "command line"), Setting("actor.learning_rate", "1e-6", "command line")]
+        >>> read_overrides(["+rollout.stop=[a, b]", "actor.learning_rate=1e-6"], reports=[])
+        [Setting("rollout.stop", ["a", "b"], "command line"), Setting("actor.learning_rate", 1e-06, "command line")]
     """
     settings = []
     for override in overrides:

@@ -31,7 +31,8 @@ def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[Fi
 
 def pools_are_used(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
     """Every pool has a role; what a pool without one would hold stays idle."""
-    for name in parsed_pools(config).keys() - _used_pools(config, roles):
+    used = _used_pools(config, roles)
+    for name in (name for name in parsed_pools(config) if name not in used):
         problem = f"no role is on it; place one there by placement.roles.ROLE={name}"
         yield FieldWarning(f"placement.pools.{name}", problem, related=("placement.roles", "algorithm.name"))
 
