@@ -32,6 +32,8 @@ HOMES = {
     "sglang": ("rollout/sglang_engine.py",),
     "flash_attn": ("models/attention.py",),
     "omegaconf": ("config/load.py",),
+    "pydantic": ("config/",),
+    "annotated_types": ("config/",),
     "pyarrow": ("data/",),
     "math_verify": ("rewards/",),
     "peft": ("models/",),
