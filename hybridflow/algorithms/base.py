@@ -50,9 +50,8 @@ class ImportanceOptions:
 
     def cap(self, run: RunConfig) -> float | None:
         """`importance_cap` with auto resolved."""
-        if self.importance_cap != "auto":
-            return self.importance_cap
-        return DEFAULT_CAP if run.loop.max_staleness else None
+        resolved = DEFAULT_CAP if run.loop.max_staleness else None
+        return resolved if self.importance_cap == "auto" else self.importance_cap
 
     def importance_correction(self, run: RunConfig) -> ImportanceCorrection | None:
         """For a loss; None where neither a bound nor a mask is set."""

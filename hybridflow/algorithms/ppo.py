@@ -105,11 +105,9 @@ class PPO(Algorithm):
     def old_log_probs(self) -> OldLogProbs:
         """Denominator of the ratio. The actor's are the current ones, and cost no pass, where the policy is updated once or, in
         the critic's warm-up, not at all; the KL in the reward is needed before."""
-        if self.config.old_log_probs == "rollout":
-            return "rollout_log_probs"
         old = self.config.ratio_over(self.run)
-        if old == "rollout_log_probs":
-            return old
+        if self.config.old_log_probs == "rollout" or old == "rollout_log_probs":
+            return "rollout_log_probs"
         is_settled = self.step <= self.config.critic_warmup_steps or old == "current"
         return "current" if is_settled and self.config.kl_in != "reward" else "log_probs"
 
