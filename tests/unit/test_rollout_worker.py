@@ -41,7 +41,9 @@ def prompts(count: int = 5, *, longest: int = 20) -> Batch:
     random = np.random.default_rng(0)
     rows = [random.integers(4, 64, random.integers(1, longest + 1)) for _ in range(count)]
     batch = Batch.from_columns({"prompt": Ragged.from_rows(rows, np.int32)})
-    return batch.with_columns(seed=np.arange(count, dtype=np.int64) + 10, group=np.arange(count), call=np.zeros(count, np.int64))
+    return batch.with_columns(
+        seed=np.arange(count, dtype=np.int64) + 10, group=np.arange(count), call=np.zeros(count, np.int64)
+    )
 
 
 def rows_of(batch: Batch, name: str = "response") -> list[list[float]]:
