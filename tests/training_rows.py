@@ -48,6 +48,32 @@ def random_batch(lengths: Sequence[tuple[int, int]], *, seed: int = 0) -> Batch:
     )
 
 
+def masked(batch: Batch, *, seed: int = 0) -> Batch:
+    """The batch with a random `loss_mask`: rows of more than four tokens end with two masked ones, row 2 is masked entirely."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.random(count) < 0.6 for count in batch["response_tokens"]]
+    for number, row in enumerate(rows):
+        if len(row) > 4:
+            row[0], row[-2:] = True, False
+        if number == 2:
+            row[:] = False
+    return batch.join(Batch.from_columns({"loss_mask": Ragged.from_rows(rows, np.bool_)}))
+
+
+def disturbed(batch: Batch) -> Batch:
+    """The batch with other numbers, NaN among them, at masked tokens, and other tokens where no sampled one follows."""
+    mask, response = batch.tokens("loss_mask"), batch.tokens("response")
+    is_behind = np.concatenate([np.logical_or.accumulate(row[::-1])[::-1] for row in mask])
+    tokens = np.where(is_behind, response.values, (response.values - FIRST_TOKEN + 7) % NUM_TOKENS + FIRST_TOKEN)
+    columns = {"response": Ragged(tokens.astype(np.int32), response.offsets)}
+    rubbish = np.resize(np.array([np.nan, 1e9, -np.inf, 3.0], np.float32), len(mask.values))
+    for name in ("log_probs", "reference_log_probs", "rollout_log_probs", "advantages", "returns", "values"):
+        if name in batch:
+            column = batch.tokens(name)
+            columns[name] = Ragged(np.where(mask.values, column.values, rubbish).astype(np.float32), column.offsets)
+    return batch.join(Batch.from_columns(dict(columns)))
+
+
 def training_config(path: str, *, model: dict[str, object] | None = None, **training: object) -> Config:
     """A run on the model in `path`; `training` goes to actor and critic, `model` to the model section."""
     section = TrainingConfig(**{"learning_rate": 1e-3, "max_grad_norm": 1.0, **training})

@@ -23,6 +23,7 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Sampling
 from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
+from hybridflow.rollout.stopping import text_decoder
 from hybridflow.rollout.under_way import RowsUnderWay, RowUnderWay
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
@@ -85,7 +86,7 @@ class RolloutWorker(Worker):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([FieldError("rollout.engine", problem)])
         self.engine = EngineThread(engine_class(engine_spec(self.config, context)))
-        self.rows = RowsUnderWay(self.engine)
+        self.rows = RowsUnderWay(self.engine, text_decoder(self.tokenizer))
         """Those of `submit`."""
         self.num_calls = 0
         """Of `generate` and `submit` in this step."""
@@ -124,7 +125,7 @@ class RolloutWorker(Worker):
             >>> greedy = dataclasses.replace(training_sampling(config), temperature=0.0)
             >>> sampled, best = rollout.generate(rows), rollout.generate(rows, sampling=greedy)
         """
-        rows = RowsUnderWay(self.engine)
+        rows = RowsUnderWay(self.engine, self.rows.decode)
         rows.version = self.rows.version
         rows.submit(self._rows(batch, sampling))
         has_log_probs = sampling is None or sampling.log_probs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from hybridflow.batch import Batch
 from hybridflow.rollout.base import Sampling
 from hybridflow.workers.remote import remote
@@ -9,7 +11,9 @@ from hybridflow.workers.rollout import RolloutWorker
 
 
 class WholeRollout(RolloutWorker):
-    """Generates as the built-in role does, but a class that replaces `generate` is never asked for parts."""
+    """Generates as the built-in role does, but says that it is to be asked for whole batches only."""
+
+    answers_row_by_row: ClassVar[bool] = False
 
     @remote("split_by_data_rank")
     def generate(self, batch: Batch, *, sampling: Sampling | None = None) -> Batch:

@@ -84,6 +84,8 @@ class HeldEngine(SteppingEngine):
 class OwnReward(RewardWorker):
     """Scores by comparing rows, which the built-in role does not do."""
 
+    scores_whole_batches = True
+
     @remote("split_by_data_rank")
     def score(self, batch: Batch) -> Batch:
         return Batch({"reward": np.full(len(batch), len(batch), np.float32)})
@@ -207,7 +209,7 @@ def test_a_batch_function_sees_the_rows_of_a_step_at_once_and_in_their_order(sta
     np.testing.assert_allclose(scored["reward"], 41 + np.arange(41) / 100, rtol=1e-6)
 
 
-def test_a_reward_role_of_ones_own_sees_the_rows_of_a_step_at_once(start: Start) -> None:
+def test_a_reward_role_that_compares_rows_sees_those_of_a_step_at_once(start: Start) -> None:
     rollout, reward = start(scorer=OwnReward)
     assert respond(rows(SHUFFLED), rollout, reward)["reward"].tolist() == [41.0] * 41
 
