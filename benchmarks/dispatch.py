@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import ray
-from hybridflow.algorithms.respond import respond_in_parts
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.pools import parse_pool
@@ -37,6 +36,7 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Sampling
 from hybridflow.workers.base import Worker
 from hybridflow.workers.remote import remote
+from hybridflow.workers.respond import respond_in_parts
 
 NUM_RANKS = 2
 ECHO_BYTES = 48 * 2**20
