@@ -23,6 +23,7 @@ from hybridflow.config.schema import Config
 from hybridflow.errors import ConfigError, Mistake
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
+from hybridflow.rollout.lockstep import lockstep
 from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.workers.base import RankContext, Worker
@@ -80,7 +81,7 @@ class RolloutWorker(Worker):
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([Mistake("rollout.engine", problem)])
-        self.engine = EngineThread(engine_class(engine_spec(config, context)))
+        self.engine = EngineThread(engine_class(engine_spec(config, context)), agree=lockstep(context.layout, context.rank))
         self.finishing = Finishing([], np.empty(0, np.int32), has_log_probs=False)
         self.weight_sync = RolloutSync(config, context, self.engine)
         logger.info("rollout rank %d: engine %s started in %.0f s", context.rank, name, time.perf_counter() - start)
