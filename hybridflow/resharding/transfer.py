@@ -111,7 +111,7 @@ class ColocatedSync:
             trained = self.packer.fingerprints.finish()
             if self.plan.num_shards > 1:
                 dist.all_reduce(trained, group=self.group)
-            self.verifier.compare(trained, target.held_weights())
+            self.verifier.compare(trained, target.named_parameters())
             timeline.mark("checksum")
         return SyncReport(
             bytes_received=deliver.bytes_received,
@@ -145,7 +145,7 @@ class ColocatedSync:
         for bucket, runs in enumerate(self.outgoing):  # of its own part, a rank packs straight into what it receives
             runs.insert(self.part, self.assembler.received[bucket][self.shard])
         self.packer = Packer(plan, self.shard, self.outgoing, takes_fingerprints=settings.verify)
-        self.verifier = Verifier(plan, self.part, target.held_weights(), device=settings.device, place=settings.place)
+        self.verifier = Verifier(plan, self.part, target.named_parameters(), device=settings.device, place=settings.place)
         unreadable = [self.verifier.unreadable]
         if self.group is not None:
             unreadable *= self.group.size()
@@ -275,7 +275,7 @@ class WeightReceiver:
             for shard in range(plan.num_shards)
         ]
         self.assembler = Assembler(plan, part, equal_lengths=False, device=self.settings.device)
-        held = target.held_weights()
+        held = target.named_parameters()
         self.verifier = Verifier(plan, part, held, device=self.settings.device, place=self.settings.place)
         self.loads = Loads(len(plan.buckets), None)
         return plan
@@ -297,7 +297,7 @@ class WeightReceiver:
             trained = torch.zeros(len(self.groups), len(self.plan.boxes), dtype=torch.int64, device=self.settings.device)
             for work in [group.broadcast(trained[shard], 0) for shard, group in enumerate(self.groups)]:
                 work.wait()
-            self.verifier.compare(trained.sum(0), target.held_weights())
+            self.verifier.compare(trained.sum(0), target.named_parameters())
             timeline.mark("checksum")
         return SyncReport(
             bytes_received=deliver.bytes_received,
@@ -324,7 +324,7 @@ class Delivery:
             for bucket, _ in self._arrived(start):
                 loads.replay(bucket)
                 self.timeline.mark("load")
-            target.forget_prefixes()
+            target.reset_prefix_cache()
             self.timeline.mark("reset")
         else:
             loads.run(target, self._tensors(loads, start))

@@ -10,8 +10,8 @@ from hybridflow.rollout.step_thread import Agree, Decision
 
 
 def lockstep(layout: Layout, rank: int) -> Agree | None:
-    """The first tensor rank decides and tells the others, in a gloo group of their own; None where engines have one rank each, or
-    one process does all.
+    """The first tensor rank decides and tells the others, in a gloo group of their own; None where engines have one rank each
+    or one process does all.
 
     Every rank of the pool calls this at the same time.
     """

@@ -181,10 +181,10 @@ class RolloutWorker(Worker):
             engine.sleep()
 
     @remote("one_to_all")
-    def wake(self) -> None:
+    def wake_up(self) -> None:
         """Take the memory back, before weights are loaded or responses generated."""
         with self.engine.paused() as engine:
-            engine.wake()
+            engine.wake_up()
 
     @remote("one_to_all")
     def close(self) -> None:

@@ -35,7 +35,7 @@ def _rank(rank: int, tensor: int, folder: str) -> None:
     weights = weights_of(f"{folder}/new")
     with thread.paused() as engine:
         engine.load_weights(weights)
-        held = {name: tensor.numel() for name, tensor in engine.held_weights()}
+        held = {name: tensor.numel() for name, tensor in engine.named_parameters()}
     matrices = [name for name, weight in weights if weight.dim() == 2]
     assert all(held[name] * tensor == dict(weights)[name].numel() for name in matrices)
     expected = TorchEngine(spec_of(f"{folder}/new")).generate(asked)

@@ -52,7 +52,7 @@ def sync_several_times(rank: int, folder: str, engine: str, tensor_parallel: int
         assert metrics["sync/bytes_received"] == metrics["sync/bytes_missing"] > 0
         if sleep:
             rollout.sleep()
-            rollout.wake()
+            rollout.wake_up()
     rollout.close()
     dist.barrier()
     dist.destroy_process_group()
