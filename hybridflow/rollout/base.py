@@ -211,7 +211,7 @@ class Engine(ABC):
         """Replace the weights by full tensors under their Hugging Face names, and forget cached prefixes.
 
         Tensors may be views of a buffer that is reused once the iterator advances. Of those that an engine with tensor
-        parallelism cuts by one slice, later loads may hold that slice only (resharding/window.py).
+        parallelism cuts by one slice, later loads may hold that slice only (resharding/partial_tensor.py).
 
         Raises:
             EngineError: requests are unfinished; a weight is unknown or has another shape; or some were not given.

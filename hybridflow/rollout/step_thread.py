@@ -162,8 +162,8 @@ class EngineThread:
     def _next_decision(self) -> Decision:
         """Wait until there is something to do, and say what; with the other ranks, where there are any.
 
-        A rank asks the others only where it has something to do itself. All are told the same by their callers, so what the first
-        one decides, the others have or will have.
+        A rank asks the others only where it has something to do itself. All are told the same by their callers, so what the
+        first one decides, the others have or will have.
         """
         with self._changed:
             self._changed.wait_for(
