@@ -136,7 +136,7 @@ def measure(engine: Engine, passes: Passes, asked: list[Request], repeats: int) 
     for _ in range(1 + repeats):
         for name, altered in passes.items():
             with altered():
-                engine.forget_prefixes()
+                engine.reset_prefix_cache()
                 started = time.perf_counter()
                 responses = engine.generate(asked)
                 seconds[name].append(time.perf_counter() - started)

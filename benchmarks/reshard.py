@@ -115,7 +115,7 @@ def measure(workers: dict[str, Worker], own: Place, num_syncs: int) -> list[Sync
             metrics = rollout.receive_weights() if actor is None else rollout.sync_weights()
             ended = time.perf_counter()
             with rollout.engine.paused() as engine:
-                engine.forget_prefixes()
+                engine.reset_prefix_cache()
             measured.append({**metrics, "seconds_wall": ended - started, "seconds_reset_alone": time.perf_counter() - ended})
         else:
             assert isinstance(actor, ActorWorker)

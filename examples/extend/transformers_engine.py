@@ -74,5 +74,5 @@ class TransformersEngine(Engine):
             for name, tensor in weights:
                 own[name].copy_(tensor)
 
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.model.named_parameters()

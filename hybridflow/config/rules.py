@@ -144,7 +144,6 @@ RULES: tuple[Rule, ...] = (
     rules_placement.pools_are_used,
     rules_placement.roles_have_pools,
     rules_placement.roles_have_workers,
-    rules_placement.validation_has_a_pool_of_its_own,
     rules_placement.ranks_divide,
     rules_placement.slots_suffice,
 )

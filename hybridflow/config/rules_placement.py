@@ -10,8 +10,6 @@ from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError, FieldWarning, PlacementError
 from hybridflow.registry import nearest
 
-VALIDATION = "validation"
-"""Not a role of an algorithm: where `validation.concurrent` has its engines."""
 SEQUENCE_PARALLEL_ROLES = frozenset({"actor", "critic", "reference"})
 
 
@@ -40,7 +38,7 @@ def pools_are_used(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarn
 def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Every role that is placed exists, on a pool that exists."""
     pools = config.placement.pools
-    known = {*registry.ROLES, *config.placement.workers, *roles, VALIDATION}
+    known = {*registry.ROLES, *config.placement.workers, *roles}
     for role, pool in config.placement.roles.items():
         if role not in known:
             problem = f"no role is called {role!r}{nearest(role, known) or '.'} Roles of this run: {', '.join(roles)}"
@@ -49,22 +47,6 @@ def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[FieldEr
             problem = f"found {pool!r}, but placement.pools has only {', '.join(pools)}"
             advice = "Add the pool there, or place the role on another"
             yield FieldError(f"placement.roles.{role}", f"{problem}. {advice}", related=("placement.pools",))
-
-
-def validation_has_a_pool_of_its_own(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
-    """Validation that goes on beside training has files, and ranks that training does not use."""
-    if not config.validation.concurrent:
-        return
-    pool, actors = config.placement.roles.get(VALIDATION), pool_of("actor", config)
-    if pool is None:
-        problem = "is on, but no pool is named for it: set placement.roles.validation"
-    elif pool == actors:
-        problem = f"is on, but placement.roles.validation is {pool!r}, where the actor trains. Place it on another pool"
-    elif not config.data.validation_files:
-        problem = "is on, but data.validation_files is empty: name files, or leave it out"
-    else:
-        return
-    yield FieldError("validation.concurrent", problem, related=("placement.roles", "placement.pools", "data.validation_files"))
 
 
 def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -151,9 +133,8 @@ def pool_of(role: str, config: Config) -> str:
 
 
 def _used_pools(config: Config, roles: tuple[str, ...]) -> set[str]:
-    """The pools with a role on them. Concurrent validation has one; otherwise it happens on the engines of training."""
-    beside = ("data", VALIDATION) if config.validation.concurrent else ("data",)
-    return {pool_of(role, config) for role in (*beside, *roles)}
+    """The pools with a role on them."""
+    return {pool_of(role, config) for role in ("data", *roles)}
 
 
 def uses_gpus(config: Config) -> bool:

@@ -238,9 +238,6 @@ class ValidationConfig:
 
     before_training: bool = True
     """Validate before the first step."""
-    concurrent: bool = False
-    """Generate for validation on a pool of its own (`placement.roles.validation`), while training goes on. Metrics are logged
-    under the step whose weights were used."""
     every_steps: Annotated[int, NOT_NEGATIVE] = 10
     """Validate after each so many steps, and after the last; 0 never."""
     temperature: Annotated[float, TEMPERATURE_OR_GREEDY] = 0.0

@@ -43,7 +43,7 @@ class WeightSync:
         """
         if self.falling_asleep is not None and self.rollout is not None:
             self.falling_asleep.result()  # raises what went wrong there
-            self.rollout.wake()
+            self.rollout.wake_up()
             self.falling_asleep = None
         if self.actor is None or not self.is_needed:
             return Metrics()

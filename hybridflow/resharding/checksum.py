@@ -1,8 +1,8 @@
-"""Fingerprints of weights: one 64-bit number per tensor that changes with any bit and any exchange of elements.
+"""Checksums of weights: one 64-bit number per tensor that changes with any bit and any exchange of elements.
 
-A tensor is read as a matrix of machine words x_rc over dim 0 and the rest; its fingerprint is
+A tensor is read as a matrix of machine words x_rc over dim 0 and the rest; its checksum is
 sum over r and c of a_r b_c x_rc modulo 2^64, with a and b odd pseudo-random numbers. Sums over parts of the rows add up
-to the fingerprint of the whole, so ranks that hold shards need to exchange one number per tensor only. Nothing is
+to the checksum of the whole, so ranks that hold shards need to exchange one number per tensor only. Nothing is
 copied to the host but these numbers.
 """
 
@@ -24,8 +24,8 @@ WORDS_AT_ONCE = 1 << 23
 """Words multiplied at a time: bounds the temporary to 64 MiB."""
 
 
-class Fingerprints(Generic[K]):
-    """Fingerprints of a fixed list of tensors, which are shown to it one at a time, whole or in parts of their rows."""
+class Checksums(Generic[K]):
+    """Checksums of a fixed list of tensors, which are shown to it one at a time, whole or in parts of their rows."""
 
     def __init__(self, shapes: Sequence[tuple[K, tuple[int, ...]]], *, dtype: torch.dtype, device: torch.device):
         self.names = tuple(name for name, _ in shapes)
@@ -70,7 +70,7 @@ class Fingerprints(Generic[K]):
         replay.run(sum_all, [tensor for _, tensor, _ in parts])
 
     def _check(self, name: K, tensor: torch.Tensor) -> None:
-        assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}, fingerprints are of {self._dtype}"
+        assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}, checksums are of {self._dtype}"
         self._seen.add(name)
 
     @torch.no_grad()

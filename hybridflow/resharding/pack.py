@@ -11,12 +11,12 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from hybridflow.resharding.buckets import Plan, Segment, Slot
-from hybridflow.resharding.checksum import Fingerprints
+from hybridflow.resharding.checksum import Checksums
 from hybridflow.resharding.layout import Box, shard_box
+from hybridflow.resharding.partial_tensor import PartialTensor
 from hybridflow.resharding.replay import Replay
 from hybridflow.resharding.timeline import Timeline
 from hybridflow.resharding.verify import DTYPES
-from hybridflow.resharding.window import Window
 
 NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
@@ -41,17 +41,17 @@ def storage_bytes(runs: Sequence[Sequence[torch.Tensor]]) -> int:
 class Packer:
     """One trainer rank's rows of every tensor, as they leave it."""
 
-    def __init__(self, plan: Plan, shard: int, targets: Sequence[Sequence[torch.Tensor]], *, takes_fingerprints: bool):
+    def __init__(self, plan: Plan, shard: int, targets: Sequence[Sequence[torch.Tensor]], *, takes_checksums: bool):
         """`targets` has, for each bucket and part, memory for the segment, which may be longer."""
         self.plan, self.shard = plan, shard
         shapes = [(key, key[1].shape) for key in plan.boxes]
         device = targets[0][0].device
-        self.fingerprints = Fingerprints(shapes, dtype=DTYPES[plan.dtype], device=device) if takes_fingerprints else None
+        self.checksums = Checksums(shapes, dtype=DTYPES[plan.dtype], device=device) if takes_checksums else None
         self._targets = targets
         self._blocks: list[list[tuple[Slot, Box, torch.Tensor]]] = []
         """By bucket: the blocks that leave, and where they are packed."""
         self._shown: list[list[tuple[tuple[str, Box], torch.Tensor, int]]] = []
-        """By bucket: what fingerprints are taken of; a box that several parts read counts once."""
+        """By bucket: what checksums are taken of; a box that several parts read counts once."""
         for bucket, runs in enumerate(targets):
             blocks, shown = [], {}
             for part, run in enumerate(runs):
@@ -75,8 +75,8 @@ class Packer:
         if views:
             self._replays[bucket].run(lambda: torch._foreach_copy_(views, sources), [*self._targets[bucket], *sources])
         timeline.mark("gather")
-        if self.fingerprints is not None:
-            self.fingerprints.add_all(self._shown[bucket])
+        if self.checksums is not None:
+            self.checksums.add_all(self._shown[bucket])
             timeline.mark("checksum")
 
     @torch.no_grad()  # in which DTensor.to_local does not go through autograd, ten times slower
@@ -143,7 +143,7 @@ class Assembler:
     def as_engine_reads(self, slot: Slot, held: torch.Tensor) -> torch.Tensor:
         """A tensor of full shape, of which the engine reads what `held` is."""
         box = slot.boxes[self.part]
-        return held if box == Box.whole(slot.shape) else Window(held, slot.shape, box, weight=slot.name, reads=[])
+        return held if box == Box.whole(slot.shape) else PartialTensor(held, slot.shape, box, weight=slot.name, reads=[])
 
 
 def segment_views(segment: Segment, run: torch.Tensor) -> list[torch.Tensor]:

@@ -128,4 +128,4 @@ class Loads:
 
 
 def _addresses(target: Engine) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for _, tensor in target.held_weights())
+    return tuple(tensor.data_ptr() for _, tensor in target.named_parameters())

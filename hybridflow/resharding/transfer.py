@@ -1,5 +1,5 @@
 """Carrying a sync out: trained shards into flat segments, segments to where the engine is, tensors to the engine, and
-fingerprints of both ends compared.
+checksums of both ends compared.
 
 While the engine loads one bucket the next one is on its way: its messages are started before the engine is given the first
 tensor, so two buckets exist at any time.
@@ -20,10 +20,10 @@ from hybridflow.resharding.buckets import Part, Plan, Slot, plan_buckets
 from hybridflow.resharding.layout import Box
 from hybridflow.resharding.links import TransferStore, UnderWay, exchange, gather, receive
 from hybridflow.resharding.pack import Assembler, NamedTensors, Packer, flat_runs, storage_bytes
+from hybridflow.resharding.partial_tensor import dry_run_load
 from hybridflow.resharding.recorded import CudaRecording, Loads
 from hybridflow.resharding.timeline import Timeline
 from hybridflow.resharding.verify import DTYPES, Place, Verifier
-from hybridflow.resharding.window import rehearse
 from hybridflow.rollout.base import Engine
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
@@ -37,7 +37,7 @@ class SyncSettings:
     """`bfloat16` or `float32`: of the engine's weights, and of everything that travels."""
     bucket_bytes: int
     verify: bool
-    """Compare fingerprints after each sync."""
+    """Compare checksums after each sync."""
     device: torch.device
     place: Place
 
@@ -97,8 +97,8 @@ class ColocatedSync:
         if self.plan is None:
             self.plan = self._prepare(tensors, target)
         timeline = Timeline(self.settings.device)
-        if self.packer.fingerprints is not None:
-            self.packer.fingerprints.begin()
+        if self.packer.checksums is not None:
+            self.packer.checksums.begin()
             self.verifier.begin()
         named = dict(tensors)
         deliver = Delivery(self.settings, self.assembler, self.verifier, timeline, part="gather")
@@ -107,11 +107,11 @@ class ColocatedSync:
             timeline.mark(self.settings.after_tensors(target))
         else:
             deliver.to(target, self.loads, lambda bucket: self._start(bucket, named, timeline))
-        if self.packer.fingerprints is not None:
-            trained = self.packer.fingerprints.finish()
+        if self.packer.checksums is not None:
+            trained = self.packer.checksums.finish()
             if self.plan.num_shards > 1:
                 dist.all_reduce(trained, group=self.group)
-            self.verifier.compare(trained, target.held_weights())
+            self.verifier.compare(trained, target.named_parameters())
             timeline.mark("checksum")
         return SyncReport(
             bytes_received=deliver.bytes_received,
@@ -144,8 +144,8 @@ class ColocatedSync:
         self.buffer_bytes = self.assembler.buffer_bytes + storage_bytes(self.outgoing)
         for bucket, runs in enumerate(self.outgoing):  # of its own part, a rank packs straight into what it receives
             runs.insert(self.part, self.assembler.received[bucket][self.shard])
-        self.packer = Packer(plan, self.shard, self.outgoing, takes_fingerprints=settings.verify)
-        self.verifier = Verifier(plan, self.part, target.held_weights(), device=settings.device, place=settings.place)
+        self.packer = Packer(plan, self.shard, self.outgoing, takes_checksums=settings.verify)
+        self.verifier = Verifier(plan, self.part, target.named_parameters(), device=settings.device, place=settings.place)
         unreadable = [self.verifier.unreadable]
         if self.group is not None:
             unreadable *= self.group.size()
@@ -169,8 +169,8 @@ class ColocatedSync:
             whole, _ = self.packer.rows(slot, tensors[slot.name])
             held = whole[slot.boxes[self.part].slices]
             timeline.mark("load")
-            if self.packer.fingerprints is not None:
-                self.packer.fingerprints.add((slot.name, slot.boxes[self.part]), held)
+            if self.packer.checksums is not None:
+                self.packer.checksums.add((slot.name, slot.boxes[self.part]), held)
                 self.verifier.show(slot.name, held)
                 timeline.mark("checksum")
             yield slot.name, self.assembler.as_engine_reads(slot, held)
@@ -220,13 +220,13 @@ class WeightSender:
             for bucket in range(len(plan.buckets))
         ]
         self.outgoing = flat_runs(segments, turns=2, dtype=plan.dtype, device=self.settings.device)
-        return Packer(plan, self.rank, self.outgoing, takes_fingerprints=self.settings.verify)
+        return Packer(plan, self.rank, self.outgoing, takes_checksums=self.settings.verify)
 
     def send(self, tensors: NamedTensors) -> SyncReport:
         """Send the current weights. Every rank of the pool calls this while every receiver receives."""
         packer = self.packer = self.packer or self.connect(tensors)
-        if packer.fingerprints is not None:
-            packer.fingerprints.begin()
+        if packer.checksums is not None:
+            packer.checksums.begin()
         timeline = Timeline(self.settings.device)
         named = dict(tensors)
         under_way: list[UnderWay] = []
@@ -240,8 +240,8 @@ class WeightSender:
         for messages in under_way:
             messages.wait()
         timeline.mark("transfer")
-        if packer.fingerprints is not None:
-            trained = packer.fingerprints.finish()
+        if packer.checksums is not None:
+            trained = packer.checksums.finish()
             for group in self.groups:
                 group.broadcast(trained, 0).wait()
             timeline.mark("checksum")
@@ -275,7 +275,7 @@ class WeightReceiver:
             for shard in range(plan.num_shards)
         ]
         self.assembler = Assembler(plan, part, equal_lengths=False, device=self.settings.device)
-        held = target.held_weights()
+        held = target.named_parameters()
         self.verifier = Verifier(plan, part, held, device=self.settings.device, place=self.settings.place)
         self.loads = Loads(len(plan.buckets), None)
         return plan
@@ -297,7 +297,7 @@ class WeightReceiver:
             trained = torch.zeros(len(self.groups), len(self.plan.boxes), dtype=torch.int64, device=self.settings.device)
             for work in [group.broadcast(trained[shard], 0) for shard, group in enumerate(self.groups)]:
                 work.wait()
-            self.verifier.compare(trained.sum(0), target.held_weights())
+            self.verifier.compare(trained.sum(0), target.named_parameters())
             timeline.mark("checksum")
         return SyncReport(
             bytes_received=deliver.bytes_received,
@@ -324,7 +324,7 @@ class Delivery:
             for bucket, _ in self._arrived(start):
                 loads.replay(bucket)
                 self.timeline.mark("load")
-            target.forget_prefixes()
+            target.reset_prefix_cache()
             self.timeline.mark("reset")
         else:
             loads.run(target, self._tensors(loads, start))
@@ -359,7 +359,7 @@ def _part_read(target: Engine, shapes: Shapes, settings: SyncSettings) -> Part:
     """What the engine of this rank reads of the tensors that it does not read whole."""
     if not settings.place.is_cut:
         return {}
-    return rehearse(target.load_weights, shapes, dtype=DTYPES[settings.dtype], device=settings.device)
+    return dry_run_load(target.load_weights, shapes, dtype=DTYPES[settings.dtype], device=settings.device)
 
 
 def _parts_from(store: TransferStore) -> list[Part]:

@@ -1,4 +1,4 @@
-"""Whether the engine holds what was trained: fingerprints of both, compared tensor by tensor."""
+"""Whether the engine holds what was trained: checksums of both, compared tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from hybridflow.errors import WeightMismatchError
 from hybridflow.resharding.buckets import Plan
-from hybridflow.resharding.checksum import Fingerprints
+from hybridflow.resharding.checksum import Checksums
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Of weights as they travel."""
@@ -39,17 +39,15 @@ class Verifier:
         self.place, dtype = place, DTYPES[plan.dtype]
         boxes = {slot.name: slot.boxes[part] for slot in plan.slots}
         self.numbers = torch.tensor([plan.boxes[name, box] for name, box in boxes.items()], device=device)
-        """Where the trainer's list of fingerprints has those of this rank's part."""
+        """Where the trainer's list of checksums has those of this rank's part."""
         shapes = {name: box.shape for name, box in boxes.items()}
         shown = {name: tuple(tensor.shape) for name, tensor in held if tensor.dtype == dtype}
         self.names = tuple(shapes)
         self.readable = {name for name, shape in shapes.items() if shown.get(name) == shape}
         self.unreadable = tuple(name for name in shapes if name not in self.readable)
         """Weights that the engine cannot show as they were sent."""
-        self.engine = Fingerprints(
-            [(name, shapes[name]) for name in shapes if name in self.readable], dtype=dtype, device=device
-        )
-        self.arrived = Fingerprints([(name, shapes[name]) for name in self.unreadable], dtype=dtype, device=device)
+        self.engine = Checksums([(name, shapes[name]) for name in shapes if name in self.readable], dtype=dtype, device=device)
+        self.arrived = Checksums([(name, shapes[name]) for name in self.unreadable], dtype=dtype, device=device)
 
     def begin(self) -> None:
         """Before a sync."""
@@ -66,7 +64,7 @@ class Verifier:
     def compare(self, trained: torch.Tensor, held: HeldWeights) -> None:
         """Compare what was trained with what the engine holds now.
 
-        `trained` are the trainer's fingerprints of `plan.boxes`: shape [boxes].
+        `trained` are the trainer's checksums of `plan.boxes`: shape [boxes].
 
         Raises:
             WeightMismatchError: it names the tensors, and says whether they differed on arrival or in the engine.

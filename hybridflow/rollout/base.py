@@ -211,17 +211,17 @@ class Engine(ABC):
         """Replace the weights by full tensors under their Hugging Face names, and forget cached prefixes.
 
         Tensors may be views of a buffer that is reused once the iterator advances. Of those that an engine with tensor
-        parallelism cuts by one slice, later loads may hold that slice only (resharding/window.py).
+        parallelism cuts by one slice, later loads may hold that slice only (resharding/partial_tensor.py).
 
         Raises:
             EngineError: requests are unfinished; a weight is unknown or has another shape; or some were not given.
         """
 
-    def forget_prefixes(self) -> None:  # noqa: B027, an engine may cache none
+    def reset_prefix_cache(self) -> None:  # noqa: B027, an engine may cache none
         """Forget cached prefixes, since the weights have changed where they are."""
 
     @abstractmethod
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's part of each weight that can be read back bit by bit, under its Hugging Face name; for checksums.
 
         With tensor parallelism a part is a slice along one dim. A weight that cannot be read back is left out.
@@ -230,7 +230,7 @@ class Engine(ABC):
     def sleep(self) -> None:  # noqa: B027, an engine may have nothing to give back
         """Give back the memory of the cache (and of the weights, where the engine can)."""
 
-    def wake(self) -> None:  # noqa: B027
+    def wake_up(self) -> None:  # noqa: B027
         """Take it again, before weights are loaded or requests added."""
 
     def close(self) -> None:  # noqa: B027

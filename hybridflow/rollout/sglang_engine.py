@@ -137,7 +137,7 @@ class SglangEngine(Engine):
         if not is_done:
             raise EngineError(f"SGLang refused weights {bucket[0][0]} to {bucket[-1][0]}: {message}")
 
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """None: they are in another process, which shows them as rounded lists only."""
         return iter(())
 
@@ -147,7 +147,7 @@ class SglangEngine(Engine):
             self.engine.flush_cache()
             self.engine.release_memory_occupation(tags=["kv_cache"])
 
-    def wake(self) -> None:
+    def wake_up(self) -> None:
         if self.spec.can_sleep:
             self.engine.resume_memory_occupation(tags=["kv_cache"])
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -22,14 +22,27 @@ from hybridflow.rollout.base import Engine, Request, Response
 Submitted = list[tuple[Request, Future[Response]]]
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What happens before a step. Ranks that share an engine must do the same before the same step, or they wait for each other
+    for ever; numbers are counted from the start, since what one rank knows already another may learn later."""
+
+    num_submissions: int
+    """Those that the engine has been given then; where an interrupt comes, those that it stops."""
+    num_interrupts: int
+    is_closing: bool
+
+
+Agree = Callable[[Decision], Decision]
+"""Given what this rank would do, says what all do. Every rank of an engine calls it before the same step."""
+
+
 class EngineThread:
     """Owns an engine. Every request that was submitted ends in a response or an error, whatever happens to the thread."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        # Ranks that share an engine must all admit the same requests before the same step, or they wait for each other
-        # for ever: there, what is submitted waits until the engine is idle.
-        self._admits_while_running = engine.spec.layout.tensor == 1
+    def __init__(self, engine: Engine, *, agree: Agree | None = None):
+        """`agree` is for ranks that share an engine (rollout/lockstep.py)."""
+        self._engine, self._agree = engine, agree
         self._ids = count()
         self._changed = threading.Condition()
         self._submitted: deque[Submitted] = deque()
@@ -38,6 +51,8 @@ class EngineThread:
         self._unanswered: dict[int, tuple[int, Future[Response]]] = {}
         self._failure: BaseException | None = None
         self._num_pauses = 0
+        self._num_taken = 0
+        """Submissions that the engine has been given, or that an interrupt has stopped before."""
         self._num_interrupts_asked = 0
         self._num_interrupts = 0
         """Those carried out."""
@@ -132,10 +147,9 @@ class EngineThread:
         # hands it that of the process; vLLM's kernels on the CPU plan with the one and run with the other.
         torch.get_num_threads()
         try:
-            while self._wait_for_work():
-                if self._num_interrupts_asked > self._num_interrupts:
-                    self._interrupt()
-                elif self._unanswered:  # none where all that was submitted was refused
+            while not (decision := self._next_decision()).is_closing:
+                self._carry_out(decision)
+                if self._unanswered:  # none where all that was submitted was refused
                     start = time.monotonic()
                     responses = self._engine.step()
                     self._busy_seconds += time.monotonic() - start
@@ -145,37 +159,41 @@ class EngineThread:
         else:
             self._end(None)
 
-    def _wait_for_work(self) -> bool:
-        """Wait until there is something to do, and hand over what was submitted unless it is interrupted; False when closed."""
+    def _next_decision(self) -> Decision:
+        """Wait until there is something to do, and say what; with the other ranks, where there are any.
+
+        A rank asks the others only where it has something to do itself. All are told the same by their callers, so what the
+        first one decides, the others have or will have.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: (
                     self._is_closed or self._unanswered or self._submitted or self._num_interrupts_asked > self._num_interrupts
                 )
             )
-            if self._is_closed:
-                return False
-            if self._num_interrupts_asked > self._num_interrupts:
-                return True
-            # Of ranks that share an engine, one may see two submissions where another sees the first alone: they take one.
-            while self._submitted and (self._admits_while_running or not self._unanswered):
-                for request, future in self._submitted[0]:
-                    self._admit(request, future)
-                self._submitted.popleft()
-                self._changed.notify_all()
-            return True
+            known = self._num_taken + len(self._submitted)
+            decision = Decision(known, max(self._num_interrupts_asked, self._num_interrupts), self._is_closed)
+        return decision if self._agree is None else self._agree(decision)
 
-    def _interrupt(self) -> None:
-        """Answer all that is unfinished with what there is."""
-        # Without the lock: others may submit meanwhile. An idle engine belongs to whoever paused it.
-        responses = self._engine.interrupt() if self._unanswered else []
+    def _carry_out(self, decision: Decision) -> None:
+        """Hand over what was submitted; or, in an interrupt, answer all that is unfinished with what there is."""
+        is_interrupt = decision.num_interrupts > self._num_interrupts
+        if is_interrupt and self._unanswered:  # an idle engine belongs to whoever paused it
+            self._answer(self._engine.interrupt())
         with self._changed:
-            self._answer(responses)
-            for requests in self._submitted:
-                for request, future in requests:
-                    future.set_result(Response.without_tokens(request))
-            self._submitted.clear()
-            self._num_interrupts = self._num_interrupts_asked
+            while self._num_taken < decision.num_submissions:
+                self._changed.wait_for(lambda: self._submitted or self._is_closed)
+                if not self._submitted:  # closed
+                    return
+                for request, future in self._submitted[0]:
+                    if is_interrupt:
+                        future.set_result(Response.without_tokens(request))
+                    else:
+                        self._admit(request, future)
+                self._submitted.popleft()
+                self._num_taken += 1
+                self._changed.notify_all()
+            self._num_interrupts = decision.num_interrupts
             self._changed.notify_all()
 
     def _admit(self, request: Request, future: Future[Response]) -> None:

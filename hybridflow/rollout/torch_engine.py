@@ -188,7 +188,7 @@ class TorchEngine(Engine):
             own[name].copy_(tensor)
         checked.finish()
 
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.model.named_parameters()
 
     def sleep(self) -> None:

@@ -184,15 +184,15 @@ class VllmEngine(Engine):
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
             patches.pack_heads(self.model)
         checked.finish()
-        self.forget_prefixes()
+        self.reset_prefix_cache()
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         self.check_idle()
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM did not forget its cached prefixes, which belong to the old weights")
 
     @torch.no_grad()
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, module, (first, last) in self.parts:
             tensor = patches.held_weight(self.model, name, module, self.spec)
             if tensor is not None:
@@ -205,7 +205,7 @@ class VllmEngine(Engine):
             self.engine.reset_prefix_cache()
             self.engine.sleep(level=1)
 
-    def wake(self) -> None:
+    def wake_up(self) -> None:
         if self.spec.can_sleep and self.spec.device.type == "cuda":
             torch.cuda.empty_cache()  # vLLM maps its memory anew, past torch's allocator and what that keeps unused
             self.engine.wake_up()

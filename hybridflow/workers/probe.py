@@ -52,7 +52,7 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
         raise WeightMismatchError(
             f"after the weight sync the engine of {context.role} rank {context.rank} took {response.num_cached_tokens} of "
             f"{len(prompt)} probe tokens from its prefix cache, which holds keys and values of older weights. Look at the "
-            "engine's forget_prefixes"
+            "engine's reset_prefix_cache"
         )
     assert response.log_probs is not None, "the engine left out log-probabilities that were asked for"
     row = Batch.from_columns(

@@ -21,6 +21,7 @@ from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Sampling
+from hybridflow.rollout.lockstep import lockstep
 from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.stopping import text_decoder
@@ -85,7 +86,8 @@ class RolloutWorker(Worker):
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([FieldError("rollout.engine", problem)])
-        self.engine = EngineThread(engine_class(engine_spec(self.config, context)))
+        agree = lockstep(context.layout, context.rank)
+        self.engine = EngineThread(engine_class(engine_spec(self.config, context)), agree=agree)
         self.rows = RowsUnderWay(self.engine, text_decoder(self.tokenizer))
         """Those of `submit`."""
         self.num_calls = 0
@@ -237,10 +239,10 @@ class RolloutWorker(Worker):
             engine.sleep()
 
     @remote("one_to_all")
-    def wake(self) -> None:
+    def wake_up(self) -> None:
         """Take the memory back, before weights are loaded or responses generated."""
         with self.engine.paused() as engine:
-            engine.wake()
+            engine.wake_up()
 
     @remote("one_to_all")
     def close(self) -> None:

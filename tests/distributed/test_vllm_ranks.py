@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch.multiprocessing as mp
 
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Sampling
+from hybridflow.rollout.lockstep import lockstep
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_model
-from tests.unit.test_engine_contract import prompts, requests, spec_of, tokens_of, weights_of
+from tests.unit.test_engine_contract import going_on, prompts, requests, spec_of, tokens_of, weights_of
 
 pytest.importorskip("vllm", reason="vllm is not installed: its engine is NOT tested on this machine")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -27,13 +29,13 @@ def _rank(rank: int, tensor: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     layout = Layout(data=2 // tensor, tensor=tensor)
-    thread = EngineThread(VllmEngine(spec_of(f"{folder}/old", rank=rank, layout=layout)))
+    thread = EngineThread(VllmEngine(spec_of(f"{folder}/old", rank=rank, layout=layout)), agree=lockstep(layout, rank))
     asked = requests(prompts(20, seed=layout.data_rank(rank)), Sampling(temperature=0.0, max_tokens=24))
     thread.generate(asked)
     weights = weights_of(f"{folder}/new")
     with thread.paused() as engine:
         engine.load_weights(weights)
-        held = {name: tensor.numel() for name, tensor in engine.held_weights()}
+        held = {name: tensor.numel() for name, tensor in engine.named_parameters()}
     matrices = [name for name, weight in weights if weight.dim() == 2]
     assert all(held[name] * tensor == dict(weights)[name].numel() for name in matrices)
     expected = TorchEngine(spec_of(f"{folder}/new")).generate(asked)
@@ -41,10 +43,28 @@ def _rank(rank: int, tensor: int, folder: str) -> None:
     assert tokens_of(found) == tokens_of(expected)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
+    _check_interrupts(thread, late=rank == 1)
     thread.close()
     total = torch.ones(1)
     dist.all_reduce(total)  # the group of the pool is alive after the engine
     assert total.item() == 2
+
+
+def _check_interrupts(thread: EngineThread, *, late: bool) -> None:
+    """Rows that are interrupted, whatever the ranks have seen of them by then, end as they would have."""
+    sampling = Sampling(temperature=0.0, max_tokens=200, ignore_eos=True)
+    asked = requests(prompts(6), sampling)
+    whole = thread.generate(asked)
+    for _ in range(3):
+        futures = [future for request in asked for future in thread.submit([request])]
+        time.sleep(0.3 if late else 0.1)
+        thread.interrupt()
+        partial = [future.result(0) for future in futures]
+        assert {response.finish_reason for response in partial} <= {"interrupted", "length"}
+        unfinished = [index for index, response in enumerate(partial) if response.finish_reason == "interrupted"]
+        rest = thread.generate([going_on(asked[index], partial[index]) for index in unfinished])
+        for index, after in zip(unfinished, rest, strict=True):
+            assert [*partial[index].tokens, *after.tokens] == whole[index].tokens.tolist()
 
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["two engines", "one engine cut in two"])

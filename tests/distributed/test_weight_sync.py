@@ -50,10 +50,10 @@ class FakeEngine:
             if name != self.forgets:
                 self.weights[name].copy_(tensor)
 
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self.weights.items())
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         pass
 
 
@@ -152,8 +152,8 @@ def sync_with_a_forgetful_second_rank(rank: int, num_ranks: int) -> None:
 class Hidden(FakeEngine):
     """Cannot show one of its weights."""
 
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, tensor) for name, tensor in super().held_weights() if name != "q")
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, tensor) for name, tensor in super().named_parameters() if name != "q")
 
 
 def sync_with_a_second_rank_that_hides_a_weight(rank: int, num_ranks: int) -> None:

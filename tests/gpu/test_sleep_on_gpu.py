@@ -44,9 +44,9 @@ def test_vllm_sleeps_between_syncs_and_generates_as_if_it_had_not(tmp_path: Path
         free, total = torch.cuda.mem_get_info()
         rollout.sleep()
         assert torch.cuda.mem_get_info()[0] - free > SHARE_GIVEN_BACK * GPU_MEMORY_UTILIZATION * total
-        rollout.wake()
+        rollout.wake_up()
         rollout.weight_sync.num_syncs = 0  # the next sync compares log-probabilities too
-        rollout.sync_weights()  # raises where fingerprints differ
+        rollout.sync_weights()  # raises where checksums differ
         assert [response.tokens.tolist() for response in rollout.engine.generate(asked)] == expected
         answers.append(expected)
     assert answers[0] != answers[1] != answers[2], "the test itself: other weights answer otherwise"

@@ -29,7 +29,7 @@ def test_recorded_loads_keep_engine_and_trainer_equal(tmp_path: Path, engine: st
     for _ in range(4):
         for _, tensor in actor.named_tensors():
             tensor.detach().to_local().mul_(1.1)
-        rollout.sync_weights()  # raises where fingerprints differ
+        rollout.sync_weights()  # raises where checksums differ
     colocated = rollout.weight_sync.colocated
     assert colocated is not None
     with rollout.engine.paused() as paused:

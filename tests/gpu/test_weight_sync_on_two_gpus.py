@@ -52,12 +52,12 @@ def sync_several_times(rank: int, folder: str, engine: str, tensor_parallel: int
         for _, tensor in actor.named_tensors():
             tensor.detach().to_local().mul_(1.1)
         rollout.weight_sync.num_syncs = 0  # the probe compares log-probabilities after each
-        metrics = rollout.sync_weights()  # raises where fingerprints differ
+        metrics = rollout.sync_weights()  # raises where checksums differ
         assert metrics["sync/tensors_unreadable"] == 0
         assert metrics["sync/bytes_received"] == metrics["sync/bytes_missing"] > 0
         if sleep:
             rollout.sleep()
-            rollout.wake()
+            rollout.wake_up()
     rollout.close()
     dist.barrier()
     dist.destroy_process_group()

@@ -35,7 +35,7 @@ class SilentEngine:
         yield
         self.current = "none"
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         pass
 
     def generate(self, asked: list[Request]) -> list[Request]:

@@ -28,29 +28,6 @@ def test_the_longest_row_that_is_asked_for_fits_the_context_and_leaves_room_for_
     assert mistakes_of([*right_run(tmp_path), *lengths, "rollout.max_model_tokens=201"]) == []
 
 
-@pytest.mark.parametrize(
-    ("overrides", "problem"),
-    [
-        ([], "no pool is named for it: set placement.roles.validation"),
-        (["placement.roles.validation=main"], "placement.roles.validation is 'main', where the actor trains"),
-        (["placement.roles.validation=extra", "data.validation_files=[]"], "data.validation_files is empty"),
-    ],
-)
-def test_concurrent_validation_needs_ranks_of_its_own_and_files(tmp_path: Path, overrides: list[str], problem: str) -> None:
-    pools = ["placement.pools.extra=1x1", f"data.validation_files={tmp_path / 'train.parquet'}", "validation.concurrent=true"]
-    assert problem in only_mistake(tmp_path, *pools, *overrides)
-    assert mistakes_of([*right_run(tmp_path), *pools, "placement.roles.validation=extra"]) == []
-
-
-def test_a_pool_of_concurrent_validation_counts_as_used_only_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pool = ["placement.pools.extra=1x1", "placement.roles.validation=extra"]
-    assert mistakes_of([*right_run(tmp_path), *pool, "placement.pools.main=1x3"]) == []
-    assert "placement.pools.extra: no role is on it" in caplog.text
-    files = [f"data.validation_files={tmp_path / 'train.parquet'}", "validation.concurrent=true"]
-    found = only_mistake(tmp_path, *pool, *files, "placement.pools.main=1x3")
-    assert "need 3 + 1 + 1 = 5 CPU slots" in found
-
-
 def test_only_an_algorithm_that_generates_and_scores_can_run_ahead(tmp_path: Path) -> None:
     found = only_mistake(tmp_path, "algorithm=sft", "loop.max_staleness=1")
     assert found == "loop.max_staleness: found 1, but sft has no rollout and reward roles. Set it to 0"

@@ -355,7 +355,7 @@ def test_weights_may_arrive_in_a_buffer_that_is_reused(reloaded: Engine, other_m
 def test_held_weights_are_what_was_loaded(reloaded: Engine, other_model: str) -> None:
     weights = dict(weights_of(other_model))
     reloaded.load_weights(weights.items())
-    held = dict(reloaded.held_weights())
+    held = dict(reloaded.named_parameters())
     if not held:
         pytest.skip(f"{type(reloaded).__name__} holds its weights where they cannot be read back")
     assert held.keys() == weights.keys()
@@ -397,5 +397,5 @@ def test_an_engine_that_slept_generates_as_before(engine: Engine, request: pytes
     asked = requests(prompts(4), RANDOM)
     before = engine.generate(asked)
     engine.sleep()
-    engine.wake()
+    engine.wake_up()
     assert tokens_of(engine.generate(asked)) == tokens_of(before)

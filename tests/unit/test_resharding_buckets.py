@@ -62,7 +62,7 @@ def packer_of(plan: Plan, shard: int) -> tuple[Packer, list[list[torch.Tensor]]]
     ]
     # As many turns as buckets, so that all stay readable.
     runs = flat_runs(lengths, turns=len(plan.buckets), dtype=plan.dtype, device=CPU)
-    return Packer(plan, shard, runs, takes_fingerprints=False), runs
+    return Packer(plan, shard, runs, takes_checksums=False), runs
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -96,7 +96,7 @@ def test_a_transposed_matrix_is_caught(rollout: RolloutWorker):
 def test_a_tensor_left_at_its_old_value_is_caught(rollout: RolloutWorker, workers: dict[str, Worker]):
     rollout.sync_weights()
     with rollout.engine.paused() as engine:
-        old = dict(engine.held_weights())[SQUARE].clone()
+        old = dict(engine.named_parameters())[SQUARE].clone()
     take_a_large_step(workers)
 
     def keep_old(weights: Weights) -> Weights:

@@ -66,7 +66,7 @@ class CountingEngine(FakeEngine):
         self.num_loads += 1
         super().load_weights(weights)
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         self.num_forgotten += 1
 
 
@@ -159,7 +159,7 @@ class SlowToForget(CountingEngine):
         super().load_weights(weights)
         time.sleep(FORGETS_S)
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         time.sleep(FORGETS_S)
 
 
@@ -208,7 +208,7 @@ def test_what_is_recorded(device: str, can_replay: bool, unreadable: bool, num_s
     plan = sync.plan
     assert plan is not None
     plan = dataclasses.replace(plan, num_shards=num_shards)
-    held = [pair for pair in engine.held_weights() if not unreadable or pair[0] != "q"]
+    held = [pair for pair in engine.named_parameters() if not unreadable or pair[0] != "q"]
     verifier = Verifier(plan, 0, held, device=torch.device("cpu"), place=CUT.place)
     on_device = SyncSettings(dtype="bfloat16", bucket_bytes=256, verify=True, device=torch.device(device), place=CUT.place)
     engine.can_replay_loads = can_replay

@@ -30,10 +30,10 @@ class FakeEngine:
     def take(self, name: str, tensor: torch.Tensor) -> None:
         self.weights[name].copy_(tensor)
 
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self.weights.items())
 
-    def forget_prefixes(self) -> None:
+    def reset_prefix_cache(self) -> None:
         pass
 
 
@@ -132,7 +132,7 @@ def test_the_check_can_be_turned_off():
 
 def test_weights_that_an_engine_cannot_show_are_reported():
     class Repacking(FakeEngine):
-        def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
             return ((name, tensor) for name, tensor in self.weights.items() if name != "q")
 
     report = ColocatedSync(settings(), group=None).sync(trained(), Repacking())
@@ -148,7 +148,7 @@ def test_an_engine_that_never_asks_for_a_tensor_it_cannot_show_is_caught(dtype: 
                 if name == "down":
                     break  # "odd" comes after it
 
-        def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
             return ((name, tensor) for name, tensor in self.weights.items() if name != "odd")
 
     with pytest.raises(WeightMismatchError, match=r"did not arrive .* odd"):

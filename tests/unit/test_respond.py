@@ -68,7 +68,7 @@ class SteppingEngine(Engine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.check_idle()
 
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(())
 
 

@@ -172,7 +172,7 @@ def test_loaded_weights_are_what_generates(tiny_model: str, tmp_path_factory: py
 def test_sleep_and_wake_change_nothing(worker: RolloutWorker) -> None:
     before = rows_of(worker.generate(prompts()))
     worker.sleep()
-    worker.wake()
+    worker.wake_up()
     assert rows_of(worker.generate(prompts())) == before
 
 

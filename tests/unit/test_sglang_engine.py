@@ -175,7 +175,7 @@ def test_an_interrupt_aborts_and_keeps_what_there_is(engine: SglangEngine) -> No
 def test_only_the_cache_sleeps(engine: SglangEngine) -> None:
     engine.sleep()
     assert engine.engine.asleep == ["kv_cache"]
-    engine.wake()
+    engine.wake_up()
     assert engine.engine.asleep == []
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from hybridflow.errors import EngineError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
-from hybridflow.rollout.step_thread import EngineThread
+from hybridflow.rollout.step_thread import Decision, EngineThread
 
 
 class CountingEngine(Engine):
@@ -61,11 +63,30 @@ class CountingEngine(Engine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.check_idle()
 
-    def held_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(())
 
     def close(self) -> None:
         self.is_closed = True
+
+
+class InterruptibleEngine(CountingEngine):
+    """Hands out what it has counted so far."""
+
+    def interrupt(self) -> list[Response]:
+        assert self.may_step.wait(10)
+        partial = [(entry[0], entry[1]) for entry in self.running.values()]
+        self.running.clear()
+        return [
+            Response(id=asked.id, tokens=np.arange(count, dtype=np.int32), log_probs=None, finish_reason="interrupted")
+            for asked, count in partial
+        ]
+
+
+def run_in_thread(call: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
 
 
 def spec(layout: Layout) -> EngineSpec:
@@ -138,29 +159,94 @@ def test_requests_join_those_that_run() -> None:
     thread.close()
 
 
-def test_ranks_that_share_an_engine_start_requests_only_when_it_is_idle() -> None:
-    engine = CountingEngine(layout=Layout(tensor=2))
-    thread = EngineThread(engine)
-    engine.may_step.clear()
-    first = thread.submit([request(1, max_tokens=5)])[0]
-    while not engine.admitted:
-        time.sleep(0.001)
-    second = thread.submit([request(2, max_tokens=1)])[0]
-    engine.may_step.set()
-    first.result(10), second.result(10)
-    assert engine.admitted == [(0, 1), (5, 2)]
-    thread.close()
+class SharedEngine(CountingEngine):
+    """One rank's part of an engine: a step ends when both ranks make it, and they must be of the same requests."""
+
+    def __init__(self, meet: threading.Barrier, steps: list[list[int]]):
+        super().__init__(layout=Layout(tensor=2))
+        self.meet, self.steps = meet, steps
+
+    def step(self) -> list[Response]:
+        self.steps.append(sorted(self.running))
+        self.meet.wait(10)
+        return super().step()
+
+    def interrupt(self) -> list[Response]:
+        self.steps.append([-1])
+        return InterruptibleEngine.interrupt(self)
 
 
-def test_ranks_that_share_an_engine_start_one_submission_at_a_time() -> None:
-    engine = CountingEngine(layout=Layout(tensor=2))
-    thread = EngineThread(engine)
-    with thread._changed:  # both are there before the thread looks, on another rank they may not be
-        first = thread.submit([request(1, max_tokens=5)])[0]
-        second = thread.submit([request(2, max_tokens=5)])[0]
-    first.result(10), second.result(10)
-    assert engine.admitted == [(0, 1), (5, 2)]
-    thread.close()
+class TwoRanks:
+    """Two ranks of one engine in this process."""
+
+    def __init__(self) -> None:
+        meet = threading.Barrier(2)
+        self.decisions: queue.SimpleQueue[Decision] = queue.SimpleQueue()
+        self.steps: tuple[list[list[int]], list[list[int]]] = ([], [])
+        self.engines = [SharedEngine(meet, steps) for steps in self.steps]
+        agreements = [self.tell, lambda _: self.decisions.get(timeout=10)]
+        self.threads = [EngineThread(engine, agree=agree) for engine, agree in zip(self.engines, agreements, strict=True)]
+
+    def tell(self, decision: Decision) -> Decision:
+        self.decisions.put(decision)
+        return decision
+
+    def both(self, call: Callable[[EngineThread], None], *, late: int | None = None) -> None:
+        """Call on each rank at once; one may come late."""
+
+        def call_one(rank: int) -> None:
+            if rank == late:
+                time.sleep(0.02)
+            call(self.threads[rank])
+
+        calls = [run_in_thread(partial(call_one, rank)) for rank in range(2)]
+        for one in calls:
+            one.join(20)
+            assert not one.is_alive()
+
+    def close(self) -> None:
+        self.both(EngineThread.close)
+        assert self.steps[0] == self.steps[1]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_that_share_an_engine_start_requests_before_the_same_step(late: int) -> None:
+    ranks = TwoRanks()
+    lengths: dict[EngineThread, list[int]] = {}
+
+    def work(thread: EngineThread) -> None:
+        futures = thread.submit([request(1, max_tokens=300)])
+        for number in range(30):
+            futures += thread.submit([request(2, max_tokens=1 + number % 7, id=number), request(13)])
+            time.sleep(0.001)
+        lengths[thread] = [len(future.result(10).tokens) for future in futures if future.exception(10) is None]
+
+    ranks.both(work, late=late)
+    assert [lengths[thread] for thread in ranks.threads] == [[300, *(1 + number % 7 for number in range(30))]] * 2
+    assert any(len(step) > 1 for step in ranks.steps[0]), "requests joined those that ran"
+    ranks.close()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_that_share_an_engine_are_interrupted_before_the_same_step(late: int) -> None:
+    ranks = TwoRanks()
+    partial_lengths: dict[EngineThread, list[int]] = {}
+
+    def work(thread: EngineThread) -> None:
+        for _ in range(5):
+            futures = [future for _ in range(4) for future in thread.submit([request(1, max_tokens=10**6)])]
+            time.sleep(0.002)
+            thread.interrupt()
+            assert all(future.result(0).finish_reason == "interrupted" for future in futures)
+            partial_lengths.setdefault(thread, []).extend(len(future.result(0).tokens) for future in futures)
+            with thread.paused() as engine:
+                assert engine.num_unfinished == 0
+            assert len(thread.generate([request(2, max_tokens=5)])[0].tokens) == 5
+
+    ranks.both(work, late=late)
+    first, second = (partial_lengths[thread] for thread in ranks.threads)
+    assert first == second and len(first) == 20
+    ranks.close()
 
 
 def test_a_refused_request_fails_alone() -> None:
@@ -262,25 +348,6 @@ def test_the_engine_runs_on_as_many_threads_as_its_process_was_given() -> None:
         assert engine.num_threads == openmp_threads() == before + 5
     finally:
         torch._C.set_num_threads(before)
-
-
-class InterruptibleEngine(CountingEngine):
-    """Hands out what it has counted so far."""
-
-    def interrupt(self) -> list[Response]:
-        assert self.may_step.wait(10)
-        partial = [(entry[0], entry[1]) for entry in self.running.values()]
-        self.running.clear()
-        return [
-            Response(id=asked.id, tokens=np.arange(count, dtype=np.int32), log_probs=None, finish_reason="interrupted")
-            for asked, count in partial
-        ]
-
-
-def run_in_thread(call: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=call)
-    thread.start()
-    return thread
 
 
 def test_an_interrupt_resolves_what_runs_and_what_waits() -> None:

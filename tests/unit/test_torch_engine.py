@@ -119,7 +119,7 @@ def test_more_requests_than_slots_wait(tiny_model: str) -> None:
 def test_a_bfloat16_engine_computes_in_bfloat16(tiny_model: str) -> None:
     engine = TorchEngine(spec_of(tiny_model, dtype="bfloat16"))
     (response,) = engine.generate(requests(prompts(1), GREEDY))
-    assert {tensor.dtype for _, tensor in engine.held_weights()} == {torch.bfloat16}
+    assert {tensor.dtype for _, tensor in engine.named_parameters()} == {torch.bfloat16}
     assert {part.dtype for layer in engine.cache.layers.values() for part in layer} == {torch.bfloat16}
     assert response.log_probs is not None and response.log_probs.dtype == np.float32
 
@@ -138,7 +138,7 @@ def test_weights_of_another_dtype_are_cast(tiny_model: str) -> None:
     engine = TorchEngine(spec_of(tiny_model))
     asked = requests(prompts(4), GREEDY)
     before = tokens_of(engine.generate(asked))
-    engine.load_weights([(name, tensor.double()) for name, tensor in engine.held_weights()])
+    engine.load_weights([(name, tensor.double()) for name, tensor in engine.named_parameters()])
     assert tokens_of(engine.generate(asked)) == before
 
 

@@ -60,19 +60,19 @@ def test_a_reload_reaches_the_output_layer_that_shares_the_embedding(engine: Vll
 def test_held_weights_show_an_output_layer_that_was_not_packed_again(engine: VllmEngine, folders: tuple[str, str]) -> None:
     weights = {name: tensor for name, tensor in weights_of(folders[0]) if name != "lm_head.weight"}
     engine.load_weights(weights.items())
-    held = dict(engine.held_weights())
+    held = dict(engine.named_parameters())
     assert held.keys() == weights.keys()
     assert [name for name, tensor in held.items() if not torch.equal(tensor, weights[name])] == []
     with torch.no_grad():
         engine.model.get_parameter("model.embed_tokens.weight").mul_(2.0)  # as a reload does that forgets to pack
-    assert torch.equal(dict(engine.held_weights())["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+    assert torch.equal(dict(engine.named_parameters())["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
     engine.load_weights(weights.items())
 
 
 def test_a_weight_too_large_to_read_back_is_left_out(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {name for name, _ in engine.held_weights()}
+    names = {name for name, _ in engine.named_parameters()}
     monkeypatch.setattr("hybridflow.rollout.vllm_patches.MOST_ELEMENTS_READ_BACK", 10_000)
-    left_out = names - {name for name, _ in engine.held_weights()}
+    left_out = names - {name for name, _ in engine.named_parameters()}
     # q, k and v are one layer of 256 x 128; so are gate and up. Biases and norms are never packed.
     assert "model.layers.0.self_attn.q_proj.weight" in left_out
     assert all(name.endswith("_proj.weight") or "embed" in name for name in left_out)
@@ -213,12 +213,12 @@ def test_rows_without_a_seed_are_drawn_as_vllm_does_and_change_nothing_for_other
 
 
 def test_an_engine_tells_how_much_of_a_prompt_it_took_from_its_cache(engine: VllmEngine) -> None:
-    engine.forget_prefixes()
+    engine.reset_prefix_cache()
     (prompt,) = (np.resize(prompt, 200) for prompt in prompts(1))
     asked = [Request(id=0, prompt=prompt, sampling=Sampling(max_tokens=2), seed=1)]
     first, second = engine.generate(asked)[0], engine.generate(asked)[0]
     assert (first.num_cached_tokens, second.num_cached_tokens > 100) == (0, True)
-    engine.forget_prefixes()
+    engine.reset_prefix_cache()
     assert engine.generate(asked)[0].num_cached_tokens == 0
 
 

@@ -91,7 +91,7 @@ class FakeRollout(RolloutWorker):
         self.act("sleep", "")
 
     @remote("one_to_all")
-    def wake(self) -> None:
+    def wake_up(self) -> None:
         pass
 
 

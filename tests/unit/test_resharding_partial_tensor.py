@@ -1,4 +1,4 @@
-"""What an engine reads of each tensor is found out by a rehearsal, and only that is given to it later."""
+"""What an engine reads of each tensor is found out by a dry-run load, and only that is given to it later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from hybridflow.errors import EngineError
 from hybridflow.resharding.layout import Box
-from hybridflow.resharding.window import Window, rehearse
+from hybridflow.resharding.partial_tensor import PartialTensor, dry_run_load
 
 CPU = torch.device("cpu")
 SHAPE = (6, 4)
@@ -34,7 +34,7 @@ READS = {
 
 
 @pytest.mark.parametrize("way", READS)
-def test_the_rehearsal_finds_what_is_read(way: str):
+def test_the_dry_run_load_finds_what_is_read(way: str):
     read, expected = READS[way]
 
     def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -42,7 +42,7 @@ def test_the_rehearsal_finds_what_is_read(way: str):
             assert (tuple(tensor.shape), tensor.dtype, tensor.device) == (SHAPE, torch.float32, CPU)
             read(tensor)
 
-    part = rehearse(load, [("weight", SHAPE)], dtype=torch.float32, device=CPU)
+    part = dry_run_load(load, [("weight", SHAPE)], dtype=torch.float32, device=CPU)
     assert part == ({} if expected is None else {"weight": expected})
 
 
@@ -50,21 +50,21 @@ def test_the_rehearsal_finds_what_is_read(way: str):
 def test_a_window_gives_what_the_whole_tensor_would(way: str):
     whole = torch.randn(SHAPE)
     read, _ = READS[way]
-    window = Window(whole[3:].clone(), SHAPE, SECOND_HALF, weight="q", reads=[])
-    assert torch.equal(read(window), read(whole))
+    partial = PartialTensor(whole[3:].clone(), SHAPE, SECOND_HALF, weight="q", reads=[])
+    assert torch.equal(read(partial), read(whole))
 
 
 @pytest.mark.parametrize("way", ["sliced columns", "everything", "two slices", "chunks", "a product"])
 def test_reading_outside_the_window_is_an_error_that_names_the_tensor(way: str):
-    window = Window(torch.randn(3, 4), SHAPE, SECOND_HALF, weight="layers.0.q", reads=[])
+    partial = PartialTensor(torch.randn(3, 4), SHAPE, SECOND_HALF, weight="layers.0.q", reads=[])
     with pytest.raises(EngineError, match=r"read .* of layers.0.q \(6, 4\)"):
-        READS[way][0](window)
+        READS[way][0](partial)
 
 
-def test_a_rehearsal_takes_no_memory_for_the_tensors():
+def test_a_dry_run_load_takes_no_memory_for_the_tensors():
     def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         for _, tensor in weights:
-            assert isinstance(tensor, Window)
+            assert isinstance(tensor, PartialTensor)
             assert tensor.held.untyped_storage().nbytes() == 2
 
-    rehearse(load, [("weight", (2**20, 2**20))], dtype=torch.bfloat16, device=CPU)
+    dry_run_load(load, [("weight", (2**20, 2**20))], dtype=torch.bfloat16, device=CPU)

@@ -1,7 +1,7 @@
 """Tensors of which a rank has only the part that its engine reads.
 
-Engines take whole tensors and cut them themselves. What they read is found out once, by a rehearsal on tensors that take
-no memory; from then on only that part is sent, in a `Window` that has the shape of the whole.
+Engines take whole tensors and cut them themselves. What they read is found out once, by a dry-run load on tensors that take
+no memory; from then on only that part is sent, in a `PartialTensor` that has the shape of the whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SLICE = torch.ops.aten.slice.Tensor
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-class Window(torch.Tensor):
+class PartialTensor(torch.Tensor):
     """A tensor of any shape with the elements of one box of it. A slice within the box is an ordinary tensor."""
 
     held: torch.Tensor
@@ -31,27 +31,30 @@ class Window(torch.Tensor):
     """Boxes that were read."""
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor, shape: tuple[int, ...], box: Box, *, weight: str, reads: list[Box]) -> Window:
+    def __new__(cls, held: torch.Tensor, shape: tuple[int, ...], box: Box, *, weight: str, reads: list[Box]) -> PartialTensor:
         """`held` has the shape of `box`, which lies in a tensor of `shape`."""
-        window: Window = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=held.dtype, device=held.device)
-        window.held, window.box, window.weight, window.reads = held, box, weight, reads
-        return window
+        partial: PartialTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=held.dtype, device=held.device)
+        partial.held, partial.box, partial.weight, partial.reads = held, box, weight, reads
+        return partial
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the type of its disabled default
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Slices give the part; copies give another window; whatever else needs the whole."""
+        """Slices give the part; copies give another partial tensor; whatever else needs the whole."""
         kwargs = kwargs or {}
         if func is _SLICE:
             return args[0].read(*args[1:], **kwargs)
         if func in _COPIES:
             return args[0].over(func(args[0].held, *args[1:], **kwargs))
-        return func(*tree_map_only(Window, Window.whole, args), **tree_map_only(Window, Window.whole, kwargs))
+        return func(
+            *tree_map_only(PartialTensor, PartialTensor.whole, args),
+            **tree_map_only(PartialTensor, PartialTensor.whole, kwargs),
+        )
 
-    def over(self, held: torch.Tensor) -> Window:
-        """A window onto the same box."""
-        return Window(held, tuple(self.shape), self.box, weight=self.weight, reads=self.reads)
+    def over(self, held: torch.Tensor) -> PartialTensor:
+        """A partial tensor with the same box."""
+        return PartialTensor(held, tuple(self.shape), self.box, weight=self.weight, reads=self.reads)
 
     def read(self, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> torch.Tensor:
         """As aten.slice.
@@ -84,12 +87,12 @@ class Window(torch.Tensor):
 
     def _outside(self, wanted: str) -> EngineError:
         return EngineError(
-            f"while loading weights the engine read {wanted} of {self.weight} {tuple(self.shape)}, but in its rehearsal only "
-            f"{self.box.start} to {self.box.stop}: what an engine reads of a tensor must not change from load to load"
+            f"while loading weights the engine read {wanted} of {self.weight} {tuple(self.shape)}, but in its dry-run load "
+            f"only {self.box.start} to {self.box.stop}: what an engine reads of a tensor must not change from load to load"
         )
 
 
-def rehearse(
+def dry_run_load(
     load_weights: Callable[[Iterable[tuple[str, torch.Tensor]]], None],
     shapes: Sequence[tuple[str, tuple[int, ...]]],
     *,
@@ -105,7 +108,7 @@ def rehearse(
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, shape in shapes:
-            yield name, Window(zero.expand(shape), shape, Box.whole(shape), weight=name, reads=reads[name])
+            yield name, PartialTensor(zero.expand(shape), shape, Box.whole(shape), weight=name, reads=reads[name])
 
     load_weights(tensors())
     return {
