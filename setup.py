@@ -25,11 +25,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["hybridflow", "hybridflow.*"]),
     install_requires=[
+        "annotated-types>=0.6",
         "math-verify>=0.8",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "omegaconf>=2.3",
         "pyarrow>=17",
+        "pydantic>=2.8,<3",
         "ray[default]>=2.50",
         "rich>=13.7",
         "safetensors>=0.5",

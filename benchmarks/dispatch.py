@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import ray
-from hybridflow.algorithms.respond import respond_in_parts
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.pools import parse_pool
@@ -37,6 +36,7 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Sampling
 from hybridflow.workers.base import Worker
 from hybridflow.workers.remote import remote
+from hybridflow.workers.respond import respond_in_parts
 
 NUM_RANKS = 2
 ECHO_BYTES = 48 * 2**20
@@ -53,9 +53,9 @@ class DispatchWorker(Worker):
         self.tokens, self.left = sampling.max_tokens, batch["position"][::-1]
 
     @remote("gather_rows")
-    def generate_part(self, num_parts_left: int) -> Batch:
+    def take_finished(self, at_least: int, timeout_s: float | None = None) -> Batch:
         """The next responses, with log-probabilities."""
-        rows, self.left = np.split(self.left, [-(-len(self.left) // num_parts_left)])
+        rows, self.left = np.split(self.left, [min(at_least, len(self.left))])
         lengths = np.full(len(rows), self.tokens)
         ids = Ragged.from_lengths(np.zeros(lengths.sum(), np.int32), lengths)
         log_probs = Ragged(np.zeros(len(ids.values), np.float32), ids.offsets)
@@ -113,9 +113,9 @@ def step(group: DispatchWorker, rows: int, tokens: int) -> Metrics:
     group.dispatcher.log.drain()
     columns = {"prompt_tokens": np.full(rows, 16), "group": np.arange(rows), "seed": np.arange(rows)}
     batch = Batch.from_columns(columns)
-    batch, scores = respond_in_parts(batch, group, group, sampling=Sampling(max_tokens=tokens))
+    batch = respond_in_parts(batch, group, group, Sampling(max_tokens=tokens))
     pending = [group.token_column.start(batch, name=name) for name in ("log_probs", "values", "reference_log_probs")]
-    batch = batch.join(scores.result(), *(call.result() for call in pending))
+    batch = batch.join(*(call.result() for call in pending))
     order = np.random.default_rng(0).permutation(rows)
     for call in [group.update.start(part) for part in batch.select(order).split(rows // 4)]:
         call.result()

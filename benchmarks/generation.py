@@ -69,7 +69,8 @@ def passes_of(engine: Engine, options: argparse.Namespace) -> Passes:
     passes: dict[str, Callable[[], AbstractContextManager[None]]] = {"a seed each": nullcontext}
     if options.engine != "vllm":
         return passes
-    from hybridflow.rollout.vllm_engine import VllmEngine, draw_token_by_token
+    from hybridflow.rollout.vllm_engine import VllmEngine
+    from hybridflow.rollout.vllm_patches import draw_token_by_token
 
     assert isinstance(engine, VllmEngine)
     passes["a seed each, every token scheduled"] = without_rounds
@@ -110,7 +111,7 @@ def drawn_by_vllm() -> Iterator[None]:
     """vLLM draws as it would without us: a kernel for each request."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from hybridflow.rollout.vllm_engine import draw_token_by_token
+    from hybridflow.rollout.vllm_patches import draw_token_by_token
 
     ours = topk_topp_sampler.random_sample
     topk_topp_sampler.random_sample = draw_token_by_token

@@ -11,8 +11,8 @@ class HybridflowError(Exception):
 
 
 @dataclass(frozen=True)
-class FieldError:
-    """One error in a configuration."""
+class FieldReport:
+    """What there is to say of a key of the configuration."""
 
     key: str
     """The dotted key, for example `rollout.temperature`."""
@@ -20,10 +20,25 @@ class FieldError:
     """What was found and what is allowed, as a sentence."""
     where: str = ""
     """`file:line`, `command line`, or empty where the key was not given."""
+    related: tuple[str, ...] = ()
+    """Other keys whose values the problem depends on. Where one of them has an error of its own, this is not told."""
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.key}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class FieldError(FieldReport):
+    """One error in a configuration."""
+
+    is_local: bool = False
+    """This machine lacks something that the one that is to run may have: a file, a package, a GPU. A warning in a dry run."""
+
+
+@dataclass(frozen=True)
+class FieldWarning(FieldReport):
+    """What a user should know, and what stops nothing."""
 
 
 class ConfigError(HybridflowError):

@@ -50,9 +50,8 @@ class ImportanceOptions:
 
     def cap(self, run: RunConfig) -> float | None:
         """`importance_cap` with auto resolved."""
-        if self.importance_cap != "auto":
-            return self.importance_cap
-        return DEFAULT_CAP if run.loop.max_staleness else None
+        resolved = DEFAULT_CAP if run.loop.max_staleness else None
+        return resolved if self.importance_cap == "auto" else self.importance_cap
 
     def importance_correction(self, run: RunConfig) -> ImportanceCorrection | None:
         """For a loss; None where neither a bound nor a mask is set."""
@@ -77,11 +76,11 @@ class PolicyOptions(ImportanceOptions):
         return self.epochs == 1 and self.prompts_per_update in (None, run.data.prompts_per_step)
 
     def ratio_over(self, run: RunConfig) -> OldLogProbs:
-        """Denominator of the ratio. Of a single update the present ones, or, where older weights may have sampled, the
-        engine's own: the ratio then is the importance weight. Of several updates those computed before the first."""
-        if not self.makes_one_update(run):
-            return "log_probs"
-        return "rollout_log_probs" if run.loop.max_staleness and self.cap(run) is not None else "current"
+        """Denominator of the ratio. Of a single update the present ones, or, where older weights may have sampled, the engine's
+        own: the ratio then is the importance weight. Of several updates, or without a cap, those computed before the first."""
+        if self.makes_one_update(run) and not run.loop.max_staleness:
+            return "current"
+        return "rollout_log_probs" if self.makes_one_update(run) and self.cap(run) is not None else "log_probs"
 
     def ratio_bound(self, run: RunConfig) -> float | None:
         """Where the ratio is over the engine's log-probabilities, an importance weight, the bound of such weights holds for
@@ -209,13 +208,12 @@ def _is_worker(annotation: object, owner: type) -> bool:
 def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[FieldError]:
     """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts; None is all of them."""
     prompts_per_step = run.data.prompts_per_step
-    if prompts_per_update is None or prompts_per_step < 1:
-        return []  # too small a step is a mistake of its own, which the rules of the configuration tell
+    if prompts_per_update is None or prompts_per_step % prompts_per_update == 0:
+        return []
     if prompts_per_update > prompts_per_step:
         problem = f"found {prompts_per_update}, more than the {prompts_per_step} prompts of data.prompts_per_step"
-        return [FieldError("algorithm.prompts_per_update", f"{problem}. Lower the one or raise the other")]
-    if prompts_per_step % prompts_per_update:
+        advice = "Lower the one or raise the other"
+    else:
         problem = f"found {prompts_per_update}, which does not divide data.prompts_per_step={prompts_per_step}"
-        divisors = [n for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0]
-        return [FieldError("algorithm.prompts_per_update", f"{problem}. Use one of {', '.join(map(str, divisors))}")]
-    return []
+        advice = f"Use one of {', '.join(str(n) for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0)}"
+    return [FieldError("algorithm.prompts_per_update", f"{problem}. {advice}", related=("data.prompts_per_step",))]

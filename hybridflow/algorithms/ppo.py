@@ -105,11 +105,9 @@ class PPO(Algorithm):
     def old_log_probs(self) -> OldLogProbs:
         """Denominator of the ratio. The actor's are the current ones, and cost no pass, where the policy is updated once or, in
         the critic's warm-up, not at all; the KL in the reward is needed before."""
-        if self.config.old_log_probs == "rollout":
-            return "rollout_log_probs"
         old = self.config.ratio_over(self.run)
-        if old == "rollout_log_probs":
-            return old
+        if self.config.old_log_probs == "rollout" or old == "rollout_log_probs":
+            return "rollout_log_probs"
         is_settled = self.step <= self.config.critic_warmup_steps or old == "current"
         return "current" if is_settled and self.config.kl_in != "reward" else "log_probs"
 
@@ -162,13 +160,11 @@ class PPO(Algorithm):
     def check(cls, run: RunConfig) -> list[FieldError]:
         options = run.algorithm.options
         assert isinstance(options, Config)
-        mistakes = check_prompts_per_update(run, options.prompts_per_update)
+        errors = check_prompts_per_update(run, options.prompts_per_update)
         if options.kl_in == "loss" and options.kl_estimator == "k1":
-            mistakes.append(
-                FieldError("algorithm.kl_estimator", "k1 has a gradient of zero on average in the loss. Use k2 or k3")
-            )
+            errors.append(FieldError("algorithm.kl_estimator", "k1 has a gradient of zero on average in a loss. Use k2 or k3"))
         if isinstance(options.importance_cap, float) and options.old_log_probs == "rollout":
-            mistakes.append(FieldError("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
+            errors.append(FieldError("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
-            mistakes.append(FieldError("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
-        return mistakes
+            errors.append(FieldError("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
+        return errors

@@ -15,19 +15,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from hybridflow.checkpoint.sharded import METADATA, load_sharded, read_metadata
 from hybridflow.checkpoint.store import CheckpointStore, find
+from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import CheckpointError
+from hybridflow.models import lora
 from hybridflow.models.heads import VALUE_HEAD_FILE
-from hybridflow.models.load import load_config, load_tokenizer
+from hybridflow.models.load import load_config, skeleton
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 MODEL_KEY = "model."
 """What the keys of weights begin with in a role's sharded state; the rest is the name in a Hugging Face checkpoint."""
 VALUE_HEAD = "value_head."
-ADAPTED, ADAPTER, LOW, HIGH = ".base_layer.", ".lora_", ".lora_A.default.", ".lora_B.default."
 FILE_BYTES = 4 << 30
 """Most bytes of weights in one file, and at once in memory (in the exported dtype)."""
 
@@ -84,19 +85,18 @@ def _write_model(weights_folder: Path, target: Path, origin: Source, dtype: Dtyp
     config = load_config(origin.path, trust_remote_code=origin.trust_remote_code)
     exported = _dtype(config, dtype)
     weights = SavedWeights(weights_folder, lora_scale=origin.lora_scale)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=origin.trust_remote_code)  # type: ignore[no-untyped-call]
-    _check_adapters(weights, skeleton)
+    model = skeleton(config, trust_remote_code=origin.trust_remote_code)
+    _check_adapters(weights, model)
     head = [name for name in weights.shapes if name.startswith(VALUE_HEAD)]
-    names = _checked_names(weights, skeleton, has_value_head=bool(head))
+    names = _checked_names(weights, model, has_value_head=bool(head))
     if head:
         values = {name.removeprefix(VALUE_HEAD): value.to(torch.float32) for name, value in weights.read(head).items()}
         save_file(values, target / VALUE_HEAD_FILE, metadata={"format": "pt"})
-        config.architectures = [type(skeleton.base_model).__name__]
+        config.architectures = [type(model.base_model).__name__]
     _write_weights(weights, target, exported, names)
     config.dtype = exported
     config.save_pretrained(target)
-    load_tokenizer(origin.tokenizer, trust_remote_code=origin.trust_remote_code).save_pretrained(target)
+    tokenizer_at(origin.tokenizer, trust_remote_code=origin.trust_remote_code).save_pretrained(target)
     _copy_extras(origin, target, has_value_head=bool(head))
 
 
@@ -114,17 +114,18 @@ class SavedWeights:
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Name -> shape of each weight, adapters counted as part of the weight that they change."""
-        return {name.replace(ADAPTED, "."): entry.size for name, entry in self._saved.items() if ADAPTER not in name}
+        return {lora.plain_name(name): entry.size for name, entry in self._saved.items() if lora.FACTOR not in name}
 
     @property
     def adapted(self) -> dict[str, bool]:
         """Layer with an adapter -> whether that is saved as the two factors of a saved weight, and nothing else."""
         factors: dict[str, set[str]] = {}
         for name in self._saved:
-            if ADAPTER in name:
-                factors.setdefault(name.partition(ADAPTER)[0], set()).add(name)
+            if lora.FACTOR in name:
+                factors.setdefault(name.partition(lora.FACTOR)[0], set()).add(name)
+        weights = {layer: f"{layer}{lora.BASE}weight" for layer in factors}
         return {
-            layer: found == {f"{layer}{LOW}weight", f"{layer}{HIGH}weight"} and f"{layer}{ADAPTED}weight" in self._saved
+            layer: found == set(lora.factor_names(weights[layer])) and weights[layer] in self._saved
             for layer, found in factors.items()
         }
 
@@ -133,27 +134,21 @@ class SavedWeights:
         needed = [saved for name in names for saved in self._parts(name)]
         state = {saved: torch.empty(self._saved[saved].size, dtype=self._saved[saved].properties.dtype) for saved in needed}
         load_sharded(str(self.folder), {MODEL_KEY.rstrip("."): state}, None)
-        return {name: self._merged([state[saved] for saved in self._parts(name)]) for name in names}
+        return lora.merge(state, self.lora_scale)
 
     def _parts(self, name: str) -> list[str]:
         """What `name` is made of: itself, or the weight before adaptation with both factors of its adapter."""
         if name in self._saved:
             return [name]
         layer, _, leaf = name.rpartition(".")
-        parts = [f"{layer}{ADAPTED}{leaf}", f"{layer}{LOW}{leaf}", f"{layer}{HIGH}{leaf}"]
-        return [part for part in parts if part in self._saved]
-
-    def _merged(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        weight, low, high = (part.to(torch.float32) for part in parts)
-        return weight + self.lora_scale * (high @ low)
+        adapted = f"{layer}{lora.BASE}{leaf}"
+        return [part for part in (adapted, *lora.factor_names(adapted)) if part in self._saved]
 
 
-def _check_adapters(weights: SavedWeights, skeleton: PreTrainedModel) -> None:
+def _check_adapters(weights: SavedWeights, model: PreTrainedModel) -> None:
     """Refuse adapters that would be left out or merged wrongly: a Conv1D's weight, for one, is the transpose of a Linear's."""
-    kinds = {name: type(layer) for name, layer in skeleton.named_modules()}
-    adapted, tied = weights.adapted, skeleton.all_tied_weights_keys
+    kinds = {name: type(layer) for name, layer in model.named_modules()}
+    adapted, tied = weights.adapted, model.all_tied_weights_keys
     wrong = sorted(
         layer
         for layer, is_whole in adapted.items()
@@ -169,18 +164,18 @@ def _check_adapters(weights: SavedWeights, skeleton: PreTrainedModel) -> None:
         )
 
 
-def _checked_names(weights: SavedWeights, skeleton: PreTrainedModel, *, has_value_head: bool) -> list[str]:
+def _checked_names(weights: SavedWeights, model: PreTrainedModel, *, has_value_head: bool) -> list[str]:
     """The weights to be written: exactly what the model is made of, tied weights once."""
-    expected = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if has_value_head:
-        inside = f"{skeleton.base_model_prefix}."
+        inside = f"{model.base_model_prefix}."
         expected = {name: shape for name, shape in expected.items() if name.startswith(inside)}
-    once = set(skeleton.all_tied_weights_keys) - expected.keys()
+    once = set(model.all_tied_weights_keys) - expected.keys()
     found = {name: shape for name, shape in weights.shapes.items() if not name.startswith(VALUE_HEAD) and name not in once}
     if different := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         first = different[0]
         raise CheckpointError(
-            f"{weights.folder} does not fit {type(skeleton).__name__}: {len(different)} weights differ, the first is {first}: "
+            f"{weights.folder} does not fit {type(model).__name__}: {len(different)} weights differ, the first is {first}: "
             f"the checkpoint has {_shape(found.get(first))}, the model {_shape(expected.get(first))}. "
             "Give the model that training started from by --source"
         )

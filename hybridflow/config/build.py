@@ -1,22 +1,25 @@
-"""From a plain tree of values to frozen dataclasses, collecting every mistake on the way."""
+"""From a plain tree of values to frozen dataclasses, collecting every error on the way. pydantic judges the single value."""
 
 from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hybridflow.config.ranges import Range
+from annotated_types import Interval
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from hybridflow.config.schema import RENAMED
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
 T = TypeVar("T")
 
-NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null", object: "any value"}
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+WANTED = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null", object: "any value"}
+KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", list: "list", dict: "mapping"}
 
 
 class UnfitError(ValueError):
@@ -28,6 +31,14 @@ class Builder:
 
     `place_of` answers where a key was given; `known_keys`, and `aliases` with what they stand for, are what a misspelt key is
     compared with.
+
+    Example:
+        >>> builder = Builder(lambda key: "run.yaml:3", known_keys=["seed", "folder"])
+        >>> builder.build(RunConfig, {"seed": "one", "foldr": "x"}).seed  # the default in place of what does not fit
+        0
+        >>> [str(error) for error in builder.errors]
+        ["run.yaml:3: foldr: no such key; did you mean 'folder'?",
+         "run.yaml:3: seed: found 'one' (text); needed: an integer of at least 0"]
     """
 
     def __init__(self, place_of: Callable[[str], str], known_keys: Iterable[str], aliases: Mapping[str, str] | None = None):
@@ -38,214 +49,157 @@ class Builder:
     def build(self, kind: type[T], values: object, *, path: str = "", default: T | None = None) -> T | None:
         """An instance of dataclass `kind` with `values` over those of `default`.
 
-        A value that does not fit is answered with a mistake and its default. None where a key without default is not given.
+        A value that does not fit is answered with an error and its default. None where a key without default is not given.
         """
         if not isinstance(values, Mapping):
             if values is not None:  # a section whose keys are all commented out reads as null
                 self.add(path, f"found {found(values)}; this is a section with keys of its own")
             values = {}
+        members = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
         hints = get_type_hints(kind, include_extras=True)
-        for name, value in values.items():
-            if name not in hints:
-                self._unknown(_join(path, name), value)
-        given: dict[str, object] = {}
-        for field in fields(kind):  # type: ignore[arg-type]
-            key = _join(path, field.name)
-            below = default_of(field) if default is None else vars(default)[field.name]
-            if field.name in values:
-                given |= self._field(key, hints[field.name], values[field.name], below)
-            elif below is MISSING:
-                self.add(key, f"is missing; needed: {wanted(hints[field.name])}")
-                return None
-        return self._instance(kind, given, path, default)
+        for name in [name for name in values if name not in members]:
+            self._unknown(join(path, name), values[name])
+        built: dict[str, object] = {}
+        for name, field in members.items():
+            key, built[name] = join(path, name), default_of(field) if default is None else vars(default)[name]
+            if name in values:
+                built[name] = self._value(key, hints[name], values[name], built[name])
+            elif built[name] is MISSING:
+                self.add(key, f"is missing; needed: {wanted(hints[name])}")
+        if MISSING in built.values():
+            return None
+        try:
+            return kind(**built)
+        except ValueError as error:  # raised by a check of the dataclass itself
+            self.add(path, str(error))
+            return default
 
     def add(self, key: str, problem: str) -> None:
-        """Note a mistake at `key`."""
+        """Note an error at `key`."""
         self.errors.append(FieldError(key, problem, self.place_of(key)))
 
     def _unknown(self, key: str, value: object) -> None:
         if isinstance(value, Mapping) and value:
             for name, element in value.items():
-                self._unknown(_join(key, name), element)
+                self._unknown(join(key, name), element)
         elif key in RENAMED:
             self.add(key, f"is called {RENAMED[key]} now")
         else:
             self.add(key, f"no such key{suggestion(key, self.known_keys, self.aliases)}")
 
-    def _field(self, key: str, hint: object, value: object, default: object) -> dict[str, object]:
-        name = _last(key)
+    def _value(self, key: str, hint: object, value: object, default: object) -> object:
         if isinstance(hint, type) and is_dataclass(hint):
             built = self.build(hint, value, path=key, default=None if default is MISSING else default)
-            return {name: built} if built is not None else {}
-        if get_origin(hint) is Mapping and isinstance(value, Mapping):
-            return {name: self._mapping(key, get_args(hint)[1], value)}
+            return MISSING if built is None else built
+        is_mapping = get_origin(hint) is Mapping
+        if is_mapping and isinstance(value, Mapping):
+            # An entry that does not fit stays as text: other keys may refer to it by its name.
+            return {str(name): self._value(join(key, name), get_args(hint)[1], v, str(v)) for name, v in value.items()}
         try:
-            return {name: convert(value, hint)}
+            return convert(value, hint)
         except UnfitError as error:
             self.add(key, str(error))
             # Whoever meant other entries than the default's must not be told what is wrong with those.
-            return {name: {}} if get_origin(hint) is Mapping else {}
-
-    def _mapping(self, key: str, hint: object, value: Mapping[object, object]) -> dict[str, object]:
-        """The entries of a mapping. One that does not fit stays as text: other keys may refer to it by its name."""
-        entries: dict[str, object] = {}
-        for name, element in value.items():
-            try:
-                entries[str(name)] = convert(element, hint)
-            except UnfitError as error:
-                self.add(_join(key, name), str(error))
-                entries[str(name)] = str(element)
-        return entries
-
-    def _instance(self, kind: type[T], given: dict[str, Any], path: str, default: T | None) -> T | None:
-        try:
-            return kind(**given) if default is None else replace(default, **given)  # type: ignore[type-var]
-        except ValueError as error:  # raised by a check of the dataclass itself
-            self.add(path, str(error))
-            return default
-        except TypeError as error:  # a key without default had a mistake, which is noted already
-            if not self.errors:
-                raise TypeError(f"{kind.__qualname__} cannot be built from {sorted(given)}") from error
-            return default
+            return {} if is_mapping else default
 
 
 def convert(value: object, hint: object) -> object:
-    """`value` as type `hint`.
-
-    Lossless readings only: an integer is a number, text such as 1e-6 too, a scalar is a tuple of one.
+    """`value` as type `hint`, by lossless readings only: see `_readings`.
 
     Raises:
         UnfitError: it is not of that type; the message says what was found and what is needed.
     """
-    origin = get_origin(hint)
-    if origin is Annotated:
-        return _convert_annotated(value, hint)
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, hint)
-    if origin is Literal:
-        return _convert_literal(value, hint)
-    if origin is tuple:
-        return _convert_tuple(value, hint)
-    if origin in (Mapping, dict):
-        return _convert_mapping(value, hint)
-    return _convert_scalar(value, hint)
-
-
-def _convert_annotated(value: object, hint: object) -> object:
-    """A number with the range that it must be in, or a path."""
-    kind, note = get_args(hint)
-    converted = convert(value, kind)
-    if isinstance(note, Range):
-        assert isinstance(converted, int | float), f"a range is for numbers, not for {kind}"
-        if converted not in note:
-            raise _unfit(value, hint)
-        return converted
-    return str(Path(str(converted)).expanduser()) if str(converted).startswith("~") else converted
-
-
-def _convert_scalar(value: object, hint: object) -> object:
-    if hint is object:
-        return value
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+    adapter: TypeAdapter[object] = TypeAdapter(hint, config=STRICT)  # type: ignore[arg-type]
+    for reading in _readings(value):
         try:
-            return float(value)
-        except ValueError as error:
-            raise _unfit(value, hint) from error
-    if not isinstance(hint, type) or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise _unfit(value, hint)
-    return value
-
-
-def _convert_union(value: object, hint: object) -> object:
-    for member in get_args(hint):
-        try:
-            return convert(value, member)
-        except UnfitError:
+            return adapter.validate_python(reading)
+        except ValidationError:
             continue
-    raise _unfit(value, hint)
-
-
-def _convert_literal(value: object, hint: object) -> object:
-    allowed = get_args(hint)
-    for choice in allowed:
-        if value == choice and type(value) is type(choice):
-            return choice
-    raise UnfitError(f"found {found(value)}; allowed: {_listed(allowed)}{nearest(str(value), map(str, allowed))}")
-
-
-def _convert_tuple(value: object, hint: object) -> object:
-    members = get_args(hint)
-    is_any_length = len(members) == 2 and members[1] is Ellipsis
-    if value is None or isinstance(value, Mapping):
-        raise _unfit(value, hint)
-    elements = list(value) if isinstance(value, list | tuple) else [value]
-    if not is_any_length and len(elements) != len(members):
-        raise _unfit(value, hint)
-    element_hints = [members[0]] * len(elements) if is_any_length else members
-    try:
-        return tuple(convert(element, element_hint) for element, element_hint in zip(elements, element_hints, strict=True))
-    except UnfitError as error:
-        raise _unfit(value, hint) from error
-
-
-def _convert_mapping(value: object, hint: object) -> object:
-    if not isinstance(value, Mapping):
-        raise _unfit(value, hint)
-    _, element_hint = get_args(hint)
-    try:
-        return {str(name): convert(element, element_hint) for name, element in value.items()}
-    except UnfitError as error:
-        raise _unfit(value, hint) from error
-
-
-def _unfit(value: object, hint: object) -> UnfitError:
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        raise UnfitError(f"found {found(value)}; allowed: {', '.join(choices)}{nearest(str(value), choices)}")
     is_quotable = wanted(hint).startswith("text") and isinstance(value, int | float)
     advice = ". Quote it to have it read as text" if is_quotable else ""
-    return UnfitError(f"found {found(value)}; needed: {wanted(hint)}{advice}")
+    raise UnfitError(f"found {found(value)}; needed: {wanted(hint)}{advice}")
+
+
+def _readings(value: object) -> Iterator[object]:
+    """As it stands; a list or a scalar as a tuple; and text such as 1e-6, which YAML 1.1 does not take for a number, as one."""
+    yield value
+    if isinstance(value, Mapping):
+        yield {str(name): element for name, element in value.items()}
+    elif value is not None:
+        elements = tuple(value) if isinstance(value, list | tuple) else (value,)
+        yield elements
+        yield _as_number(value)
+        yield tuple(map(_as_number, elements))
+
+
+def _as_number(value: object) -> object:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def found(value: object) -> str:
     """A value with the kind of thing it is, for messages."""
     if value is None:
         return "null"
-    kinds: dict[type, str] = {bool: "true/false", int: "integer", float: "number", str: "text", list: "list", dict: "mapping"}
-    kind = kinds.get(type(value), type(value).__name__)
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
-    return f"{text} ({kind})"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{text} ({KINDS.get(type(value), type(value).__name__)})"
 
 
 def wanted(hint: object) -> str:
     """What type `hint` allows, in words."""
     origin, members = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return f"{wanted(members[0])} of {members[1]}" if isinstance(members[1], Range) else wanted(members[0])
+        ranges = [f" of {_range_in_words(note)}" for note in members[1:] if isinstance(note, Interval)]
+        return wanted(members[0]) + "".join(ranges)
     if origin in (Union, types.UnionType):
         return " or ".join(wanted(member) for member in members)
     if origin is Literal:
-        return f"one of {_listed(members)}" if len(members) > 1 else str(members[0])
+        return f"one of {', '.join(map(str, members))}" if len(members) > 1 else str(members[0])
     if origin is tuple and members[-1] is Ellipsis:
         return f"a list, each element {wanted(members[0])}"
     if origin is tuple:
         return f"a list of {len(members)} ({', '.join(wanted(member) for member in members)})"
     if origin in (Mapping, dict):
         return f"a mapping from names to {wanted(members[1])}"
-    return NAMES.get(hint, str(hint)) if isinstance(hint, type) else str(hint)
+    return WANTED.get(hint, str(hint)) if isinstance(hint, type) else str(hint)
+
+
+def _range_in_words(allowed: Interval) -> str:
+    bounds = {"at least": allowed.ge, "more than": allowed.gt, "at most": allowed.le, "less than": allowed.lt}
+    return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
 
 
 def suggestion(key: str, known_keys: Iterable[str], aliases: Mapping[str, str]) -> str:
-    """`; did you mean 'section.name'?` for the nearest known key: in its own section, else anywhere, else by its last word.
+    """What to say of an unknown key: the nearest known one in its own section, else anywhere, else by its last word.
 
     A bare last word is answered with every key that ends in it. `aliases` are compared too, where they are very near.
+
+    Example:
+        >>> keys = ["actor.learning_rate", "critic.learning_rate", "rollout.top_p"]
+        >>> suggestion("rolout.top_p", keys, {})
+        "; did you mean 'rollout.top_p'?"
+        >>> suggestion("lr", keys, {"actor.optim.lr": "actor.learning_rate"})
+        "; did you mean 'actor.learning_rate'?"
+        >>> suggestion("rollout.beams", keys, {})
+        '. Keys of this section: top_p'
     """
     known = list(known_keys)
-    if "." not in key and (words := _keys_ending_in(key, known, aliases)):
-        return f"; did you mean {' or '.join(map(repr, words))}?"
-    if words := difflib.get_close_matches(key, [*known, *aliases], 1, 0.9):
-        return f"; did you mean {words[0]!r}?"
+    if "." not in key:
+        words = [other for other in known if last(other) == key]
+        words = words or list(dict.fromkeys(ours for alias, ours in aliases.items() if ours and last(alias) == key))
+        if words:
+            return f"; did you mean {' or '.join(map(repr, words))}?"
     section, _, name = key.rpartition(".")
-    siblings = {_last(other): other for other in known if other.rpartition(".")[0] == section}
-    by_name = {_last(other): other for other in reversed(known)}
-    for asked, candidates, cutoff in ((name, siblings, 0.6), (key, {k: k for k in known}, 0.75), (name, by_name, 0.75)):
+    siblings = {last(other): other for other in known if other.rpartition(".")[0] == section}
+    anywhere = {other: other for other in known}
+    by_name = {last(other): other for other in reversed(known)}
+    very_near = (key, anywhere | {alias: alias for alias in aliases}, 0.9)
+    for asked, candidates, cutoff in (very_near, (name, siblings, 0.6), (key, anywhere, 0.75), (name, by_name, 0.75)):
         if words := difflib.get_close_matches(asked, candidates, 1, cutoff):
             return f"; did you mean {candidates[words[0]]!r}?"
     if siblings:
@@ -253,18 +207,11 @@ def suggestion(key: str, known_keys: Iterable[str], aliases: Mapping[str, str]) 
     return f". Sections: {', '.join(dict.fromkeys(other.partition('.')[0] for other in known))}"
 
 
-def _keys_ending_in(word: str, known: Iterable[str], aliases: Mapping[str, str]) -> list[str]:
-    """Those known keys whose last word it is; else what the aliases stand for that end in it."""
-    exact = [key for key in known if _last(key) == word]
-    return exact or list(dict.fromkeys(ours for alias, ours in aliases.items() if ours and _last(alias) == word))
-
-
 def keys_of(kind: type, path: str = "") -> list[str]:
     """The dotted keys of dataclass `kind` and the dataclasses in it, in the order of their fields."""
-    hints = get_type_hints(kind)
-    keys = []
+    hints, keys = get_type_hints(kind), []
     for field in fields(kind):
-        hint, key = hints[field.name], _join(path, field.name)
+        hint, key = hints[field.name], join(path, field.name)
         keys += keys_of(hint, key) if isinstance(hint, type) and is_dataclass(hint) else [key]
     return keys
 
@@ -274,13 +221,11 @@ def default_of(field: Field[object]) -> object:
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(str(value) for value in values)
-
-
-def _last(key: str) -> str:
+def last(key: str) -> str:
+    """The last word of a dotted key."""
     return key.rpartition(".")[2]
 
 
-def _join(path: str, name: object) -> str:
+def join(path: str, name: object) -> str:
+    """`path.name`, or `name` where there is no path."""
     return f"{path}.{name}" if path else str(name)

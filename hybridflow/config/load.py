@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,18 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridflow import registry
 from hybridflow.config import verl_keys
-from hybridflow.config.build import Builder, keys_of
-from hybridflow.config.build import found as shown
-from hybridflow.config.findings import FieldWarning, Missing
+from hybridflow.config.build import Builder, found, join, keys_of
 from hybridflow.config.rules import AlgorithmClass, check
 from hybridflow.config.schema import AlgorithmConfig, Config
-from hybridflow.config.settings import KNOWN_KEYS, Setting, Settings, default_mappings
-from hybridflow.errors import ConfigError, FieldError
+from hybridflow.config.settings import KNOWN_KEYS, MAPPINGS, Setting, Settings
+from hybridflow.errors import ConfigError, FieldError, FieldReport
 
 logger = logging.getLogger("hybridflow")
 
 COMMAND_LINE = "command line"
-MAPPINGS = default_mappings()
 
 
 def load_config(path: str | None, overrides: Sequence[str] = (), *, is_dry_run: bool = False, asks_hub: bool = False) -> Config:
@@ -37,68 +33,83 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, is_dry_run: 
     With `asks_hub`, models that are named as on the hub are asked for there. In a dry run, what this machine lacks and another
     may have is a warning. Warnings are logged.
 
+    Example:
+        >>> load_config("configs/quickstart.yaml", ["run.seed=3", "trainer.total_epochs=2"]).run.total_epochs
+        2
+        >>> load_config("configs/quickstart.yaml", ["run.seed=x", "actor.lerning_rate=1"])
+        hybridflow.errors.ConfigError: 2 errors in the configuration:
+          command line: run.seed: found 'x' (text); needed: an integer of at least 0
+          command line: actor.lerning_rate: no such key; did you mean 'actor.learning_rate'?
+
     Raises:
-        ConfigError: with every mistake found, not only the first.
+        ConfigError: with every error found, not only the first.
     """
+    unread: list[FieldError] = []
     settings = Settings(resolve_value)
-    layers = read_files(path, settings.errors) if path else []
-    unread = list(settings.errors)
-    for layer in layers:
+    for layer in read_files(path, unread) if path else []:
         settings.apply(layer)
-    settings.apply(read_overrides(overrides, settings.errors))
-    num_mistakes = len(settings.errors)
-    values = resolve(settings)
-    if unread:  # what an interpolation refers to may be there
-        del settings.errors[num_mistakes:]
+    settings.apply(read_overrides(overrides, settings.reports))
+    values, unresolved = resolve(settings)
+    settings.reports += [] if unread else unresolved  # what an interpolation refers to may be in a file that was not read
     algorithm = _algorithm_of(values, settings) if not unread or settings.place_of("algorithm.name") else None
     options = keys_of(algorithm.config_class, "algorithm") if algorithm else []
     builder = Builder(settings.place_of, [*KNOWN_KEYS, *options], aliases=verl_keys.stands_for())
     config = build_config(builder, values, algorithm)
-    mistakes = settings.errors + builder.errors
-    found = check(config, algorithm, is_partial=bool(unread), asks_hub=asks_hub)
-    for mistake in _without_doubtful(found, {mistake.key for mistake in mistakes}, builder.known_keys):
-        mistakes.append(replace(mistake, where=mistake.where or settings.place_of(mistake.key)))
-    if unread:  # a key that is given nowhere may be in the file that could not be read
-        mistakes = [mistake for mistake in mistakes if mistake.where or mistake in unread]
-    _tell([*settings.warnings, *mistakes], is_dry_run=is_dry_run)
+    reports = [*settings.reports, *builder.errors]
+    mistaken = {report.key for report in reports if isinstance(report, FieldError)}
+    for report in check(config, algorithm, asks_hub=asks_hub):
+        keys = (report.key, *report.related)
+        # A key that is mistaken, or that an unread file may give, had its default in the comparison.
+        if not mistaken.intersection(keys) and not (unread and not all(map(settings.place_of, keys))):
+            reports.append(replace(report, where=report.where or settings.place_of(report.key)))
+    _tell([*unread, *(report for report in reports if report.where or not unread)], is_dry_run=is_dry_run)
     return config
 
 
-def read_files(path: str, mistakes: list[FieldError]) -> list[list[Setting]]:
+def read_files(path: str, errors: list[FieldError]) -> list[list[Setting]]:
     """The settings of the YAML file at `path` and of those that it builds on (`base: other.yaml`), lowest first."""
     layers: list[list[Setting]] = []
     seen: list[str] = []
     place = ""
     while path:
         if os.path.realpath(path) in seen:
-            mistakes.append(FieldError("base", f"{path} builds on itself", place))
+            errors.append(FieldError("base", f"{path} builds on itself", place))
             break
         seen.append(os.path.realpath(path))
-        tree, lines = _read_yaml(path, place, mistakes)
+        try:
+            tree, lines = _read_yaml(path, place)
+        except ConfigError as error:
+            errors += error.errors
+            break
         base = tree.pop("base", None)
         layers.insert(0, list(_flatten(tree, path, lines)))
         place = f"{path}:{lines.get('base', 1)}"
         if base is not None and not isinstance(base, str):
-            mistakes.append(FieldError("base", f"found {shown(base)}; needed: the path of a YAML file", place))
+            errors.append(FieldError("base", f"found {found(base)}; needed: the path of a YAML file", place))
             break
         path = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(base))) if base else ""
     return layers
 
 
-def read_overrides(overrides: Sequence[str], mistakes: list[FieldError]) -> list[Setting]:
-    """The settings of `key=value` arguments; values are YAML. A leading `+`, as Hydra wants for new keys, is ignored."""
+def read_overrides(overrides: Sequence[str], reports: list[FieldReport]) -> list[Setting]:
+    """The settings of `key=value` arguments; values are YAML. A leading `+`, as Hydra wants for new keys, is ignored.
+
+    Example:
+        >>> read_overrides(["+rollout.stop=[a, b]", "actor.learning_rate=1e-6"], reports=[])
+        [Setting("rollout.stop", ["a", "b"], "command line"), Setting("actor.learning_rate", 1e-06, "command line")]
+    """
     settings = []
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip().lstrip("+")
         if not equals or not key:
-            mistakes.append(FieldError(override, "is not of the form key=value", COMMAND_LINE))
+            reports.append(FieldError(override, "is not of the form key=value", COMMAND_LINE))
             continue
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            reason = str(error).partition("\n")[0]
-            mistakes.append(FieldError(key, f"the value {text!r} cannot be read as YAML: {reason}", COMMAND_LINE))
+            problem = f"the value {text!r} cannot be read as YAML: {_first_line(error)}"
+            reports.append(FieldError(key, problem, COMMAND_LINE))
             continue
         assert isinstance(value, dict)
         settings.append(Setting(key, value["value"], COMMAND_LINE))
@@ -119,10 +130,22 @@ def resolve_value(value: object, context: Mapping[str, object]) -> object:
         raise ValueError(f"found {value!r}: {error}") from error
 
 
-def resolve(settings: Settings) -> dict[str, object]:
-    """The values of `settings` without interpolations. What cannot be resolved is noted as a mistake and left out."""
-    root = OmegaConf.create(settings.context())
-    return {str(key): value for key, value in _resolve_section(root, settings.values, "", settings)}
+def resolve(settings: Settings) -> tuple[dict[str, object], list[FieldError]]:
+    """The values of `settings` without interpolations, and errors for those that cannot be resolved, which are left out."""
+    errors: list[FieldError] = []
+
+    def section(node: DictConfig, tree: Mapping[str, object], path: str) -> Iterator[tuple[str, object]]:
+        for name, value in tree.items():
+            key = join(path, name)
+            try:
+                if isinstance(value, Mapping):
+                    yield name, dict(section(node[name], value, key))
+                else:
+                    yield name, _resolved_child(node, name)
+            except OmegaConfBaseException as error:
+                errors.append(FieldError(key, f"found {value!r}: {_first_line(error)}", settings.place_of(key)))
+
+    return dict(section(OmegaConf.create(settings.context()), settings.values, "")), errors
 
 
 def load_algorithm(name: str) -> AlgorithmClass:
@@ -148,44 +171,25 @@ def to_yaml(value: Mapping[str, object], *, flow: bool = False) -> str:
 
 def build_config(builder: Builder, values: Mapping[str, object], algorithm: AlgorithmClass | None) -> Config:
     """The `Config` of `values`, with defaults in place of mistaken ones."""
-    sections = dict(values)
-    section = sections.pop("algorithm", {})
-    config = builder.build(Config, sections, default=Config())
+    section = values.get("algorithm", {})
+    config = builder.build(Config, {key: value for key, value in values.items() if key != "algorithm"}, default=Config())
     assert config is not None
     if not isinstance(section, Mapping):
-        builder.add("algorithm", f"found {shown(section)}; needed: the name of an algorithm, or a section with `name`")
+        builder.add("algorithm", f"found {found(section)}; needed: the name of an algorithm, or a section with `name`")
         return config
-    given = dict(section)
-    name = given.pop("name", AlgorithmConfig.name)
+    name = section.get("name", AlgorithmConfig.name)
     if not isinstance(name, str):
-        builder.add("algorithm.name", f"found {shown(name)}; needed: text")
+        builder.add("algorithm.name", f"found {found(name)}; needed: text")
         return config
-    if algorithm is not None:
-        for option in _options_of_others(name) - set(keys_of(algorithm.config_class)):
-            given.pop(option, None)
-    options = builder.build(algorithm.config_class, given, path="algorithm") if algorithm else None
-    return replace(config, algorithm=AlgorithmConfig(name=name, options=options))
-
-
-def _without_doubtful(mistakes: Iterable[FieldError], noted: Collection[str], known_keys: Iterable[str]) -> list[FieldError]:
-    """Without those of or about keys with a mistake of their own (`noted`): what they were found with is a default."""
-    keys = [key for key in known_keys if key in noted]
-    names = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, keys))})(?!\w|\.\w)")
-    return [m for m in mistakes if m.key not in noted and not (keys and names.search(m.problem))]
-
-
-def _tell(mistakes: Sequence[FieldError], *, is_dry_run: bool) -> None:
-    """Log what stops nothing, and raise what does."""
-    stopping = []
-    for mistake in mistakes:
-        if isinstance(mistake, FieldWarning):
-            logger.warning("%s", mistake)
-        elif is_dry_run and isinstance(mistake, Missing):
-            logger.warning("not on this machine: %s", mistake)
-        else:
-            stopping.append(mistake)
-    if stopping:
-        raise ConfigError(stopping)
+    if algorithm is None:
+        return replace(config, algorithm=AlgorithmConfig(name=name))
+    known = set(keys_of(algorithm.config_class))
+    if registry.unknown_name(name, registry.ALGORITHMS):  # it may stand for another than the nearest, which has other options
+        others = {option for other in registry.ALGORITHMS for option in keys_of(load_algorithm(other).config_class)} - known
+        section = {option: value for option, value in section.items() if option not in others}
+    options = {option: value for option, value in section.items() if option != "name"}
+    built = builder.build(algorithm.config_class, options, path="algorithm")
+    return replace(config, algorithm=AlgorithmConfig(name=name, options=built))
 
 
 def _algorithm_of(values: Mapping[str, object], settings: Settings) -> AlgorithmClass | None:
@@ -197,90 +201,81 @@ def _algorithm_of(values: Mapping[str, object], settings: Settings) -> Algorithm
     try:
         return load_algorithm(name)
     except ConfigError as error:
-        place = settings.place_of("algorithm.name")
-        settings.errors += [replace(mistake, where=place) for mistake in error.errors]
+        settings.reports += [replace(found, where=settings.place_of("algorithm.name")) for found in error.errors]
     near = difflib.get_close_matches(name, registry.ALGORITHMS, n=1)
     return load_algorithm(near[0]) if near and ":" not in name else None
 
 
-def _options_of_others(name: str) -> set[str]:
-    """Options of any built-in algorithm where `name` is none, and may stand for another than the nearest."""
-    if registry.unknown_name(name, registry.ALGORITHMS) is None:
-        return set()
-    return {option for other in registry.ALGORITHMS for option in keys_of(load_algorithm(other).config_class)}
+def _tell(reports: Iterable[FieldReport], *, is_dry_run: bool) -> None:
+    """Log what stops nothing, and raise what does."""
+    errors = []
+    for report in reports:
+        if isinstance(report, FieldError) and not (is_dry_run and report.is_local):
+            errors.append(report)
+        else:
+            logger.warning("%s%s", "not on this machine: " if isinstance(report, FieldError) else "", report)
+    if errors:
+        raise ConfigError(errors)
 
 
 def _escaped(value: object) -> object:
     """Text that looks like an interpolation, and is none, is written with a backslash."""
     if isinstance(value, Mapping):
         return {key: _escaped(element) for key, element in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_escaped(element) for element in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
-def _read_yaml(path: str, place: str, mistakes: list[FieldError]) -> tuple[dict[object, object], dict[str, int]]:
-    """The tree in a file, and the line of each dotted key."""
+def _read_yaml(path: str, place: str) -> tuple[dict[object, object], dict[str, int]]:
+    """The tree in a file, and the line of each dotted key.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
+    lines: dict[str, int] = {}
     try:
         text = Path(path).read_text(encoding="utf-8")
         lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ""))
         loaded = OmegaConf.load(path) if text.strip() else OmegaConf.create()
     except OSError as error:
-        mistakes.append(FieldError(path, f"cannot be read: {error.strerror}", place))
-        return {}, {}
+        raise ConfigError([FieldError(path, f"cannot be read: {error.strerror}", place)]) from error
     except UnicodeDecodeError as error:
-        mistakes.append(FieldError(path, f"is not text: {error}", place))
-        return {}, {}
+        raise ConfigError([FieldError(path, f"is not text: {error}", place)]) from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        mistakes.append(FieldError("YAML", f"{error.problem}", f"{path}:{mark.line + 1 if mark else 1}"))
-        return {}, {}
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError([FieldError("YAML", f"{error.problem}", f"{path}:{line}")]) from error
     except OmegaConfBaseException as error:
-        line = lines.get(str(error.full_key), 1)
-        mistakes.append(FieldError(str(error.full_key), str(error).partition("\n")[0], f"{path}:{line}"))
-        return {}, {}
+        key = str(error.full_key)
+        raise ConfigError([FieldError(key, _first_line(error), f"{path}:{lines.get(key, 1)}")]) from error
     tree = OmegaConf.to_container(loaded, resolve=False) if isinstance(loaded, DictConfig) else None
     if not isinstance(tree, dict):
-        mistakes.append(FieldError(path, "holds no mapping of keys to values", place))
-        return {}, {}
+        raise ConfigError([FieldError(path, "holds no mapping of keys to values", place)])
     return dict(tree), lines
 
 
-def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
+def _lines(node: yaml.Node | None, path: str) -> Iterator[tuple[str, int]]:
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if key.value == "<<":
-            yield from _lines(value, prefix)
+            yield from _lines(value, path)
         else:
-            yield f"{prefix}{key.value}", key.start_mark.line + 1
-            yield from _lines(value, f"{prefix}{key.value}.")
+            yield join(path, key.value), key.start_mark.line + 1
+            yield from _lines(value, join(path, key.value))
 
 
-def _flatten(tree: Mapping[object, object], path: str, lines: Mapping[str, int], prefix: str = "") -> Iterator[Setting]:
+def _flatten(tree: Mapping[object, object], path: str, lines: Mapping[str, int], section: str = "") -> Iterator[Setting]:
     for name, value in tree.items():
-        key = f"{prefix}{name}"
+        key = join(section, name)
         if isinstance(value, Mapping) and value and key not in MAPPINGS:
-            yield from _flatten(value, path, lines, f"{key}.")
+            yield from _flatten(value, path, lines, key)
         else:
             yield Setting(key, value, f"{path}:{lines.get(key, 1)}")
-
-
-def _resolve_section(
-    root: DictConfig, tree: Mapping[str, object], prefix: str, settings: Settings
-) -> Iterator[tuple[str, object]]:
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        try:
-            if isinstance(value, Mapping):
-                yield name, dict(_resolve_section(root[name], value, f"{key}.", settings))
-            else:
-                yield name, _resolved_child(root, name)
-        except OmegaConfBaseException as error:
-            reason = str(error).partition("\n")[0]
-            settings.errors.append(FieldError(key, f"found {value!r}: {reason}", settings.place_of(key)))
 
 
 def _resolved_child(section: DictConfig, name: str) -> object:
     child = section[name]
     return OmegaConf.to_container(child, resolve=True) if OmegaConf.is_config(child) else child
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

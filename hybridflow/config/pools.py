@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridflow.config.schema import Config
 from hybridflow.errors import PlacementError
 
 NVIDIA_DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
@@ -58,3 +59,8 @@ def gpus_of_this_machine(environment: Mapping[str, str] = os.environ) -> int:
 def cpu_slots_of_this_machine(asked: int | None) -> int:
     """CPU slots of a cluster started on this machine: `asked`, or its cores and at least 4."""
     return asked if asked is not None else max(os.cpu_count() or 1, 4)
+
+
+def joins_a_cluster(config: Config) -> bool:
+    """Whether ranks run where a cluster has room for them, and not on this machine necessarily."""
+    return config.run.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))

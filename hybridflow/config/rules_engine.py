@@ -9,40 +9,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridflow.config.findings import Missing
 from hybridflow.config.rules_placement import uses_gpus
 from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
-RESPONSE_LENGTHS = "data.max_prompt_tokens and data.max_response_tokens"
-VLLM_KEYS = {
-    "model": "model.path",
-    "tokenizer": "model.tokenizer",
-    "trust_remote_code": "model.trust_remote_code",
-    "dtype": "rollout.dtype",
-    "seed": "run.seed",
-    "max_model_len": RESPONSE_LENGTHS,
-    "max_num_seqs": "rollout.max_num_seqs",
-    "tensor_parallel_size": "rollout.tensor_parallel",
-    "enforce_eager": "rollout.enforce_eager",
-    "gpu_memory_utilization": "rollout.gpu_memory_utilization (on a CPU rollout.cpu_cache_gib)",
-    "enable_sleep_mode": "rollout.sleep",
+KEYS_OF_ENGINES = {
+    "model.path": ("model", "model_path"),
+    "model.tokenizer": ("tokenizer", "tokenizer_path"),
+    "model.trust_remote_code": ("trust_remote_code", "trust_remote_code"),
+    "rollout.dtype": ("dtype", "dtype"),
+    "run.seed": ("seed", "random_seed"),
+    "data.max_prompt_tokens and data.max_response_tokens, or rollout.max_model_tokens": ("max_model_len", "context_length"),
+    "rollout.max_num_seqs": ("max_num_seqs", "max_running_requests"),
+    "rollout.tensor_parallel": ("tensor_parallel_size", "tp_size"),
+    "rollout.enforce_eager": ("enforce_eager", "disable_cuda_graph"),
+    "rollout.gpu_memory_utilization (on a CPU rollout.cpu_cache_gib)": ("gpu_memory_utilization", "mem_fraction_static"),
+    "rollout.sleep": ("enable_sleep_mode", "enable_memory_saver"),
 }
-SGLANG_KEYS = {
-    "model_path": "model.path",
-    "tokenizer_path": "model.tokenizer",
-    "trust_remote_code": "model.trust_remote_code",
-    "dtype": "rollout.dtype",
-    "random_seed": "run.seed",
-    "context_length": RESPONSE_LENGTHS,
-    "max_running_requests": "rollout.max_num_seqs",
-    "tp_size": "rollout.tensor_parallel",
-    "disable_cuda_graph": "rollout.enforce_eager",
-    "mem_fraction_static": "rollout.gpu_memory_utilization",
-    "enable_memory_saver": "rollout.sleep",
-    "enable_deterministic_inference": "rollout.seed_requests",
-}
+"""What a key of ours sets: vLLM's argument, and SGLang's."""
+VLLM_KEYS = {vllm: ours for ours, (vllm, _) in KEYS_OF_ENGINES.items()}
+SGLANG_KEYS = {sglang: ours for ours, (_, sglang) in KEYS_OF_ENGINES.items()}
+SGLANG_KEYS |= {"enable_deterministic_inference": "rollout.seed_requests"}
 
 
 @dataclass(frozen=True)
@@ -62,13 +50,10 @@ class Arguments:
             return set()
         found = importlib.util.find_spec(self.package)
         paths = [Path(folder) / self.source for folder in (found and found.submodule_search_locations) or ()]
-        classes = [node for path in paths if path.is_file() for node in ast.parse(path.read_text()).body]
-        lines = [
-            line for node in classes if isinstance(node, ast.ClassDef) and node.name == self.class_name for line in node.body
-        ]
-        return {
-            line.target.id for line in lines if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-        } or None
+        tree = [node for path in paths if path.is_file() for node in ast.parse(path.read_text()).body]
+        body = [line for node in tree if isinstance(node, ast.ClassDef) and node.name == self.class_name for line in node.body]
+        targets = [line.target for line in body if isinstance(line, ast.AnnAssign)]
+        return {target.id for target in targets if isinstance(target, ast.Name)} or None
 
 
 ENGINES = {
@@ -95,11 +80,14 @@ def options_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldE
     for name in options:
         key = f"rollout.engine_options.{name}"
         if name in arguments.keys:
-            yield FieldError(key, f"{engine}'s {name} comes from {arguments.keys[name]}: set that, and leave this out")
+            problem = f"{engine}'s {name} comes from {arguments.keys[name]}: set that, and leave this out"
         elif names == set():
-            yield FieldError(key, f"the {engine} engine has no options. Leave it out, or set rollout.engine=vllm")
+            problem = f"the {engine} engine has no options. Leave it out, or set rollout.engine=vllm"
         elif names is not None and name not in names:
-            yield FieldError(key, f"{engine}'s engine has no such argument{nearest(name, names)}")
+            problem = f"{engine}'s engine has no such argument{nearest(name, names)}"
+        else:
+            continue
+        yield FieldError(key, problem, related=("rollout.engine",))
 
 
 def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -109,11 +97,14 @@ def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[
         return
     if engine in WHOLE and rollout.tensor_parallel > 1:
         problem = f"found {rollout.tensor_parallel}, but the {engine} engine does not cut weights"
-        yield FieldError("rollout.tensor_parallel", f"{problem}. Use 1, or rollout.engine=vllm")
+        advice = "Use 1, or rollout.engine=vllm"
+        yield FieldError("rollout.tensor_parallel", f"{problem}. {advice}", related=("rollout.engine",))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if engine in CACHED_IN_CPU_MEMORY and not uses_gpus(config) and rollout.cpu_cache_gib > memory_gib:
         problem = f"found {rollout.cpu_cache_gib:g} GiB for each rank, but this machine has {memory_gib:.1f}"
-        yield Missing("rollout.cpu_cache_gib", f"{problem}. Weights, optimizer and activations need their share too")
+        advice = "Weights, optimizer and activations need their share too"
+        about = ("rollout.engine", "run.device")
+        yield FieldError("rollout.cpu_cache_gib", f"{problem}. {advice}", related=about, is_local=True)
 
 
 def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -128,7 +119,10 @@ def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Itera
             found = f"found {getattr(rollout, name)}"
             problem = f"{found}, and {rollout.engine} would give log-probabilities of the tokens left; training's are of all"
             advice = f"Set it to {whole}; or, at temperature 1, set rollout.engine_options.logprobs_mode=raw_logprobs"
-            yield FieldError(f"rollout.{name}", f"{problem}. {advice}")
+            about = ("rollout.engine", "rollout.engine_options")
+            yield FieldError(f"rollout.{name}", f"{problem}. {advice}", related=about)
     if mode != "processed_logprobs" and rollout.temperature != 1:
         problem = f"found {mode}, which is at temperature 1, and rollout.temperature={rollout.temperature}"
-        yield FieldError("rollout.engine_options.logprobs_mode", f"{problem}. Leave it out, or set the temperature to 1")
+        advice = "Leave it out, or set the temperature to 1"
+        about = ("rollout.engine", "rollout.temperature")
+        yield FieldError("rollout.engine_options.logprobs_mode", f"{problem}. {advice}", related=about)

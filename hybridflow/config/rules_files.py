@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybridflow.config.findings import Missing
 from hybridflow.config.rules_placement import divisors
 from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError
@@ -31,7 +30,7 @@ def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[FieldEr
     for key, files in named.items():
         for file in files:
             if not os.path.isfile(file):  # False too where this user may not look
-                yield Missing(key, missing(file, "file"))
+                yield FieldError(key, missing(file, "file"), is_local=True)
             elif not is_parquet(file):
                 yield FieldError(key, f"file {file!r} is not a whole Parquet file. Was it written completely?")
 
@@ -53,7 +52,7 @@ def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[Fiel
     for key, path in model_paths(config, roles).items():
         if not Path(path).is_dir():
             if not HUB_NAME.fullmatch(path):
-                yield Missing(key, missing(path, "folder") + "; a hub name looks like org/name")
+                yield FieldError(key, missing(path, "folder") + "; a hub name looks like org/name", is_local=True)
             continue
         if not (Path(path) / "config.json").is_file():
             yield FieldError(key, f"folder {path!r} holds no config.json. Give the folder of a saved Hugging Face model")
@@ -70,10 +69,11 @@ def tokenizer_is_there(config: Config, roles: tuple[str, ...]) -> Iterator[Field
     if not path or (not folder.is_dir() and (key == "model.path" or HUB_NAME.fullmatch(path))):
         return
     if not folder.is_dir():
-        yield Missing(key, missing(path, "folder"))
+        yield FieldError(key, missing(path, "folder"), is_local=True)
     elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
         problem = f"folder {path!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
-        yield FieldError(key, f"{problem}. Save one there, or name another folder in model.tokenizer")
+        advice = "Save one there, or name another folder in model.tokenizer"
+        yield FieldError(key, f"{problem}. {advice}", related=("model.tokenizer",))
 
 
 def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -88,10 +88,23 @@ def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[Fie
             yield FieldError(key, f"{file} is not JSON: {error}")
             continue
         if context is not None and config.max_model_tokens > context:
-            data = config.data
-            asked = f"data.max_prompt_tokens={data.max_prompt_tokens} and data.max_response_tokens={data.max_response_tokens}"
-            problem = f"{asked} make {config.max_model_tokens} tokens; {key}={path!r} reads {context}. Lower one of them"
-            yield FieldError("data.max_response_tokens", problem)
+            problem = f"make {config.max_model_tokens} tokens; {key}={path!r} reads {context}. Lower"
+            if config.rollout.max_model_tokens is not None:
+                problem = f"rollout.max_model_tokens={config.max_model_tokens} {problem} it"
+                yield FieldError("rollout.max_model_tokens", problem, related=(key,))
+                continue
+            lengths = ("data.max_prompt_tokens", "data.max_response_tokens")
+            asked = f"{lengths[0]}={config.data.max_prompt_tokens} and {lengths[1]}={config.data.max_response_tokens}"
+            yield FieldError(lengths[1], f"{asked} {problem} one of them", related=(lengths[0], key))
+
+
+def prompts_leave_room_for_a_response(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+    """After the longest prompt a response of at least one token fits."""
+    most, prompt = config.rollout.max_model_tokens, config.data.max_prompt_tokens
+    if most is not None and most <= prompt:
+        problem = f"found {most}, which leaves no token for a response to a prompt of data.max_prompt_tokens={prompt}"
+        advice = f"Use at least {prompt + 1}"
+        yield FieldError("rollout.max_model_tokens", f"{problem}. {advice}", related=("data.max_prompt_tokens",))
 
 
 def heads_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -105,9 +118,9 @@ def heads_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]
         except (OSError, ValueError):
             heads = None  # other rules tell
         for share_key, number in shares.items():
-            if heads is not None and number >= 1 and heads % number:
+            if heads is not None and heads % number:
                 problem = f"found {number}, which does not divide the {heads} attention heads of {key}={path!r}"
-                yield FieldError(share_key, f"{problem}. Use {divisors(heads)}")
+                yield FieldError(share_key, f"{problem}. Use {divisors(heads)}", related=(key, "algorithm.name"))
 
 
 def run_folder_can_be_written(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -121,14 +134,15 @@ def run_folder_can_be_written(config: Config, roles: tuple[str, ...]) -> Iterato
         problem = f"{config.run.folder} cannot be written: {first} is a folder that this user may not write, or read-only"
     else:
         return
-    yield Missing("run.folder", f"{problem}. Choose another")
+    yield FieldError("run.folder", f"{problem}. Choose another", is_local=True)
 
 
 def checkpoint_exists(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """A checkpoint that is named is there."""
     resume = config.checkpoint.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
-        yield Missing("checkpoint.resume", f"{missing(resume, 'folder')}; allowed: auto, never, or a checkpoint's folder")
+        problem = f"{missing(resume, 'folder')}; allowed: auto, never, or a checkpoint's folder"
+        yield FieldError("checkpoint.resume", problem, is_local=True)
 
 
 def model_paths(config: Config, roles: tuple[str, ...]) -> dict[str, str]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hybridflow.config.findings import FieldWarning, Missing, joins_a_cluster
+from hybridflow.config.pools import joins_a_cluster
 from hybridflow.config.rules_files import HUB_NAME, TOKENIZER_FILES, WEIGHTS, model_paths
 from hybridflow.config.schema import Config
-from hybridflow.errors import FieldError
+from hybridflow.errors import FieldError, FieldReport, FieldWarning
 
 TIMEOUT_S = 10.0
 NUM_ATTEMPTS = 2
@@ -32,28 +32,32 @@ class Answer:
     problem: str = ""
 
 
-def hub_models_can_be_had(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+def hub_models_can_be_had(config: Config, roles: tuple[str, ...]) -> Iterator[FieldReport]:
     """The hub knows every model that is named so, or its cache on this machine holds it.
 
-    On a cluster that is joined the ranks load the models, so what is found here is only a remark.
+    On a cluster that is joined the ranks load the models, so what is found here is only a warning.
     """
     unreachable: Answer | None = None
-    kind = FieldWarning if joins_a_cluster(config) else Missing
-    here = "on this machine (the ranks look where they run), " if kind is FieldWarning else ""
+    is_remote = joins_a_cluster(config)
+    here = "on this machine (the ranks look where they run), " if is_remote else ""
+
+    def report(key: str, problem: str) -> FieldReport:
+        return FieldWarning(key, here + problem) if is_remote else FieldError(key, problem, is_local=True)
+
     for key, name in _names(config, roles).items():
         if _is_offline():
             if lacking := _lacking_in_cache(name, is_tokenizer=key == "model.tokenizer"):
-                yield kind(key, f"{here}{name!r} is no folder, HF_HUB_OFFLINE is set, and {lacking}. {_advice(name)}")
+                yield report(key, f"{name!r} is no folder, HF_HUB_OFFLINE is set, and {lacking}. {_advice(name)}")
             continue
         answer = unreachable or _ask(name, "tokenizer_config.json" if key == "model.tokenizer" else "config.json")
         if answer.kind == "unclear":
             yield FieldWarning(key, f"{answer.problem}. The hub is asked again when the model is loaded")
         elif answer.kind == "refused":
-            yield kind(key, f"{here}{name!r} is no folder, and {answer.problem}")
+            yield report(key, f"{name!r} is no folder, and {answer.problem}")
         elif answer.kind == "no connection":
             unreachable = answer
             if lacking := _lacking_in_cache(name, is_tokenizer=key == "model.tokenizer"):
-                yield kind(key, f"{here}{name!r} is no folder, {answer.problem}, and {lacking}. {_advice(name)}")
+                yield report(key, f"{name!r} is no folder, {answer.problem}, and {lacking}. {_advice(name)}")
             else:
                 yield FieldWarning(
                     key, f"{answer.problem}; its cache holds {name!r}. Set HF_HUB_OFFLINE=1 to use that without asking"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from hybridflow import registry
-from hybridflow.config.findings import FieldWarning, Missing, joins_a_cluster
-from hybridflow.config.pools import PoolSize, cpu_slots_of_this_machine, gpus_of_this_machine, parse_pool
+from hybridflow.config.pools import PoolSize, cpu_slots_of_this_machine, gpus_of_this_machine, joins_a_cluster, parse_pool
 from hybridflow.config.schema import Config
-from hybridflow.errors import FieldError, PlacementError
+from hybridflow.errors import FieldError, FieldWarning, PlacementError
 from hybridflow.registry import nearest
 
+VALIDATION = "validation"
+"""Not a role of an algorithm: where `validation.concurrent` has its engines."""
 SEQUENCE_PARALLEL_ROLES = frozenset({"actor", "critic", "reference"})
 
 
@@ -28,25 +29,42 @@ def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[Fi
             yield FieldError(f"placement.pools.{name}", f"{error}{more}")
 
 
-def pools_are_used(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+def pools_are_used(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
     """Every pool has a role; what a pool without one would hold stays idle."""
-    used = {pool_of(role, config) for role in ("data", *roles)}
-    for name in parsed_pools(config):
-        if name not in used:
-            yield FieldWarning(f"placement.pools.{name}", f"no role is on it; place one there by placement.roles.ROLE={name}")
+    used = _used_pools(config, roles)
+    for name in (name for name in parsed_pools(config) if name not in used):
+        problem = f"no role is on it; place one there by placement.roles.ROLE={name}"
+        yield FieldWarning(f"placement.pools.{name}", problem, related=("placement.roles", "algorithm.name"))
 
 
 def roles_have_pools(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Every role that is placed exists, on a pool that exists."""
     pools = config.placement.pools
-    known = {*registry.ROLES, *config.placement.workers, *roles}
+    known = {*registry.ROLES, *config.placement.workers, *roles, VALIDATION}
     for role, pool in config.placement.roles.items():
         if role not in known:
             problem = f"no role is called {role!r}{nearest(role, known) or '.'} Roles of this run: {', '.join(roles)}"
-            yield FieldError(f"placement.roles.{role}", problem)
+            yield FieldError(f"placement.roles.{role}", problem, related=("placement.workers", "algorithm.name"))
         if pool not in pools:
             problem = f"found {pool!r}, but placement.pools has only {', '.join(pools)}"
-            yield FieldError(f"placement.roles.{role}", f"{problem}. Add the pool there, or place the role on another")
+            advice = "Add the pool there, or place the role on another"
+            yield FieldError(f"placement.roles.{role}", f"{problem}. {advice}", related=("placement.pools",))
+
+
+def validation_has_a_pool_of_its_own(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+    """Validation that goes on beside training has files, and ranks that training does not use."""
+    if not config.validation.concurrent:
+        return
+    pool, actors = config.placement.roles.get(VALIDATION), pool_of("actor", config)
+    if pool is None:
+        problem = "is on, but no pool is named for it: set placement.roles.validation"
+    elif pool == actors:
+        problem = f"is on, but placement.roles.validation is {pool!r}, where the actor trains. Place it on another pool"
+    elif not config.data.validation_files:
+        problem = "is on, but data.validation_files is empty: name files, or leave it out"
+    else:
+        return
+    yield FieldError("validation.concurrent", problem, related=("placement.roles", "placement.pools", "data.validation_files"))
 
 
 def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -54,7 +72,8 @@ def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[Field
     for role in roles:
         if role not in registry.ROLES and role not in config.placement.workers:
             problem = f"is missing: {config.algorithm.name} declares the role {role!r}{nearest(role, registry.ROLES) or '.'}"
-            yield FieldError(f"placement.workers.{role}", f"{problem} Name its class as my_package.module:Class")
+            advice = "Name its class as my_package.module:Class"
+            yield FieldError(f"placement.workers.{role}", f"{problem} {advice}", related=("algorithm.name",))
 
 
 def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -64,22 +83,23 @@ def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]
         for key, number in _divisors_of(pool, config, roles).items():
             is_engine = key == "rollout.tensor_parallel"
             ranks = size.ranks_per_node if is_engine else size.num_ranks
-            if number >= 1 and ranks % number:
+            if ranks % number:
                 node = " on each node" if is_engine and size.nodes > 1 else ""
                 problem = f"found {number}, which does not divide the {ranks} {unit}{node} of pool {pool!r}"
-                yield FieldError(key, f"{problem}. Use {divisors(ranks)}.")
+                about = (f"placement.pools.{pool}", "placement.pools", "placement.roles")
+                yield FieldError(key, f"{problem}. Use {divisors(ranks)}.", related=about)
 
 
 def slots_suffice(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """A cluster that is started here has a slot for every rank. One that is joined is asked when the run starts."""
     if joins_a_cluster(config):
         return
-    used = {pool_of(role, config) for role in ("data", *roles)}
+    used = _used_pools(config, roles)
     sizes = {name: size for name, size in parsed_pools(config).items() if name in used}
     for name, size in sizes.items():
         if size.nodes > 1:
             problem = f"found {size}, but a cluster that is started here has one node. Join a larger one with run.ray_address"
-            yield Missing(f"placement.pools.{name}", problem)
+            yield FieldError(f"placement.pools.{name}", problem, related=("run.ray_address",), is_local=True)
     sizes = {name: size for name, size in sizes.items() if size.nodes == 1}
     yield from _enough_gpus({name: size for name, size in sizes.items() if uses_gpus(config) and not size.is_cpu})
     yield from _enough_cpu_slots(sizes, config.placement.cpu_slots)  # a rank with a GPU takes a CPU slot too
@@ -89,10 +109,13 @@ def _enough_gpus(sizes: Mapping[str, PoolSize]) -> Iterator[FieldError]:
     needed, num_gpus = sum(size.num_ranks for size in sizes.values()), gpus_of_this_machine()
     if needed and not num_gpus:
         problem = "found cuda, but the NVIDIA driver shows no GPU on this machine. Set run.device=cpu"
-        yield Missing("run.device", f"{problem}, or CUDA_VISIBLE_DEVICES where there is one after all")
+        problem = f"{problem}, or CUDA_VISIBLE_DEVICES where there is one after all"
+        yield FieldError("run.device", problem, related=("placement.pools", "run.ray_address"), is_local=True)
     elif needed > num_gpus:
         problem = f"{_listed(sizes)} need {needed} GPUs; this machine has {num_gpus}"
-        yield Missing("placement.pools", f"{problem}. Use fewer ranks, or join a larger cluster with run.ray_address")
+        advice = "Use fewer ranks, or join a larger cluster with run.ray_address"
+        about = ("run.device", "run.ray_address", "placement.roles")
+        yield FieldError("placement.pools", f"{problem}. {advice}", related=about, is_local=True)
 
 
 def _enough_cpu_slots(sizes: Mapping[str, PoolSize], asked: int | None) -> Iterator[FieldError]:
@@ -107,8 +130,8 @@ def _enough_cpu_slots(sizes: Mapping[str, PoolSize], asked: int | None) -> Itera
     left = sizes[largest].num_ranks - (needed - num_slots)
     smaller = f"placement.pools.{largest}={PoolSize(1, left, sizes[largest].is_cpu)}" if left >= 1 else "pools of fewer ranks"
     advice = f"Set {smaller}, or placement.cpu_slots={needed}, with which ranks share cores"
-    kind = Missing if asked is None else FieldError
-    yield kind("placement.pools", f"{problem}. {advice}")
+    about = ("placement.cpu_slots", "placement.roles", "run.ray_address")
+    yield FieldError("placement.pools", f"{problem}. {advice}", related=about, is_local=asked is None)
 
 
 def parsed_pools(config: Config) -> dict[str, PoolSize]:
@@ -125,6 +148,12 @@ def parsed_pools(config: Config) -> dict[str, PoolSize]:
 def pool_of(role: str, config: Config) -> str:
     """The pool that `role` is on: as placed, else the first."""
     return config.placement.roles.get(role, next(iter(config.placement.pools), ""))
+
+
+def _used_pools(config: Config, roles: tuple[str, ...]) -> set[str]:
+    """The pools with a role on them. Concurrent validation has one; otherwise it happens on the engines of training."""
+    beside = ("data", VALIDATION) if config.validation.concurrent else ("data",)
+    return {pool_of(role, config) for role in (*beside, *roles)}
 
 
 def uses_gpus(config: Config) -> bool:

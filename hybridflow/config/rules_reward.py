@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hybridflow import registry
-from hybridflow.config.findings import Missing
 from hybridflow.config.reward_signature import SignatureError, call_for
 from hybridflow.config.rules_files import missing
 from hybridflow.config.schema import Config
@@ -21,7 +20,7 @@ from hybridflow.registry import nearest
 def reward_file_exists(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The user's file is there."""
     if config.reward.path is not None and not os.path.isfile(config.reward.path):
-        yield Missing("reward.path", missing(config.reward.path, "file"))
+        yield FieldError("reward.path", missing(config.reward.path, "file"), is_local=True)
 
 
 def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -32,9 +31,7 @@ def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Ite
         module, _, function = registry.REWARDS[config.reward.name].partition(":")
         spec = importlib.util.find_spec(module)
         assert spec is not None and spec.origin is not None, f"{module} has no file"
-        yield from _signature_mistakes(
-            config, "reward.name", ast.parse(Path(spec.origin).read_text(encoding="utf-8")), function
-        )
+        yield from _signature_errors(config, "reward.name", ast.parse(Path(spec.origin).read_text(encoding="utf-8")), function)
 
 
 def _own_function(config: Config, file: Path) -> Iterator[FieldError]:
@@ -47,12 +44,13 @@ def _own_function(config: Config, file: Path) -> Iterator[FieldError]:
     names = list(_top_level_names(tree))
     if "*" not in names and name not in names:
         defined = f" It defines: {', '.join(names)}" if names else ""
-        yield FieldError("reward.function", f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}")
+        problem = f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}"
+        yield FieldError("reward.function", problem, related=("reward.path",))
     elif "*" not in names and names.count(name) == 1:
-        yield from _signature_mistakes(config, "reward.function", tree, name)
+        yield from _signature_errors(config, "reward.function", tree, name)
 
 
-def _signature_mistakes(config: Config, key: str, tree: ast.Module, name: str) -> Iterator[FieldError]:
+def _signature_errors(config: Config, key: str, tree: ast.Module, name: str) -> Iterator[FieldError]:
     """Where `name` is a plain function; what a decorator or a call has made is asked when it is loaded."""
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     if len(functions) != 1 or functions[0].decorator_list:
@@ -62,7 +60,8 @@ def _signature_mistakes(config: Config, key: str, tree: ast.Module, name: str) -
     except SignatureError as error:
         asked = config.reward.name if config.reward.path is None else f"{name} of {config.reward.path}"
         where = f"reward.options.{error.option}" if error.option else key
-        yield FieldError(where, f"{asked}: {error}")
+        about = ("reward.options", "reward.name") if config.reward.path is None else ("reward.options", "reward.path")
+        yield FieldError(where, f"{asked}: {error}", related=about)
 
 
 def _parameters(arguments: ast.arguments) -> dict[str, inspect.Parameter]:

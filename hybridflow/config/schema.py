@@ -6,11 +6,26 @@ from these strings. Keys of an algorithm are in the `Config` of its own file (hy
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-FilePath = Annotated[str, "path"]
+from pydantic import AfterValidator
+
+from hybridflow.config.ranges import (
+    BELOW_ONE,
+    COUNT,
+    NOT_NEGATIVE,
+    OPEN_SHARE,
+    POSITIVE,
+    SHARE,
+    TEMPERATURE,
+    TEMPERATURE_OR_GREEDY,
+    TOP_P,
+)
+
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or a name that may be one: a leading `~` becomes the home folder when it is read."""
 Switch = bool | Literal["auto"]
 """What costs time and saves GPU memory. auto leaves it to the plan (hybridflow/planner); on a CPU it is off."""
@@ -29,17 +44,17 @@ class RunConfig:
 
     folder: FilePath = "outputs/run"
     """Where checkpoints, metrics, samples and the resolved configuration go."""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """Every random number of the run is a function of this."""
-    total_steps: int | None = None
+    total_steps: Annotated[int, COUNT] | None = None
     """Steps to train for; null means `total_epochs` passes over the data."""
-    total_epochs: int = 1
+    total_epochs: Annotated[int, COUNT] = 1
     """Passes over the training data, where `total_steps` is null."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """What ranks compute on; auto takes CUDA where it is available."""
     ray_address: str | None = None
     """Cluster to join; null starts one on this machine, or joins the one that `ray job submit` runs in."""
-    timeout_s: float = 1800.0
+    timeout_s: Annotated[float, POSITIVE] = 1800.0
     """A call on a group that takes longer ends the run with the names of the ranks that have not answered."""
 
 
@@ -47,7 +62,7 @@ class RunConfig:
 class LoopConfig:
     """How far generation may run ahead of training."""
 
-    max_staleness: int = 0
+    max_staleness: Annotated[int, NOT_NEGATIVE] = 0
     """Most updates of the policy between the sampling of a token and its learning. 0: a step generates all of its rows, then
     learns from them. From 1 on, generation goes on with rows of later steps: on a pool of its own while training runs, on a
     shared pool until as many prompts as a step takes are complete; longer responses continue under newer weights."""
@@ -81,13 +96,13 @@ class ModelConfig:
     """Recompute activations in the backward pass instead of keeping them; auto for each model whose activations do not fit."""
     compile: bool = False
     """torch.compile the layers of training models: faster steps after a minute of compilation."""
-    logits_chunk_tokens: int = 4096
+    logits_chunk_tokens: Annotated[int, COUNT] = 4096
     """Tokens whose logits exist at once in the output layer."""
-    sequence_parallel: int = 1
+    sequence_parallel: Annotated[int, COUNT] = 1
     """Ranks that share the tokens of a row (Ulysses)."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Rank of LoRA adapters on actor and critic; 0 trains all weights."""
-    lora_alpha: float = 32.0
+    lora_alpha: Annotated[float, POSITIVE] = 32.0
     """LoRA scale: the update is multiplied by alpha / rank."""
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Names of the layers that get adapters, of class torch.nn.Linear each; all-linear alone means all but the output layer,
@@ -100,15 +115,15 @@ class DataConfig:
 
     train_files: tuple[FilePath, ...] = ()
     """Parquet files of training prompts."""
-    train_weights: tuple[float, ...] = ()
+    train_weights: tuple[Annotated[float, POSITIVE], ...] = ()
     """Share of each file in a step's prompts; empty means by number of rows."""
     validation_files: tuple[FilePath, ...] = ()
     """Parquet files of validation prompts; empty means no validation."""
-    prompts_per_step: int = 64
+    prompts_per_step: Annotated[int, COUNT] = 64
     """Prompts drawn for each step: the train batch, counted in prompts."""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: Annotated[int, COUNT] = 512
     """Longer prompts are treated as `overlong_prompts` says."""
-    max_response_tokens: int = 512
+    max_response_tokens: Annotated[int, COUNT] = 512
     """Responses end here, finished or not."""
     overlong_prompts: Literal["drop", "truncate_left", "error"] = "drop"
     """Prompts over `max_prompt_tokens` are left out, lose their beginning, or stop the run."""
@@ -124,21 +139,21 @@ class TrainingConfig:
 
     path: FilePath | None = None
     """Folder or hub name to start from; null means `model.path`."""
-    learning_rate: float = 1e-6
+    learning_rate: Annotated[float, NOT_NEGATIVE] = 1e-6
     """Peak rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the rate after warm-up, over the steps of the run."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps of the run (not updates) over which the rate rises from zero."""
-    min_learning_rate_ratio: float = 0.0
+    min_learning_rate_ratio: Annotated[float, SHARE] = 0.0
     """Where linear and cosine schedules end, as a share of the peak."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     """Decoupled, on matrices only."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, BELOW_ONE], Annotated[float, BELOW_ONE]] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """Gradients are scaled down to this global L2 norm."""
-    tokens_per_microbatch: int = 16384
+    tokens_per_microbatch: Annotated[int, COUNT] = 16384
     """Prompt and response tokens that go through a rank's model at once; a longer row goes alone."""
     offload_parameters: Switch = "auto"
     """Keep weights in CPU memory while the role is idle; auto where they do not fit."""
@@ -155,7 +170,7 @@ class ReferenceConfig:
 
     path: FilePath | None = None
     """Folder or hub name; null means `model.path`."""
-    tokens_per_microbatch: int = 32768
+    tokens_per_microbatch: Annotated[int, COUNT] = 32768
     """Tokens that go through a rank's model at once."""
     offload_parameters: Switch = "auto"
     """Keep weights in CPU memory while the role is idle; auto where they do not fit."""
@@ -167,18 +182,18 @@ class RolloutConfig:
 
     engine: str = "vllm"
     """torch, vllm, sglang, or `my_package.module:Class`."""
-    temperature: float = 1.0
+    temperature: Annotated[float, TEMPERATURE] = 1.0
     """Divides the logits, in generation and in training."""
-    top_p: float = 1.0
+    top_p: Annotated[float, TOP_P] = 1.0
     """Smallest set of tokens whose probabilities reach this sum. Training's log-probabilities are of all tokens, so with vLLM
     this and the next two need temperature 1 and `engine_options: {logprobs_mode: raw_logprobs}`."""
-    top_k: int = 0
+    top_k: Annotated[int, NOT_NEGATIVE] = 0
     """The most probable tokens kept; 0 keeps all."""
-    min_p: float = 0.0
+    min_p: Annotated[float, BELOW_ONE] = 0.0
     """Tokens less probable than this times the most probable are dropped."""
     stop: tuple[str, ...] = ()
     """Strings that end a response."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Annotated[int, NOT_NEGATIVE], ...] = ()
     """Tokens that end a response, beside the end of sequence."""
     ignore_eos: bool = False
     """In training, generate to the length limit always; for benchmarks."""
@@ -187,16 +202,16 @@ class RolloutConfig:
     and SGLang draw all from one generator, which is faster."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the engine's weights; auto is bfloat16 on CUDA and float32 on CPU."""
-    tensor_parallel: int = 1
+    tensor_parallel: Annotated[int, COUNT] = 1
     """Ranks that share one engine."""
-    max_model_tokens: int | None = None
+    max_model_tokens: Annotated[int, COUNT] | None = None
     """Most tokens of a prompt with its response; null means `data.max_prompt_tokens` plus `data.max_response_tokens`. Larger
     where an algorithm makes prompts from responses."""
-    max_num_seqs: int = 1024
+    max_num_seqs: Annotated[int, COUNT] = 1024
     """Responses generated at once by one engine."""
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: Annotated[float, OPEN_SHARE] = 0.5
     """Share of the GPU for the engine's weights and cache."""
-    cpu_cache_gib: float = 1.0
+    cpu_cache_gib: Annotated[float, POSITIVE] = 1.0
     """Key-value cache of vLLM on CPU."""
     enforce_eager: bool = False
     """No CUDA graphs: starts faster, generates slower."""
@@ -205,7 +220,7 @@ class RolloutConfig:
     do not fit beside the engine."""
     verify_weights: bool = True
     """After each sync, compare checksums of the trainer's and the engine's weights."""
-    sync_bucket_mib: int = 512
+    sync_bucket_mib: Annotated[int, COUNT] = 512
     """Weights travel to the engine in flat buckets of this size."""
     engine_options: Mapping[str, object] = field(default_factory=dict)
     """Passed through to the engine's own constructor: its arguments that have no key of ours."""
@@ -226,19 +241,19 @@ class ValidationConfig:
     concurrent: bool = False
     """Generate for validation on a pool of its own (`placement.roles.validation`), while training goes on. Metrics are logged
     under the step whose weights were used."""
-    every_steps: int = 10
+    every_steps: Annotated[int, NOT_NEGATIVE] = 10
     """Validate after each so many steps, and after the last; 0 never."""
-    temperature: float = 0.0
+    temperature: Annotated[float, TEMPERATURE_OR_GREEDY] = 0.0
     """0 is greedy."""
-    top_p: float = 1.0
+    top_p: Annotated[float, TOP_P] = 1.0
     """As in `rollout`."""
-    top_k: int = 0
+    top_k: Annotated[int, NOT_NEGATIVE] = 0
     """As in `rollout`."""
-    responses_per_prompt: int = 1
+    responses_per_prompt: Annotated[int, COUNT] = 1
     """Responses to each prompt; their mean reward counts."""
-    max_prompts: int | None = None
+    max_prompts: Annotated[int, COUNT] | None = None
     """Only the first so many validation prompts; null means all."""
-    num_samples_logged: int = 3
+    num_samples_logged: Annotated[int, NOT_NEGATIVE] = 3
     """Prompts and responses written to the trackers and to samples.jsonl."""
 
 
@@ -254,9 +269,9 @@ class RewardConfig:
     """Its name in that file."""
     options: Mapping[str, object] = field(default_factory=dict)
     """Keyword arguments for the function."""
-    num_processes: int = 2
+    num_processes: Annotated[int, COUNT] = 2
     """Processes that score, on each rank of the reward role."""
-    timeout_s: float = 10.0
+    timeout_s: Annotated[float, POSITIVE] = 10.0
     """For one sample; a batch function gets this times the number of samples."""
     failure_reward: float = 0.0
     """Given to a sample whose function raised or timed out."""
@@ -273,7 +288,7 @@ class PlacementConfig:
     """Role -> pool. Roles that are not named go to the first pool."""
     workers: Mapping[str, str] = field(default_factory=dict)
     """Role -> `my_package.module:Class`, for a role of your own or in place of a built-in one."""
-    cpu_slots: int | None = None
+    cpu_slots: Annotated[int, COUNT] | None = None
     """CPU slots of this machine when a cluster is started here; null means its number of cores, at least 4."""
 
 
@@ -281,9 +296,9 @@ class PlacementConfig:
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every_steps: int = 50
+    every_steps: Annotated[int, NOT_NEGATIVE] = 50
     """Save after each so many steps; 0 saves only after the last."""
-    keep: int = 2
+    keep: Annotated[int, NOT_NEGATIVE] = 2
     """Checkpoints kept, newest first; 0 keeps all."""
     resume: Literal["auto", "never"] | FilePath = "auto"
     """auto continues from the newest checkpoint in the run's folder; a path continues from there."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybridflow.config import verl_keys
 from hybridflow.config.build import keys_of
-from hybridflow.config.findings import FieldWarning
 from hybridflow.config.schema import Config
 from hybridflow.config.verl_values import UntranslatableError
-from hybridflow.errors import FieldError
+from hybridflow.errors import FieldError, FieldReport, FieldWarning
 
 KNOWN_KEYS = tuple(key for key in keys_of(Config) if key != "algorithm.options")
 SECTIONS = frozenset(key.partition(".")[0] for key in KNOWN_KEYS)
-
+MAPPINGS: Mapping[str, Mapping[str, object]] = {
+    f"{section}.{name}": value
+    for section, keys in vars(Config()).items()
+    for name, value in vars(keys).items()
+    if isinstance(value, Mapping)
+}
+"""The keys whose value is a mapping, such as `placement.pools`, with their defaults."""
 CHOICES_OF_ALGORITHM = frozenset({"algorithm", "algorithm.name", "algorithm.adv_estimator"})
 
 
@@ -28,32 +33,25 @@ class Setting:
     """`file:line` or `command line`."""
 
 
-def default_mappings() -> dict[str, Mapping[str, object]]:
-    """The keys whose value is a mapping, such as `placement.pools`, with their defaults."""
-    default = Config()
-    sections = {key: vars(vars(default)[key]) for key in vars(default)}
-    return {f"{s}.{name}": v for s, section in sections.items() for name, v in section.items() if isinstance(v, Mapping)}
-
-
+@dataclass
 class Settings:
     """What was given so far; a later layer wins over an earlier one.
 
     A list or a mapping such as `placement.pools` is replaced as a whole; a dotted key (`placement.pools.main`) changes one
-    entry of a mapping. `resolve(value, context)` replaces the interpolations in a value.
+    entry of a mapping.
     """
 
-    def __init__(self, resolve: Callable[[object, Mapping[str, object]], object]):
-        self.values: dict[str, object] = {}
-        self.errors: list[FieldError] = []
-        self.warnings: list[FieldWarning] = []
-        self._resolve = resolve
-        self._verl_values: dict[str, object] = {}  # kept for interpolations that name verl's keys
-        self._places: dict[str, str] = {}
-        self._mappings = default_mappings()
+    resolve: Callable[[object, Mapping[str, object]], object]
+    """Replaces the interpolations in a value by what they refer to."""
+    values: dict[str, object] = field(default_factory=dict)
+    """As a tree, not resolved."""
+    reports: list[FieldReport] = field(default_factory=list)
+    _verl_values: dict[str, object] = field(default_factory=dict)  # kept for interpolations that name verl's keys
+    _places: dict[str, str] = field(default_factory=dict)
 
     def apply(self, layer: Iterable[Setting]) -> None:
         """Put a layer over what is there. The algorithm is chosen first, so that options before and after refine it."""
-        settings = [leaf for setting in layer for leaf in self._leaves(setting)]
+        settings = [leaf for setting in layer for leaf in _leaves(setting)]
         for setting in sorted(settings, key=lambda setting: setting.key not in CHOICES_OF_ALGORITHM):
             translation = None if self._is_ours(setting.key) else verl_keys.find(setting.key)
             if translation is None:
@@ -73,43 +71,30 @@ class Settings:
 
     def get(self, key: str) -> object:
         """The value of `key`, verl's or ours, as given so far; None where it was not given."""
-        return self._resolve(self._unresolved(key), self.context())
+        return self.resolve(self._unresolved(key), self.context())
 
     def _unresolved(self, key: str) -> object:
         value: object = self.context()
         for part in key.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                return None
-            value = value[part]
+            value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
-    def _leaves(self, setting: Setting) -> Iterator[Setting]:
-        is_section = isinstance(setting.value, Mapping) and setting.key not in self._mappings
-        if not is_section or not (setting.value or setting.key in SECTIONS):
-            yield setting
-            return
-        assert isinstance(setting.value, Mapping)
-        for name, value in setting.value.items():
-            yield from self._leaves(Setting(f"{setting.key}.{name}", value, setting.place))
-
     def _is_ours(self, key: str) -> bool:
-        if key in KNOWN_KEYS or any(key.startswith(f"{mapping}.") for mapping in self._mappings):
+        if key in KNOWN_KEYS or any(key.startswith(f"{mapping}.") for mapping in MAPPINGS):
             return True
         # An algorithm of the user's own may have an option that is called like a key of verl's.
         return key.startswith("algorithm.") and ":" in str(self._unresolved("algorithm.name"))
 
     def _translate(self, setting: Setting, translation: verl_keys.Translation) -> None:
         try:
-            value = self._resolve(setting.value, self.context())
+            value = self.resolve(setting.value, self.context())
             _insert(self._verl_values, verl_keys.full_name(setting.key), value)
             if translation.warning and value is not None:
-                self.warnings.append(FieldWarning(setting.key, translation.warning, setting.place))
+                self.reports.append(FieldWarning(setting.key, translation.warning, setting.place))
             for key, translated in translation.apply(value, self.get).items():
                 self._put(key, translated, f"{setting.place} ({setting.key})")
-        except UntranslatableError as error:
-            self.errors.append(FieldError(setting.key, str(error), setting.place))
-        except ValueError as error:  # an interpolation that cannot be resolved
-            self.errors.append(FieldError(setting.key, str(error).partition("\n")[0], setting.place))
+        except (UntranslatableError, ValueError) as error:  # the latter of an interpolation that cannot be resolved
+            self.reports.append(FieldError(setting.key, str(error).partition("\n")[0], setting.place))
 
     def _put(self, key: str, value: object, place: str) -> None:
         if key == "algorithm" and isinstance(value, str):
@@ -118,12 +103,12 @@ class Settings:
         if key == "algorithm.name" and value != self._unresolved("algorithm.name"):
             self._forget_algorithm()
         mapping = key.rpartition(".")[0]
-        if mapping in self._mappings and self._unresolved(mapping) is None:
-            _insert(self.values, mapping, dict(self._mappings[mapping]))
+        if mapping in MAPPINGS and self._unresolved(mapping) is None:
+            _insert(self.values, mapping, dict(MAPPINGS[mapping]))
         if value is None and key in SECTIONS:
             return  # a section whose keys are all commented out changes nothing
         if not _insert(self.values, key, value):
-            self.errors.append(FieldError(key, "the section around it was given as one value, not as keys", place))
+            self.reports.append(FieldError(key, "the section around it was given as one value, not as keys", place))
         self._forget_places(key)
         self._places[key] = place
 
@@ -133,6 +118,16 @@ class Settings:
 
     def _forget_places(self, section: str) -> None:
         self._places = {key: place for key, place in self._places.items() if not f"{key}.".startswith(f"{section}.")}
+
+
+def _leaves(setting: Setting) -> Iterator[Setting]:
+    is_section = isinstance(setting.value, Mapping) and setting.key not in MAPPINGS
+    if not is_section or not (setting.value or setting.key in SECTIONS):
+        yield setting
+        return
+    assert isinstance(setting.value, Mapping)
+    for name, value in setting.value.items():
+        yield from _leaves(Setting(f"{setting.key}.{name}", value, setting.place))
 
 
 def _insert(tree: dict[str, object], key: str, value: object) -> bool:

@@ -6,7 +6,7 @@ A key that is not in the table and begins like one of verl's is a mistake that s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hybridflow.config import verl_values as values
@@ -46,6 +46,11 @@ def by(becomes: str, apply: Apply) -> Translation:
     return Translation(becomes, apply)
 
 
+def through(target: str, make: Callable[[str], Apply]) -> Translation:
+    """One key of ours, set by what `make` gives for it."""
+    return Translation(f"`{target}`", make(target))
+
+
 def always(allowed: object, reason: str) -> Translation:
     """A choice that verl offers and that is made here: one value is accepted, others are a mistake with the reason."""
     accepted = allowed if isinstance(allowed, tuple) else (allowed,)
@@ -74,11 +79,43 @@ def ignored(reason: str) -> Translation:
     return Translation(f"nothing: {reason}", lambda value, given: {}, warning=f"verl's key changes nothing here: {reason}")
 
 
-PACKED = always(True, "rows are packed without padding")
-BY_TOKENS = always(True, "microbatches are cut by tokens (tokens_per_microbatch)")
 ACTOR, ROLLOUT, REF, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref", "model"))
+TRAINED = {ACTOR: "actor", "critic": "critic"}
+FSDP = {f"{ACTOR}.fsdp_config": "actor", "critic.model.fsdp_config": "critic", "critic.fsdp": "critic"}
+FSDP |= {f"{REF}.fsdp_config": "reference"}
+DYNAMIC = [f"{place}use_dynamic_bsz" for place in (f"{ACTOR}.", "critic.", f"{ROLLOUT}.log_prob_", f"{REF}.log_prob_")]
+BY_TOKENS_OF = "microbatches are cut by tokens, see {}.tokens_per_microbatch"
+SHARED_RANKS = through("model.sequence_parallel", shared)
+SHARED_TRUST = through("model.trust_remote_code", shared)
+
+
+def _of_trained(ours: str) -> dict[str, Translation]:
+    """What actor and critic both have, by the last words of the key."""
+    return {
+        "optim.lr": to(f"{ours}.learning_rate"),
+        "optim.lr_warmup_steps": to(f"{ours}.warmup_steps", by=count_or_zero),
+        "optim.lr_warmup_steps_ratio": always((0, 0.0), f"set {ours}.warmup_steps"),
+        "optim.warmup_style": to(f"{ours}.schedule"),
+        "optim.lr_scheduler_type": to(f"{ours}.schedule"),
+        "optim.weight_decay": to(f"{ours}.weight_decay"),
+        "grad_clip": to(f"{ours}.max_grad_norm"),
+        "ppo_micro_batch_size": nothing(f"set {ours}.tokens_per_microbatch"),
+        "ppo_micro_batch_size_per_gpu": through(f"{ours}.tokens_per_microbatch", rows_to_tokens),
+        "ppo_max_token_len_per_gpu": to(f"{ours}.tokens_per_microbatch"),
+    }
+
 
 KEYS: Mapping[str, Translation] = {
+    # several roles
+    **{f"{verl}.{key}": to_ours for verl, ours in TRAINED.items() for key, to_ours in _of_trained(ours).items()},
+    **{f"{verl}.optimizer_offload": to(f"{ours}.offload_optimizer") for verl, ours in FSDP.items() if ours != "reference"},
+    **{f"{verl}.param_offload": to(f"{ours}.offload_parameters") for verl, ours in FSDP.items()},
+    **{f"{verl}.strategy": always(("fsdp", "fsdp2"), "training runs on FSDP2") for verl in (ACTOR, REF, "critic")},
+    **{f"{verl}.ulysses_sequence_parallel_size": SHARED_RANKS for verl in (ACTOR, REF, "critic")},
+    **{f"{verl}.trust_remote_code": SHARED_TRUST for verl in ("data", MODEL, "critic.model")},
+    **{f"{verl}.use_remove_padding": always(True, "rows are packed without padding") for verl in (MODEL, "critic.model")},
+    **{key: always(True, "microbatches are cut by tokens (tokens_per_microbatch)") for key in DYNAMIC},
+    **{f"{ROLLOUT}.log_prob_micro_batch_size{end}": ignored(BY_TOKENS_OF.format("actor")) for end in ("", "_per_gpu")},
     # algorithm
     "algorithm.adv_estimator": to("algorithm.name", by=choice(gae="ppo", grpo="grpo")),
     "algorithm.lam": to("algorithm.gae_lambda"),
@@ -100,7 +137,6 @@ KEYS: Mapping[str, Translation] = {
     "data.truncation": by("`data.overlong_prompts`", values.truncation),
     "data.seed": to("run.seed"),
     "data.tokenizer": to("model.tokenizer"),
-    "data.trust_remote_code": by("`model.trust_remote_code`", shared("model.trust_remote_code")),
     "data.val_max_samples": to("validation.max_prompts", by=lambda value: None if value == -1 else value),
     "data.prompt_key": always("prompt", "the column of prompts is called so; rename yours when preparing the data"),
     "data.reward_fn_key": always("data_source", "the column that names the source is called so"),
@@ -109,8 +145,6 @@ KEYS: Mapping[str, Translation] = {
     # model
     f"{MODEL}.path": to("model.path"),
     f"{MODEL}.tokenizer_path": to("model.tokenizer"),
-    f"{MODEL}.trust_remote_code": by("`model.trust_remote_code`", shared("model.trust_remote_code")),
-    f"{MODEL}.use_remove_padding": PACKED,
     f"{MODEL}.use_shm": always(False, "models load from where they are"),
     f"{MODEL}.enable_gradient_checkpointing": to("model.gradient_checkpointing"),
     f"{MODEL}.lora_rank": to("model.lora_rank"),
@@ -118,26 +152,14 @@ KEYS: Mapping[str, Translation] = {
     f"{MODEL}.target_modules": to("model.lora_targets"),
     f"{MODEL}.external_lib": nothing("name your classes as my_package.module:Class where a key takes one"),
     # actor
-    f"{ACTOR}.strategy": always(("fsdp", "fsdp2"), "training runs on FSDP2"),
-    f"{ACTOR}.optim.lr": to("actor.learning_rate"),
-    f"{ACTOR}.optim.lr_warmup_steps": to("actor.warmup_steps", by=count_or_zero),
-    f"{ACTOR}.optim.lr_warmup_steps_ratio": always((0, 0.0), "set actor.warmup_steps"),
-    f"{ACTOR}.optim.warmup_style": to("actor.schedule"),
-    f"{ACTOR}.optim.lr_scheduler_type": to("actor.schedule"),
     f"{ACTOR}.optim.min_lr_ratio": to("actor.min_learning_rate_ratio"),
-    f"{ACTOR}.optim.weight_decay": to("actor.weight_decay"),
     f"{ACTOR}.optim.betas": to("actor.adam_betas"),
-    f"{ACTOR}.grad_clip": to("actor.max_grad_norm"),
     f"{ACTOR}.ppo_mini_batch_size": to("algorithm.prompts_per_update"),
-    f"{ACTOR}.ppo_micro_batch_size": nothing("set actor.tokens_per_microbatch"),
-    f"{ACTOR}.ppo_micro_batch_size_per_gpu": by("`actor.tokens_per_microbatch`", rows_to_tokens("actor.tokens_per_microbatch")),
-    f"{ACTOR}.ppo_max_token_len_per_gpu": to("actor.tokens_per_microbatch"),
-    f"{ACTOR}.use_dynamic_bsz": BY_TOKENS,
     f"{ACTOR}.ppo_epochs": to("algorithm.epochs"),
     f"{ACTOR}.shuffle": nothing("rows are drawn in random order in every epoch"),
-    f"{ACTOR}.clip_ratio": to("algorithm.clip", by=values.symmetric),
-    f"{ACTOR}.clip_ratio_low": by("`algorithm.clip`", values.clip_low),
-    f"{ACTOR}.clip_ratio_high": by("`algorithm.clip`", values.clip_high),
+    f"{ACTOR}.clip_ratio": to("algorithm.clip", by=lambda value: [value, value]),
+    f"{ACTOR}.clip_ratio_low": by("`algorithm.clip`", values.clip(0)),
+    f"{ACTOR}.clip_ratio_high": by("`algorithm.clip`", values.clip(1)),
     f"{ACTOR}.clip_ratio_c": to("algorithm.dual_clip"),
     f"{ACTOR}.entropy_coeff": to("algorithm.entropy_coefficient"),
     f"{ACTOR}.use_kl_loss": by("`algorithm.kl_in`, `algorithm.kl_estimator`", values.kl_in_loss),
@@ -154,13 +176,10 @@ KEYS: Mapping[str, Translation] = {
             }
         ),
     ),
-    f"{ACTOR}.ulysses_sequence_parallel_size": by("`model.sequence_parallel`", shared("model.sequence_parallel")),
     f"{ACTOR}.use_torch_compile": to("model.compile"),
     f"{ACTOR}.lora.rank": to("model.lora_rank"),
     f"{ACTOR}.lora.alpha": to("model.lora_alpha"),
     f"{ACTOR}.lora.target_modules": to("model.lora_targets"),
-    f"{ACTOR}.fsdp_config.param_offload": to("actor.offload_parameters"),
-    f"{ACTOR}.fsdp_config.optimizer_offload": to("actor.offload_optimizer"),
     f"{ACTOR}.fsdp_config.fsdp_size": always(-1, "weights are sharded over all ranks of the role"),
     # rollout
     f"{ROLLOUT}.name": to("rollout.engine", by=choice(vllm="vllm", sglang="sglang", hf="torch")),
@@ -183,53 +202,25 @@ KEYS: Mapping[str, Translation] = {
     f"{ROLLOUT}.free_cache_engine": by("`rollout.sleep`", values.cache_is_freed),
     f"{ROLLOUT}.load_format": ignored("the engine gets its weights from the trainer"),
     f"{ROLLOUT}.calculate_log_probs": nothing("set algorithm.old_log_probs: rollout to use the engine's"),
-    f"{ROLLOUT}.log_prob_use_dynamic_bsz": BY_TOKENS,
     f"{ROLLOUT}.log_prob_max_token_len_per_gpu": by(
         "`actor.tokens_per_microbatch`, where nothing else sets it", values.unless_given("actor.tokens_per_microbatch")
     ),
-    f"{ROLLOUT}.log_prob_micro_batch_size": ignored("microbatches are cut by tokens, see actor.tokens_per_microbatch"),
-    f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": ignored("microbatches are cut by tokens, see actor.tokens_per_microbatch"),
     f"{ROLLOUT}.val_kwargs.temperature": to("validation.temperature"),
     f"{ROLLOUT}.val_kwargs.top_p": to("validation.top_p"),
     f"{ROLLOUT}.val_kwargs.top_k": to("validation.top_k", by=count_or_zero),
     f"{ROLLOUT}.val_kwargs.n": to("validation.responses_per_prompt"),
     f"{ROLLOUT}.val_kwargs.do_sample": by("`validation.temperature`: 0 where False", values.sampling),
     # reference
-    f"{REF}.strategy": always(("fsdp", "fsdp2"), "models run on FSDP2"),
-    f"{REF}.log_prob_use_dynamic_bsz": BY_TOKENS,
     f"{REF}.log_prob_max_token_len_per_gpu": to("reference.tokens_per_microbatch"),
-    f"{REF}.log_prob_micro_batch_size": ignored("microbatches are cut by tokens, see reference.tokens_per_microbatch"),
-    f"{REF}.log_prob_micro_batch_size_per_gpu": by(
-        "`reference.tokens_per_microbatch`", rows_to_tokens("reference.tokens_per_microbatch")
-    ),
-    f"{REF}.fsdp_config.param_offload": to("reference.offload_parameters"),
-    f"{REF}.ulysses_sequence_parallel_size": by("`model.sequence_parallel`", shared("model.sequence_parallel")),
+    f"{REF}.log_prob_micro_batch_size": ignored(BY_TOKENS_OF.format("reference")),
+    f"{REF}.log_prob_micro_batch_size_per_gpu": through("reference.tokens_per_microbatch", rows_to_tokens),
     # critic
-    "critic.strategy": always(("fsdp", "fsdp2"), "training runs on FSDP2"),
     "critic.model.path": to("critic.path"),
     "critic.model.tokenizer_path": nothing("all models share model.tokenizer"),
-    "critic.model.trust_remote_code": by("`model.trust_remote_code`", shared("model.trust_remote_code")),
-    "critic.model.use_remove_padding": PACKED,
-    "critic.model.enable_gradient_checkpointing": by("`model.gradient_checkpointing`", shared("model.gradient_checkpointing")),
-    "critic.model.fsdp_config.param_offload": to("critic.offload_parameters"),
-    "critic.model.fsdp_config.optimizer_offload": to("critic.offload_optimizer"),
-    "critic.fsdp.param_offload": to("critic.offload_parameters"),
-    "critic.fsdp.optimizer_offload": to("critic.offload_optimizer"),
-    "critic.optim.lr": to("critic.learning_rate"),
-    "critic.optim.lr_warmup_steps": to("critic.warmup_steps", by=count_or_zero),
-    "critic.optim.lr_warmup_steps_ratio": always((0, 0.0), "set critic.warmup_steps"),
-    "critic.optim.warmup_style": to("critic.schedule"),
-    "critic.optim.lr_scheduler_type": to("critic.schedule"),
-    "critic.optim.weight_decay": to("critic.weight_decay"),
-    "critic.grad_clip": to("critic.max_grad_norm"),
+    "critic.model.enable_gradient_checkpointing": through("model.gradient_checkpointing", shared),
     "critic.cliprange_value": to("algorithm.value_clip"),
-    "critic.ppo_epochs": by("`algorithm.epochs`", shared("algorithm.epochs")),
-    "critic.ppo_mini_batch_size": by("`algorithm.prompts_per_update`", shared("algorithm.prompts_per_update")),
-    "critic.ppo_micro_batch_size": nothing("set critic.tokens_per_microbatch"),
-    "critic.ppo_micro_batch_size_per_gpu": by("`critic.tokens_per_microbatch`", rows_to_tokens("critic.tokens_per_microbatch")),
-    "critic.ppo_max_token_len_per_gpu": to("critic.tokens_per_microbatch"),
-    "critic.use_dynamic_bsz": BY_TOKENS,
-    "critic.ulysses_sequence_parallel_size": by("`model.sequence_parallel`", shared("model.sequence_parallel")),
+    "critic.ppo_epochs": through("algorithm.epochs", shared),
+    "critic.ppo_mini_batch_size": through("algorithm.prompts_per_update", shared),
     # reward
     "reward_model.enable": always(False, "rewards come from rules and functions; a reward model is a role of your own"),
     "reward_model.reward_manager": always("naive", "each response is scored on its own; name a function with reward.name"),
@@ -244,8 +235,8 @@ KEYS: Mapping[str, Translation] = {
     "trainer.experiment_name": by("`trackers.run_name`, and `run.folder` as outputs/NAME where it is not set", values.run_name),
     "trainer.default_local_dir": to("run.folder"),
     "trainer.default_hdfs_dir": nothing("checkpoints are written to run.folder; mount or copy it"),
-    "trainer.n_gpus_per_node": by("`placement.pools.main`: NODESxRANKS", values.ranks_per_node),
-    "trainer.nnodes": by("`placement.pools.main`: NODESxRANKS", values.nodes),
+    "trainer.n_gpus_per_node": by("`placement.pools.main`: NODESxRANKS", values.pool_size("ranks_per_node")),
+    "trainer.nnodes": by("`placement.pools.main`: NODESxRANKS", values.pool_size("nodes")),
     "trainer.total_epochs": to("run.total_epochs"),
     "trainer.total_training_steps": to("run.total_steps"),
     "trainer.save_freq": to("checkpoint.every_steps", by=count_or_zero),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Annotated, Literal
 
-from hybridflow.config.pools import PoolSize, parse_pool
+from hybridflow.config.build import UnfitError, convert
+from hybridflow.config.pools import parse_pool
+from hybridflow.config.ranges import COUNT
 from hybridflow.errors import HybridflowError, PlacementError
 
 Given = Callable[[str], object]
@@ -26,11 +30,6 @@ def count_or_zero(value: object) -> object:
 def sampling(value: object, given: Given) -> Mapping[str, object]:
     """`do_sample: False` is temperature 0."""
     return {} if _is_true(value) else {"validation.temperature": 0.0}
-
-
-def symmetric(value: object) -> object:
-    """One clip ratio for both sides."""
-    return [value, value]
 
 
 def choice(**names: object) -> Convert:
@@ -59,24 +58,31 @@ def truncation(value: object, given: Given) -> Mapping[str, object]:
     return {} if given("data.overlong_prompts") == "drop" else {"data.overlong_prompts": ours}
 
 
-def ranks_per_node(value: object, given: Given) -> Mapping[str, object]:
-    """The second number of pool `main`."""
-    return {"placement.pools.main": str(PoolSize(_main_pool(given).nodes, _count(value)))}
+def pool_size(part: Literal["nodes", "ranks_per_node"]) -> Apply:
+    """One of the two numbers of pool `main`, the other as it was."""
+
+    def apply(value: object, given: Given) -> Mapping[str, object]:
+        text = str(given("placement.pools.main") or "1x1")
+        try:
+            size = parse_pool(text)
+        except PlacementError as error:
+            raise UntranslatableError(f"placement.pools.main is {text!r}: {error}") from error
+        changed = replace(size, nodes=_count(value)) if part == "nodes" else replace(size, ranks_per_node=_count(value))
+        return {"placement.pools.main": str(changed)}
+
+    return apply
 
 
-def nodes(value: object, given: Given) -> Mapping[str, object]:
-    """The first number of pool `main`."""
-    return {"placement.pools.main": str(PoolSize(_count(value), _main_pool(given).ranks_per_node))}
+def clip(side: Literal[0, 1]) -> Apply:
+    """The lower or the upper side of the clip, the other as it was."""
 
+    def apply(value: object, given: Given) -> Mapping[str, object]:
+        found = given("algorithm.clip")
+        sides = list(found) if isinstance(found, list) and len(found) == 2 else [0.2, 0.2]
+        sides[side] = value
+        return {"algorithm.clip": sides}
 
-def clip_low(value: object, given: Given) -> Mapping[str, object]:
-    """The lower side of the clip, the upper one as it was."""
-    return {"algorithm.clip": [value, _clip(given)[1]]}
-
-
-def clip_high(value: object, given: Given) -> Mapping[str, object]:
-    """The upper side of the clip, the lower one as it was."""
-    return {"algorithm.clip": [_clip(given)[0], value]}
+    return apply
 
 
 def kl_in_reward(value: object, given: Given) -> Mapping[str, object]:
@@ -196,25 +202,16 @@ def _refuse_two_kls(is_other_on: object) -> None:
 
 
 def _is_true(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise UntranslatableError(f"found {value!r}; allowed: True, False")
-    return value
+    return bool(_as(bool, value))
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UntranslatableError(f"found {value!r}; needed: an integer of at least 1")
-    return value
+    return int(str(_as(Annotated[int, COUNT], value)))
 
 
-def _main_pool(given: Given) -> PoolSize:
-    text = given("placement.pools.main")
+def _as(hint: object, value: object) -> object:
+    """`value`, which must be what a key of ours of this type takes."""
     try:
-        return parse_pool(str(text or "1x1"))
-    except PlacementError as error:
-        raise UntranslatableError(f"placement.pools.main is {text!r}: {error}") from error
-
-
-def _clip(given: Given) -> tuple[object, object]:
-    clip = given("algorithm.clip")
-    return (clip[0], clip[1]) if isinstance(clip, list) and len(clip) == 2 else (0.2, 0.2)
+        return convert(value, hint)
+    except UnfitError as error:
+        raise UntranslatableError(str(error)) from error

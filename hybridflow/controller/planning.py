@@ -12,13 +12,13 @@ from hybridflow.config.schema import Config
 from hybridflow.controller.group import Pool
 from hybridflow.controller.placement import RolePlace
 from hybridflow.planner.memory import Gpu
-from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, resolved
+from hybridflow.planner.needs import PoolInfo, has_open_switches, pool_needs, resolved
 from hybridflow.planner.options import choose_all
-from hybridflow.workers.facts import RankFacts
+from hybridflow.workers.hardware import HardwareInfo
 
 logger = logging.getLogger("hybridflow")
 
-Asked = dict[str, list["ray.ObjectRef[RankFacts]"]]
+Asked = dict[str, list["ray.ObjectRef[HardwareInfo]"]]
 """What the ranks of each pool that is planned will answer."""
 
 
@@ -46,7 +46,9 @@ def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Poo
         is_on_gpu = device == "cuda" and not next(iter(members.values())).size.is_cpu
         if is_on_gpu and has_open_switches(config, members.keys()):
             roles = [frozenset(members), *[frozenset[str]()] * (len(pool.processes) - 1)]
-            asked[name] = [process.facts.remote(config, own) for process, own in zip(pool.processes, roles, strict=True)]
+            asked[name] = [
+                process.hardware_info.remote(config, own) for process, own in zip(pool.processes, roles, strict=True)
+            ]
     return asked
 
 
@@ -56,7 +58,7 @@ def decide(config: Config, placed: Mapping[str, RolePlace], asked: Asked) -> Run
     Raises:
         PlacementError: one of them cannot, whatever is offloaded.
     """
-    needs = [pool_needs(config, _facts(name, placed, ray.get(answers)), placed.keys()) for name, answers in asked.items()]
+    needs = [pool_needs(config, _pool_info(name, placed, ray.get(answers)), placed.keys()) for name, answers in asked.items()]
     plans = choose_all(needs)
     for plan in plans:
         for line in plan.lines():
@@ -64,10 +66,10 @@ def decide(config: Config, placed: Mapping[str, RolePlace], asked: Asked) -> Run
     return RunPlan(config, frozenset(option for plan in plans for option in plan.options))
 
 
-def _facts(name: str, placed: Mapping[str, RolePlace], found: list[RankFacts]) -> PoolFacts:
+def _pool_info(name: str, placed: Mapping[str, RolePlace], found: list[HardwareInfo]) -> PoolInfo:
     """Of a pool with GPUs of several sizes, the smallest counts."""
     gpu = Gpu(total=min(rank.gpu.total for rank in found), free=min(rank.gpu.free for rank in found))
-    return PoolFacts(pool=name, roles=tuple(_members(placed, name)), num_ranks=len(found), gpu=gpu, sizes=found[0].sizes)
+    return PoolInfo(name=name, roles=tuple(_members(placed, name)), num_ranks=len(found), gpu=gpu, sizes=found[0].sizes)
 
 
 def _members(placed: Mapping[str, RolePlace], pool: str) -> dict[str, RolePlace]:

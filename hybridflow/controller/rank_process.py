@@ -22,7 +22,7 @@ from hybridflow.metrics import Metrics
 from hybridflow.orphan import end_with_parent
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.base import RankContext, Worker
-from hybridflow.workers.facts import RankFacts
+from hybridflow.workers.hardware import HardwareInfo
 from hybridflow.workers.remote import RemoteMethod
 
 # Role, method, positional and keyword arguments. One argument of the Ray call, since each costs 0.1 ms.
@@ -137,14 +137,14 @@ class RankProcess:
         )
         self.has_process_group = True
 
-    def facts(self, config: Config, roles: frozenset[str]) -> RankFacts:
+    def hardware_info(self, config: Config, roles: frozenset[str]) -> HardwareInfo:
         """What the plan needs to know: this rank's GPU, and the sizes of the models of `roles`, none of which is loaded."""
-        from hybridflow.workers.facts import rank_facts
+        from hybridflow.workers.hardware import hardware_info
 
         try:
-            return rank_facts(config, roles)
+            return hardware_info(config, roles)
         except Exception as error:
-            raise self._named(" and ".join(sorted(roles)), "facts", error) from None
+            raise self._named(" and ".join(sorted(roles)), "hardware_info", error) from None
 
     def create(self, role: str, class_name: str, config: Config, layout: Layout) -> None:
         """Build this rank's worker of a role."""

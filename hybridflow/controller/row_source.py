@@ -13,6 +13,7 @@ from hybridflow.config.schema import Config
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.stream import Stream, StreamSettings, Taken
 from hybridflow.controller.streaming import Generation, Scoring, streaming_handle
+from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.workers.token_functions import CountLossTokens, PolicyAges
 
@@ -38,6 +39,9 @@ class RowSource:
         """From here on collects run ahead, and their calls are carried out together."""
         rollout, reward = self.launched.rollout, self.launched.reward
         assert rollout is not None and reward is not None, "config/rules asks for both where max_staleness is above 0"
+        if not rollout.answers_row_by_row:
+            problem = f"{type(rollout).__name__} of placement.workers.rollout generates whole batches only. Set 0"
+            raise ConfigError([FieldError("loop.max_staleness", problem)])
         self.generation = Generation(rollout, on_failure=self.stream.fail)
         self.scoring = Scoring(reward)
         handles = {

@@ -24,7 +24,11 @@ def validate(config: Config, launched: Launched) -> tuple[Metrics, list[Sample]]
     assert rollout is not None and reward is not None, "an algorithm with validation declares rollout and reward"
     rows = launched.data.validation_batch().repeat(config.validation.responses_per_prompt)
     rows = rows.with_columns(call=np.zeros(len(rows), np.int64))
-    rows = respond(rows, rollout, reward, sampling=validation_sampling(config))
+    if config.loop.max_staleness:  # rows of the stream may be under way, which are handed out to others
+        rows = rows.join(rollout.generate(rows, sampling=validation_sampling(config)))
+        rows = rows.join(reward.score(rows))
+    else:
+        rows = respond(rows, rollout, reward, sampling=validation_sampling(config))
     metrics = reward_metrics(rows) + length_metrics(rows)
     return metrics.prefixed("validation"), _samples(config, launched, rows)
 

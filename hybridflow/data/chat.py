@@ -10,6 +10,8 @@ from hybridflow.config.rules_files import TOKENIZER_FILES
 from hybridflow.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hybridflow.config.schema import Config
 
 Message = Mapping[str, object]
@@ -40,21 +42,26 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of `model.tokenizer`, or of `model.path` where that is null.
+    """The tokenizer of `model.tokenizer`, or of `model.path` where that is null. Raises as `tokenizer_at`."""
+    model = config.model
+    key = "model.path" if model.tokenizer is None else "model.tokenizer"
+    return cast(Tokenizer, tokenizer_at(model.tokenizer or model.path, key=key, trust_remote_code=model.trust_remote_code))
+
+
+def tokenizer_at(path: str, *, key: str = "model.tokenizer", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, which `key` of the configuration gave.
 
     Raises:
         ModelError: there is no such folder, or it holds no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
-    path = config.model.tokenizer or config.model.path
     _check_folder(path, key)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise ModelError(f"{key}={path!r}: the tokenizer does not load: {error}") from error
-    return cast(Tokenizer, tokenizer)
+    return tokenizer
 
 
 def _check_folder(path: str, key: str) -> None:

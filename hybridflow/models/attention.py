@@ -7,14 +7,14 @@ Hk key-value heads, D channels of a head, P tokens with padding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from hybridflow.errors import ModelError
-from hybridflow.models.packing import Padding, RowSpans
+from hybridflow.models.packing import RowSpans
 from hybridflow.parallel.sequence import SequenceGroup
 
 NAME = "hybridflow_packed"
@@ -92,41 +92,14 @@ def _refuse_what_would_be_ignored(spans: RowSpans, sliding_window: int | None, o
             raise ModelError(f"the model's attention uses {name}, which packed attention does not do. Use another model")
 
 
-class _Pad(torch.autograd.Function):
-    """[T, H, D] to [P, H, D]. Padding takes no gradient, so going back is a plain selection instead of a scattered sum."""
-
-    @staticmethod
-    def forward(ctx: Any, states_THD: torch.Tensor, padding: Padding) -> torch.Tensor:
-        ctx.padding = padding
-        return states_THD.index_select(0, padding.source_P)
-
-    @staticmethod
-    def backward(ctx: Any, grad_PHD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad_PHD.index_select(0, ctx.padding.place_T), None
-
-
-class _Unpad(torch.autograd.Function):
-    """[P, H, D] to [T, H, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, states_PHD: torch.Tensor, padding: Padding) -> torch.Tensor:
-        ctx.padding = padding
-        return states_PHD.index_select(0, padding.place_T)
-
-    @staticmethod
-    def backward(ctx: Any, grad_THD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad_PHD = grad_THD.index_select(0, ctx.padding.source_P)
-        return grad_PHD.masked_fill_(ctx.padding.is_padding_P[:, None, None], 0.0), None
-
-
 def _padded_buckets(
     query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, spans: RowSpans, scale: float
 ) -> torch.Tensor:
-    """Any device: rows of similar length padded on the right, where the causal mask hides the padding."""
+    """Any device: rows of similar length padded on the right, where the causal mask hides the padding: its gradient is 0."""
     padding = spans.padding
     sizes = [bucket.num_rows * bucket.longest for bucket in padding.buckets]
-    padded = [_Pad.apply(states, padding) for states in (query_THD, key_THD, value_THD)]  # type: ignore[no-untyped-call]
-    parts = [states.split(sizes) for states in padded]
+    padded = [states.index_select(0, padding.source_P) for states in (query_THD, key_THD, value_THD)]
+    parts = [torch.split(states, sizes) for states in padded]
     outputs = []
     for bucket, *states in zip(padding.buckets, *parts, strict=True):
         shape = (bucket.num_rows, bucket.longest, -1, query_THD.shape[-1])
@@ -134,8 +107,7 @@ def _padded_buckets(
         is_grouped = query.shape[1] != key.shape[1]
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    attended_THD: torch.Tensor = _Unpad.apply(torch.cat(outputs), padding)  # type: ignore[no-untyped-call]
-    return attended_THD
+    return torch.cat(outputs).index_select(0, padding.place_T)
 
 
 def _torch_varlen(
@@ -147,7 +119,7 @@ def _torch_varlen(
     repeats = query_THD.shape[1] // key_THD.shape[1]
     if repeats > 1:
         key_THD, value_THD = key_THD.repeat_interleave(repeats, dim=1), value_THD.repeat_interleave(repeats, dim=1)
-    starts, longest = spans.starts_B1, spans.max_tokens
+    starts, longest = spans.cu_seqlens_B1, spans.max_tokens
     attended = varlen_attn(query_THD, key_THD, value_THD, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
     assert isinstance(attended, torch.Tensor), "varlen_attn gives more than the output only where asked to"
     return attended
@@ -158,7 +130,7 @@ def _flash_varlen(
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    starts, longest = spans.starts_B1, spans.max_tokens
+    starts, longest = spans.cu_seqlens_B1, spans.max_tokens
     attended: torch.Tensor = flash_attn_varlen_func(
         query_THD, key_THD, value_THD, starts, starts, longest, longest, softmax_scale=scale, causal=True
     )
@@ -169,10 +141,6 @@ def _torch_kernel(query: torch.Tensor) -> Kernel:
     return _torch_varlen if query.is_cuda and query.dtype in HALF_DTYPES else _padded_buckets
 
 
-def _flash_kernel(query: torch.Tensor) -> Kernel:
-    return _flash_varlen
-
-
 # No mask function is registered beside them: transformers then builds no mask and asks the device nothing.
 AttentionInterface.register(NAME, _attention_of(_torch_kernel))
-AttentionInterface.register(FLASH_NAME, _attention_of(_flash_kernel))
+AttentionInterface.register(FLASH_NAME, _attention_of(lambda query: _flash_varlen))

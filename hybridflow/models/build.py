@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridflow.models.heads import ValueModel
 from hybridflow.models.load import ModelSource, load_causal_lm
-from hybridflow.models.lora import Adapters, add_adapters, merged_weights
+from hybridflow.models.lora import FACTOR, Adapters, add_adapters, merged_weights
 from hybridflow.models.policy import PolicyModel
 from hybridflow.ops.log_probs import EAGER, compiled_kernels
 from hybridflow.parallel import fsdp
@@ -96,7 +96,7 @@ def named_tensors(model: PolicyModel | ValueModel) -> list[tuple[str, torch.Tens
     fsdp.drop_gathered(model)
     # Parameters as they are: detaching 300 sharded ones takes several milliseconds of every weight sync.
     weights: dict[str, torch.Tensor] = dict(model.named_parameters())
-    if any(".lora_" in name for name in weights):
+    if any(FACTOR in name for name in weights):
         weights = merged_weights(model)
     return [(_hugging_face_name(model, name), weight) for name, weight in weights.items()]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hybridflow.errors import ModelError
 from hybridflow.models.packing import Packed
-from hybridflow.models.policy import predicting_states
+from hybridflow.models.policy import shifted_hidden_states
 from hybridflow.parallel.sequence import SequenceGroup
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -63,5 +63,5 @@ class ValueModel(nn.Module):
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Values at each response token of all rows: shape [R], float32, in units of the reward."""
-        values_R: torch.Tensor = self.value_head(predicting_states(self.backbone, packed, self.sequence_group))
-        return values_R if self.sequence_group is None else self.sequence_group.gather(values_R, packed.share_sizes)
+        values_R: torch.Tensor = self.value_head(shifted_hidden_states(self.backbone, packed, self.sequence_group))
+        return values_R if self.sequence_group is None else self.sequence_group.gather(values_R, packed.rank_sizes)

@@ -1,4 +1,4 @@
-"""Reading language models and tokenizers from a local Hugging Face folder or the hub."""
+"""Reading language models from a local Hugging Face folder or the hub."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hybridflow.config.rules_files import TOKENIZER_FILES
 from hybridflow.errors import ModelError
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -50,16 +42,27 @@ def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False) -> PreTrai
     config = load_config(source.path, trust_remote_code=source.trust_remote_code)
     _check_window(config, source)  # before the weights are read, which takes long
     with _explained(source.path, "a causal language model"):
-        model = _skeleton(source, config) if is_skeleton else _with_weights(source, config)
+        if is_skeleton:
+            remote_code = source.trust_remote_code
+            model = skeleton(config, dtype=source.dtype, attention=source.attention, trust_remote_code=remote_code)
+        else:
+            model = _with_weights(source, config)
     _check_trainable(model, source.path)
     _switch_off_dropout(model)
     return model
 
 
-def _skeleton(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+def skeleton(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a configuration with names and shapes, and no values: its tensors are on the meta device."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=source.dtype, attn_implementation=source.attention, trust_remote_code=source.trust_remote_code
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     return model
 
@@ -89,24 +92,6 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     with _explained(path, "a model configuration"):
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     return config
-
-
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name.
-
-    Raises:
-        ModelError: there is none, or it has no end of sequence.
-    """
-    if _looks_local(path) and not Path(path).is_dir():
-        raise ModelError(f"tokenizer folder {path!r}: no such folder. Give a Hugging Face folder, or a name on the hub")
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
-        # transformers would make an empty tokenizer and say nothing.
-        raise ModelError(f"folder {path!r} has no tokenizer. Set model.tokenizer to a folder or hub name that has one")
-    with _explained(path, "a tokenizer (set model.tokenizer where it is kept elsewhere)"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {path!r} has no end-of-sequence token, so no response would ever end. Give it one")
-    return tokenizer
 
 
 def _looks_local(path: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from hybridflow.errors import ModelError
 from hybridflow.models.load import output_layer
 
-ADAPTER = "default"
+ADAPTER, BASE, FACTOR = "default", ".base_layer.", ".lora_"
+"""What the names of an adapted layer's parameters have in them, as peft gives them."""
 ALL_LINEAR = ("all-linear",)
 NO_LORA = "It has no layer that takes adapters: set model.lora_rank=0, or use another model"
 
@@ -148,24 +149,45 @@ def _last_parts(layers: Iterable[str]) -> set[str]:
     return {layer.rpartition(".")[2] for layer in layers}
 
 
-@torch.no_grad()
 def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every weight by the name that it has without adapters; those of adapted layers with their adapters added."""
+    """The weights of a model with adapters, merged; of a sharded one every rank calls this."""
     from peft.tuners.lora import Linear
 
-    weights: dict[str, torch.Tensor] = dict(model.named_parameters())
+    scales = {layer.scaling[ADAPTER] for layer in model.modules() if isinstance(layer, Linear)}
+    assert len(scales) == 1, f"adapters are scaled by {scales}, and add_adapters scales all by alpha / rank"
+    return merge(dict(model.named_parameters()), scales.pop())
+
+
+@torch.no_grad()
+def merge(weights: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """Every weight under the name that it has without adapters; those of adapted layers, in float32, with their adapters added.
+
+    `weights` have peft's names: `q_proj.base_layer.weight`, `q_proj.lora_A.default.weight` and `q_proj.lora_B.default.weight`,
+    which are W, A and B, become `q_proj.weight`, which is W + scale B A.
+    """
     merged: dict[str, torch.Tensor] = {}
-    factors: set[str] = set()
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear):
-            names = [f"{name}.{part}.weight" for part in ("base_layer", f"lora_A.{ADAPTER}", f"lora_B.{ADAPTER}")]
-            weight, low, high = (weights[part] for part in names)
+    used: set[str] = set()
+    for name, weight in weights.items():
+        if FACTOR in name:
+            continue
+        factors = factor_names(name)
+        if BASE in name and factors[0] in weights:  # a layer's bias has no adapter
+            low, high = (weights[factor].float() for factor in factors)
             if isinstance(low, DTensor):
                 low = low.redistribute(placements=[Replicate()] * low.device_mesh.ndim)
-            merged[names[0]] = weight + layer.scaling[ADAPTER] * (high @ low)
-            factors.update(names[1:])
-    lost = [name for name in weights if ".lora_" in name and name not in factors]
+            weight = weight.float() + scale * (high @ low)
+            used.update(factors)
+        merged[plain_name(name)] = weight
+    lost = [name for name in weights if FACTOR in name and name not in used]
     assert not lost, f"{len(lost)} parameters of adapters were merged into no weight, among them {lost[0]}"
-    return {
-        name.replace(".base_layer.", "."): merged.get(name, weight) for name, weight in weights.items() if name not in factors
-    }
+    return merged
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight has in the model without adapters."""
+    return name.replace(BASE, ".")
+
+
+def factor_names(name: str) -> tuple[str, str]:
+    """The names of A and B of the adapter that changes weight `name`, which has peft's name."""
+    return name.replace(BASE, f".lora_A.{ADAPTER}."), name.replace(BASE, f".lora_B.{ADAPTER}.")

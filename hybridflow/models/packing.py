@@ -37,17 +37,19 @@ class Padding:
     buckets: tuple[Bucket, ...]
     source_P: torch.Tensor
     """For each padded token the packed one that it shows; padding shows its row's first token."""
-    is_padding_P: torch.Tensor
     place_T: torch.Tensor
     """For each packed token its place among the padded ones."""
 
 
 @dataclass(frozen=True)
 class RowSpans:
-    """Where rows begin and end in the packed sequence; what packed attention needs to know."""
+    """Where rows begin and end in the packed sequence; what packed attention needs to know.
 
-    starts_B1: torch.Tensor
-    """Rising from 0 to T: shape [B + 1], int32, on the model's device."""
+    Example: rows of 3, 1 and 2 tokens have `cu_seqlens_B1` [0, 3, 4, 6], `lengths_B` [3, 1, 2] and `max_tokens` 3.
+    """
+
+    cu_seqlens_B1: torch.Tensor
+    """Cumulative lengths, from 0 to T: shape [B + 1], int32, on the model's device."""
     lengths_B: Indices
     """Tokens of each row, on the host."""
     max_tokens: int
@@ -56,13 +58,13 @@ class RowSpans:
     @staticmethod
     def of_lengths(lengths_B: Indices, device: torch.device) -> RowSpans:
         """Spans of consecutive rows of the given lengths."""
-        starts_B1 = np.concatenate([[0], np.cumsum(lengths_B)]).astype(np.int32)
-        return RowSpans(to_device(starts_B1, device), lengths_B, int(lengths_B.max(initial=0)))
+        cu_seqlens_B1 = np.concatenate([[0], np.cumsum(lengths_B)]).astype(np.int32)
+        return RowSpans(to_device(cu_seqlens_B1, device), lengths_B, int(lengths_B.max(initial=0)))
 
     @cached_property
     def padding(self) -> Padding:
         """For attention without a kernel for packed rows; the same for all layers of a forward pass."""
-        device = self.starts_B1.device
+        device = self.cu_seqlens_B1.device
         starts_B = np.cumsum(self.lengths_B) - self.lengths_B
         buckets, sources, paddings = [], [], []
         for rows, longest in _similar_lengths(self.lengths_B):
@@ -74,7 +76,7 @@ class RowSpans:
         source_P, is_padding_P = np.concatenate(sources), np.concatenate(paddings)
         place_T = np.empty(int(self.lengths_B.sum()), np.int64)
         place_T[source_P[~is_padding_P]] = np.flatnonzero(~is_padding_P)
-        return Padding(tuple(buckets), to_device(source_P, device), to_device(is_padding_P, device), to_device(place_T, device))
+        return Padding(tuple(buckets), to_device(source_P, device), to_device(place_T, device))
 
 
 def _similar_lengths(lengths_B: Indices) -> Iterator[tuple[Indices, int]]:
@@ -94,10 +96,10 @@ def _similar_lengths(lengths_B: Indices) -> Iterator[tuple[Indices, int]]:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows in one sequence, or one rank's share of it, and where their responses are predicted."""
+    """Rows in one sequence, or the tokens of it that one sequence rank has, and where their responses are predicted."""
 
     input_ids_1T: torch.Tensor
-    """Shape [1, T], int64; of a share, its tokens only, and likewise below."""
+    """Shape [1, T], int64; of one of several sequence ranks, its tokens only, and likewise below."""
     position_ids_1T: torch.Tensor
     """Counting from 0 in each row: shape [1, T], int64."""
     spans: RowSpans
@@ -106,8 +108,8 @@ class Packed:
     """Positions before each trained response token, rising: shape [R], int64."""
     targets_R: torch.Tensor
     """The trained response tokens: shape [R], int64."""
-    share_sizes: tuple[int, ...]
-    """Trained response tokens that each share predicts."""
+    rank_sizes: tuple[int, ...]
+    """Trained response tokens that each sequence rank predicts."""
 
 
 def pack(
@@ -116,16 +118,26 @@ def pack(
     device: torch.device,
     *,
     mask: Mask | None = None,
-    share: int = 0,
-    num_shares: int = 1,
+    sequence_rank: int = 0,
+    sequence_size: int = 1,
 ) -> Packed:
     """Each row's prompt followed by its response, one row after the other. Responses may be empty.
 
     Of the response tokens those are trained, that is predicted, where `mask` (one entry for each, all rows end to end) is
     true; all of them without. The others are context for those behind them and nothing else.
 
-    With `num_shares` above 1 the sequence is cut into as many equal runs of tokens, of which number `share` is returned;
-    a last row of padding makes the length divisible.
+    With `sequence_size` above 1 the sequence is cut into as many equal runs of tokens, of which that of `sequence_rank` is
+    returned; a last row of padding makes the length divisible.
+
+    Example: prompts [[1, 2], [4]] with responses [[3], [5, 6]] on one rank give
+
+        input_ids_1T     [[1, 2, 3, 4, 5, 6]]
+        position_ids_1T  [[0, 1, 2, 0, 1, 2]]
+        cu_seqlens_B1    [0, 3, 6]
+        predicting_R     [1, 3, 4]      the positions of 2, 4 and 5, which predict
+        targets_R        [3, 5, 6]
+
+    and with `sequence_size=2`, on `sequence_rank=1`, input_ids_1T [[4, 5, 6]], predicting_R [0, 1] and rank_sizes (1, 2).
 
     Raises:
         BatchError: a prompt is empty, so nothing predicts the first token of its response.
@@ -133,8 +145,8 @@ def pack(
     if len(empty := np.flatnonzero(prompt.lengths == 0)):
         raise BatchError(f"row {empty[0]} of {len(prompt)} has a prompt without tokens; a prompt needs at least one")
     lengths_B = prompt.lengths + response.lengths
-    if excess := int(lengths_B.sum()) % num_shares:
-        lengths_B = np.append(lengths_B, num_shares - excess)
+    if excess := int(lengths_B.sum()) % sequence_size:
+        lengths_B = np.append(lengths_B, sequence_size - excess)
     starts_B = np.cumsum(lengths_B) - lengths_B
     rows = slice(0, len(prompt))
     prompt_at = np.arange(len(prompt.values)) + np.repeat(starts_B[rows] - prompt.offsets[:-1], prompt.lengths)
@@ -146,17 +158,17 @@ def pack(
     tokens_T[response_at] = response.values
     positions_T = np.arange(len(tokens_T)) - np.repeat(starts_B, lengths_B)
 
-    share_tokens = len(tokens_T) // num_shares
-    cuts = np.searchsorted(trained_at - 1, np.arange(num_shares + 1) * share_tokens)
-    tokens = slice(share * share_tokens, (share + 1) * share_tokens)
-    predicting = trained_at[cuts[share] : cuts[share + 1]] - 1
+    rank_tokens = len(tokens_T) // sequence_size
+    cuts = np.searchsorted(trained_at - 1, np.arange(sequence_size + 1) * rank_tokens)
+    tokens = slice(sequence_rank * rank_tokens, (sequence_rank + 1) * rank_tokens)
+    predicting = trained_at[cuts[sequence_rank] : cuts[sequence_rank + 1]] - 1
     return Packed(
         input_ids_1T=to_device(tokens_T[tokens], device)[None],
         position_ids_1T=to_device(positions_T[tokens], device)[None],
         spans=RowSpans.of_lengths(lengths_B, device),
         predicting_R=to_device(predicting - tokens.start, device),
         targets_R=to_device(tokens_T[predicting + 1], device),
-        share_sizes=tuple(np.diff(cuts).tolist()),
+        rank_sizes=tuple(np.diff(cuts).tolist()),
     )
 
 

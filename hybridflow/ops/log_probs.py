@@ -20,24 +20,24 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def chunk_log_probs(logits_CV: Tensor, targets_C: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities of the targets, log of the normaliser, and entropies: each of shape [C]."""
+    """Log-probabilities of the targets, logsumexp, and entropies: each of shape [C]."""
     log_softmax_CV = torch.log_softmax(logits_CV, dim=-1)
     log_probs_C = log_softmax_CV.gather(1, targets_C[:, None])[:, 0]
-    normaliser_C = logits_CV.gather(1, targets_C[:, None])[:, 0] - log_probs_C
+    logsumexp_C = logits_CV.gather(1, targets_C[:, None])[:, 0] - log_probs_C
     if not with_entropy:
-        return log_probs_C, normaliser_C, None
-    return log_probs_C, normaliser_C, -log_softmax_CV.exp().mul_(log_softmax_CV).sum(dim=-1)
+        return log_probs_C, logsumexp_C, None
+    return log_probs_C, logsumexp_C, -log_softmax_CV.exp().mul_(log_softmax_CV).sum(dim=-1)
 
 
 def chunk_logit_gradients(
-    logits_CV: Tensor, normaliser_C: Tensor, gradient_C: Tensor, entropies: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    logits_CV: Tensor, logsumexp_C: Tensor, gradient_C: Tensor, entropies: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> Tensor:
     """Gradients with regard to the logits of all but the target tokens: shape [C, V], of type `dtype`.
 
     With p the softmax: -gradient p for the log-probabilities. `entropies` are the entropies and their gradients, which add
     -gradient p (log p + entropy). In place on what is made here, never on `logits_CV`: a compiler would have to write it back.
     """
-    log_softmax_CV = logits_CV - normaliser_C[:, None]
+    log_softmax_CV = logits_CV - logsumexp_C[:, None]
     gradients_CV = torch.empty_like(logits_CV, dtype=dtype)
     if entropies is None:
         return torch.mul(log_softmax_CV.exp_(), -gradient_C[:, None], out=gradients_CV)
@@ -68,7 +68,12 @@ def compiled_kernels() -> ChunkKernels:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearLogProbs:
-    """`linear_log_probs` with its rarer options."""
+    """`linear_log_probs` with its rarer options.
+
+    >>> of_two_tokens = LinearLogProbs(chunk_tokens=1, with_entropy=True)
+    >>> of_two_tokens(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))  # a vocabulary of 4: -log 4 and log 4
+    (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
+    """
 
     temperature: float | Tensor = 1.0
     """Divides the logits, as in sampling: one number, or one for each token, shape [T]."""
@@ -134,17 +139,17 @@ class _LinearLogProbs(Function):
         ctx: _Context, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: LinearLogProbs
     ) -> tuple[Tensor, Tensor | None]:
         log_probs_T = hidden_TH.new_empty(len(targets_T), dtype=_reduction_dtype(hidden_TH))
-        normaliser_T = torch.empty_like(log_probs_T)
+        logsumexp_T = torch.empty_like(log_probs_T)
         entropy_T = torch.empty_like(log_probs_T) if options.with_entropy else None
         for chunk in options.chunks(len(targets_T)):
             logits_CV = options.logits(hidden_TH, weight_VH, bias_V, chunk)
-            log_probs_C, normaliser_C, entropy_C = options.kernels.log_probs(logits_CV, targets_T[chunk], options.with_entropy)
-            log_probs_T[chunk], normaliser_T[chunk] = log_probs_C, normaliser_C
+            log_probs_C, logsumexp_C, entropy_C = options.kernels.log_probs(logits_CV, targets_T[chunk], options.with_entropy)
+            log_probs_T[chunk], logsumexp_T[chunk] = log_probs_C, logsumexp_C
             if entropy_T is not None and entropy_C is not None:
                 entropy_T[chunk] = entropy_C
         ctx.options = options
         ctx.set_materialize_grads(False)
-        saved = (hidden_TH, weight_VH, bias_V, targets_T, log_probs_T, normaliser_T, entropy_T)
+        saved = (hidden_TH, weight_VH, bias_V, targets_T, log_probs_T, logsumexp_T, entropy_T)
         ctx.save_for_backward(*cast(tuple[Tensor, ...], saved))  # what is None comes back as None
         return log_probs_T, entropy_T
 
@@ -153,7 +158,7 @@ class _LinearLogProbs(Function):
     def backward(
         ctx: _Context, log_probs_gradient_T: Tensor | None, entropy_gradient_T: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, bias_V, targets_T, log_probs_T, normaliser_T, entropy_T = ctx.saved_tensors
+        hidden_TH, weight_VH, bias_V, targets_T, log_probs_T, logsumexp_T, entropy_T = ctx.saved_tensors
         gradient_T = torch.zeros_like(log_probs_T) if log_probs_gradient_T is None else log_probs_gradient_T
         # The logits were divided by the temperature: divide here, where the gradient is one number per token.
         gradient_T = gradient_T / ctx.options.temperature
@@ -166,7 +171,7 @@ class _LinearLogProbs(Function):
             logits_CV = ctx.options.logits(hidden_TH, weight_VH, bias_V, chunk)
             entropies = None if entropy_gradient_T is None else (entropy_T[chunk], entropy_gradient_T[chunk])
             gradients_CV = ctx.options.kernels.logit_gradients(
-                logits_CV, normaliser_T[chunk], gradient_T[chunk], entropies, hidden_TH.dtype
+                logits_CV, logsumexp_T[chunk], gradient_T[chunk], entropies, hidden_TH.dtype
             )
             gradients_CV.scatter_(1, targets_T[chunk, None], at_target_T[chunk, None].to(gradients_CV.dtype))
             totals.add(chunk, gradients_CV)

@@ -91,12 +91,8 @@ def reduce_gradients(model: nn.Module, in_next_backward: bool) -> None:
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     """This rank's shares of the gradients."""
-    shares = []
-    for parameter in parameters:
-        if parameter.grad is not None:
-            gradient = parameter.grad
-            shares.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
-    return shares
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
 
 
 @torch.no_grad()

@@ -47,12 +47,12 @@ class SequenceGroup:
 
     def to_heads(self, states_THD: torch.Tensor) -> torch.Tensor:
         """[T / S, H, D] of this rank's tokens to [T, H / S, D] of this rank's heads."""
-        moved: torch.Tensor = _ToHeads.apply(states_THD, self)  # type: ignore[no-untyped-call]
+        moved: torch.Tensor = _Trade.apply(states_THD, self, True)  # type: ignore[no-untyped-call]
         return moved
 
     def to_tokens(self, states_THD: torch.Tensor) -> torch.Tensor:
         """The way back: [T, H / S, D] to [T / S, H, D]."""
-        moved: torch.Tensor = _ToTokens.apply(states_THD, self)  # type: ignore[no-untyped-call]
+        moved: torch.Tensor = _Trade.apply(states_THD, self, False)  # type: ignore[no-untyped-call]
         return moved
 
     def gather(self, part_R: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -65,42 +65,30 @@ class SequenceGroup:
         return whole
 
 
-def _trade_tokens_for_heads(states_THD: torch.Tensor, ranks: SequenceGroup) -> torch.Tensor:
-    tokens, heads, channels = states_THD.shape
-    sent = states_THD.view(tokens, ranks.size, heads // ranks.size, channels).transpose(0, 1).contiguous()
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=ranks.group)
-    return received.view(tokens * ranks.size, heads // ranks.size, channels)
+class _Trade(torch.autograd.Function):
+    """Tokens for heads where `to_heads`, else heads for tokens; each is the gradient of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, states_THD: torch.Tensor, ranks: SequenceGroup, to_heads: bool) -> torch.Tensor:
+        ctx.ranks, ctx.to_heads = ranks, to_heads
+        return _trade(states_THD, ranks, to_heads=to_heads)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _trade(grad_THD.contiguous(), ctx.ranks, to_heads=not ctx.to_heads), None, None
 
 
-def _trade_heads_for_tokens(states_THD: torch.Tensor, ranks: SequenceGroup) -> torch.Tensor:
+def _trade(states_THD: torch.Tensor, ranks: SequenceGroup, *, to_heads: bool) -> torch.Tensor:
     tokens, heads, channels = states_THD.shape
-    sent = states_THD.contiguous().view(ranks.size, tokens // ranks.size, heads, channels)
+    if to_heads:
+        sent = states_THD.view(tokens, ranks.size, heads // ranks.size, channels).transpose(0, 1).contiguous()
+    else:
+        sent = states_THD.contiguous().view(ranks.size, tokens // ranks.size, heads, channels)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=ranks.group)
+    if to_heads:
+        return received.view(tokens * ranks.size, heads // ranks.size, channels)
     return received.transpose(0, 1).reshape(tokens // ranks.size, heads * ranks.size, channels)
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states_THD: torch.Tensor, ranks: SequenceGroup) -> torch.Tensor:
-        ctx.ranks = ranks
-        return _trade_tokens_for_heads(states_THD, ranks)
-
-    @staticmethod
-    def backward(ctx: Any, grad_THD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _trade_heads_for_tokens(grad_THD, ctx.ranks), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states_THD: torch.Tensor, ranks: SequenceGroup) -> torch.Tensor:
-        ctx.ranks = ranks
-        return _trade_heads_for_tokens(states_THD, ranks)
-
-    @staticmethod
-    def backward(ctx: Any, grad_THD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _trade_tokens_for_heads(grad_THD.contiguous(), ctx.ranks), None
 
 
 class _Gather(torch.autograd.Function):

@@ -50,10 +50,10 @@ class SyncNeeds:
 
     bucket: int
     """The largest bucket, as one rank receives it."""
-    part: int
+    received: int
     """Everything that one rank receives."""
-    num_parts: int
-    """Ranks of one engine, each of which reads a part of its own."""
+    engine_ranks: int
+    """Ranks of one engine, each of which receives something else."""
     receives: bool
     """Whether the engine is on this pool."""
     num_senders: int | None = None
@@ -63,10 +63,10 @@ class SyncNeeds:
         """On each of `num_ranks` ranks: two for what arrives and, where it comes from several, one in which tensors are put
         together; two for what leaves to ranks that read something else, of which each sender has its share."""
         num_shards = self.num_senders or num_ranks
-        one, two = min(self.bucket, self.part), min(2 * self.bucket, self.part)
+        one, two = min(self.bucket, self.received), min(2 * self.bucket, self.received)
         arriving = two + (one if num_shards > 1 else 0) if self.receives else 0
-        leaves = self.num_senders is None and (self.num_parts > 1 or not self.receives)
-        return arriving + (two * self.num_parts // num_shards if leaves else 0)
+        leaves = self.num_senders is None and (self.engine_ranks > 1 or not self.receives)
+        return arriving + (two * self.engine_ranks // num_shards if leaves else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,11 @@ class PoolNeeds:
     """Measures that the user has decided."""
 
     @property
+    def switched_on(self) -> frozenset[str]:
+        """What the user has decided to do."""
+        return frozenset(option for option, is_on in self.fixed.items() if is_on)
+
+    @property
     def budget(self) -> int:
         """What can be planned with: free memory less a reserve."""
         return self.gpu.free - int(self.gpu.total * RESERVED_SHARE)
@@ -100,12 +105,12 @@ class Phase:
     """A time of the step in which memory is at a peak, and what it consists of."""
 
     name: str
-    parts: Mapping[str, int]
+    usage: Mapping[str, int]
     """Words -> bytes; what takes nothing is left out."""
 
     @property
     def total(self) -> int:
-        return sum(self.parts.values())
+        return sum(self.usage.values())
 
 
 def phases(needs: PoolNeeds, options: Set[str]) -> Iterator[Phase]:
@@ -141,23 +146,23 @@ def _phase(
     active: ModelNeeds | None = None,
     learns: bool = False,
 ) -> Phase:
-    parts: dict[str, int] = {}
+    usage: dict[str, int] = {}
     if needs.engine is not None:
         engine = needs.engine
         is_asleep = learns and f"{engine.role}.{SLEEP}" in options
-        parts[f"{engine.role}: {'asleep' if is_asleep else 'weights and cache'}"] = (
+        usage[f"{engine.role}: {'asleep' if is_asleep else 'weights and cache'}"] = (
             min(engine.share, engine.kept_asleep + ASLEEP_BYTES) if is_asleep else engine.share
         )
-    parts["weight sync: buckets"] = needs.sync_buffers
+    usage["weight sync: buckets"] = needs.sync_buffers
     for model in needs.models:
         is_active = model is active
         is_here = is_active or f"{model.role}.{PARAMETERS}" not in options
-        parts[f"{model.role}: weights"] = model.weights if is_here else 0
+        usage[f"{model.role}: weights"] = model.weights if is_here else 0
         has_optimizer = (is_active and learns) or f"{model.role}.{OPTIMIZER}" not in options
-        parts[f"{model.role}: optimizer"] = model.optimizer if has_optimizer else 0
+        usage[f"{model.role}: optimizer"] = model.optimizer if has_optimizer else 0
     for role in needs.unknown_roles:
-        parts[f"{role}: reserved, since its needs are not known"] = int(needs.gpu.total * UNKNOWN_ROLE_SHARE)
-    return Phase(name, {part: size for part, size in {**parts, **working}.items() if size})
+        usage[f"{role}: reserved, since its needs are not known"] = int(needs.gpu.total * UNKNOWN_ROLE_SHARE)
+    return Phase(name, {use: size for use, size in {**usage, **working}.items() if size})
 
 
 def peak(needs: PoolNeeds, options: Set[str]) -> Phase:

@@ -35,10 +35,10 @@ DTYPE_ON_GPU = "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolFacts:
+class PoolInfo:
     """What is known of a pool once its processes have started."""
 
-    pool: str
+    name: str
     roles: tuple[str, ...]
     num_ranks: int
     gpu: Gpu
@@ -70,24 +70,24 @@ def has_open_switches(config: Config, roles: Set[str]) -> bool:
     return any(value == "auto" for option, value in switches(config).items() if option.partition(".")[0] in roles)
 
 
-def pool_needs(config: Config, facts: PoolFacts, run_roles: Set[str]) -> PoolNeeds:
+def pool_needs(config: Config, pool: PoolInfo, run_roles: Set[str]) -> PoolNeeds:
     """What the roles of a pool need; `run_roles` are those of all pools."""
-    models = tuple(_model_needs(config, role, facts) for role in facts.roles if role in (*TRAINED_ROLES, *FROZEN_ROLES))
+    models = tuple(_model_needs(config, role, pool) for role in pool.roles if role in (*TRAINED_ROLES, *FROZEN_ROLES))
     return PoolNeeds(
-        pool=facts.pool,
-        num_ranks=facts.num_ranks,
+        pool=pool.name,
+        num_ranks=pool.num_ranks,
         ranks_multiple=math.lcm(
-            config.rollout.tensor_parallel if "rollout" in facts.roles else 1, config.model.sequence_parallel if models else 1
+            config.rollout.tensor_parallel if "rollout" in pool.roles else 1, config.model.sequence_parallel if models else 1
         ),
-        gpu=facts.gpu,
+        gpu=pool.gpu,
         models=models,
-        engine=_engine_needs(config, facts) if "rollout" in facts.roles else None,
-        sync=_sync_needs(config, facts) if {"actor", "rollout"} <= run_roles else None,
-        unknown_roles=tuple(role for role in facts.roles if role not in facts.sizes and role not in WITHOUT_GPU),
+        engine=_engine_needs(config, pool) if "rollout" in pool.roles else None,
+        sync=_sync_needs(config, pool) if {"actor", "rollout"} <= run_roles else None,
+        unknown_roles=tuple(role for role in pool.roles if role not in pool.sizes and role not in WITHOUT_GPU),
         fixed={
             option: value
             for option, value in switches(config).items()
-            if value != "auto" and option.partition(".")[0] in facts.roles
+            if value != "auto" and option.partition(".")[0] in pool.roles
         },
     )
 
@@ -118,7 +118,7 @@ def resolved(config: Config, options: Set[str] = frozenset(), role: str = "") ->
     )
 
 
-def _model_needs(config: Config, role: str, facts: PoolFacts) -> ModelNeeds:
+def _model_needs(config: Config, role: str, pool: PoolInfo) -> ModelNeeds:
     budgets = {
         "actor": config.actor.tokens_per_microbatch,
         "critic": config.critic.tokens_per_microbatch,
@@ -128,8 +128,8 @@ def _model_needs(config: Config, role: str, facts: PoolFacts) -> ModelNeeds:
     dtype = config.model.compute_dtype
     return ModelNeeds(
         role=role,
-        size=facts.sizes[role],
-        num_ranks=facts.num_ranks,
+        size=pool.sizes[role],
+        num_ranks=pool.num_ranks,
         is_trained=role in TRAINED_ROLES,
         has_output_layer=role not in WITHOUT_OUTPUT_LAYER,
         tokens=max(budgets[role], longest_row),
@@ -141,29 +141,29 @@ def _model_needs(config: Config, role: str, facts: PoolFacts) -> ModelNeeds:
     )
 
 
-def _engine_needs(config: Config, facts: PoolFacts) -> EngineNeeds:
+def _engine_needs(config: Config, pool: PoolInfo) -> EngineNeeds:
     rollout = config.rollout
-    weights = facts.sizes["rollout"].parameters * _engine_bytes(config) // rollout.tensor_parallel
+    weights = pool.sizes["rollout"].parameters * _engine_bytes(config) // rollout.tensor_parallel
     frees_weights = rollout.engine in ENGINES_THAT_FREE_WEIGHTS
     return EngineNeeds(
         role="rollout",
-        share=int(rollout.gpu_memory_utilization * facts.gpu.total),
+        share=int(rollout.gpu_memory_utilization * pool.gpu.total),
         kept_asleep=0 if frees_weights else weights,
     )
 
 
-def _sync_needs(config: Config, facts: PoolFacts) -> SyncNeeds | None:
+def _sync_needs(config: Config, pool: PoolInfo) -> SyncNeeds | None:
     """What weights travel in on this pool; None where neither side of a sync is on it."""
-    sides = [role for role in ("actor", "rollout") if role in facts.sizes]
+    sides = [role for role in ("actor", "rollout") if role in pool.sizes]
     if not sides:
         return None
-    size, tensor = facts.sizes[sides[0]], config.rollout.tensor_parallel
+    size, tensor = pool.sizes[sides[0]], config.rollout.tensor_parallel
     # Embeddings are the largest tensor, and cut over an engine's ranks; a tensor above the limit has a bucket of its own.
     largest = -(-size.vocabulary // tensor) * size.hidden * _engine_bytes(config)
     return SyncNeeds(
         bucket=max(config.rollout.sync_bucket_mib * 2**20, largest),
-        part=size.parameters * _engine_bytes(config) // tensor,
-        num_parts=tensor,
+        received=size.parameters * _engine_bytes(config) // tensor,
+        engine_ranks=tensor,
         receives="rollout" in sides,
         num_senders=None if "actor" in sides else parse_pool(config.placement.pools[pool_of("actor", config)]).num_ranks,
     )

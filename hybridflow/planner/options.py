@@ -40,10 +40,18 @@ class PoolPlan:
     """Those that are on, the user's own included."""
 
     def lines(self) -> list[str]:
-        """For the log: what the pool takes at its peak, and each option with its reason."""
+        """For the log: what the pool takes at its peak, and each option with its reason.
+
+        Example, PPO of a model of 7B on four GPUs, in part:
+
+            memory of pool 'main' fits: 103.7 of 120.0 GiB at the peak (actor computes); actor.offload_optimizer, ...
+              actor: 7.1 GiB of weights and 14.2 GiB of optimizer
+              rollout: 60.0 GiB of weights and cache
+              actor.offload_optimizer: copied to the GPU and back in every update; without it 'actor computes' takes ...
+        """
         needs, highest = self.needs, peak(self.needs, self.options)
         chosen = [option for option in candidates(needs) if option in self.options]
-        own = sorted(_switched_on(needs))
+        own = sorted(needs.switched_on)
         listed = ", ".join([*map(_shown, chosen), *(f"{_shown(option)} (as configured)" for option in own)])
         sizes = f"{_gib(highest.total)} of {_gib(needs.gpu.total)} GiB at the peak ({highest.name})"
         lines = [f"memory of pool '{needs.pool}' fits: {sizes}; {listed or 'nothing is offloaded, slept or recomputed'}"]
@@ -56,10 +64,9 @@ class PoolPlan:
 
     def _reason(self, option: str) -> str:
         without = peak(self.needs, self.options - {option})
-        return (
-            f"{_shown(option)}: {_cost(option)}; without it '{without.name}' takes {_gib(without.total)} GiB, "
-            f"{_gib(self.needs.budget)} can be planned with"
-        )
+        cost = COSTS.get(option) or COSTS[option.partition(".")[2]]
+        too_much = f"'{without.name}' takes {_gib(without.total)} GiB, {_gib(self.needs.budget)} can be planned with"
+        return f"{_shown(option)}: {cost}; without it {too_much}"
 
 
 def candidates(needs: PoolNeeds) -> list[str]:
@@ -79,7 +86,7 @@ def choose(needs: PoolNeeds) -> PoolPlan | None:
     All are on at first. From the dearest to the cheapest each is switched off again where everything fits without it. No option
     makes a phase larger, so a dearer one stays on only where all cheaper ones together do not suffice.
     """
-    options = _switched_on(needs) | set(candidates(needs))
+    options = needs.switched_on | set(candidates(needs))
     if peak(needs, options).total > needs.budget:
         return None
     for option in reversed(candidates(needs)):
@@ -90,15 +97,15 @@ def choose(needs: PoolNeeds) -> PoolPlan | None:
 
 def refusal(needs: PoolNeeds) -> str:
     """Why a pool cannot hold its roles: every phase that does not fit with all options on, and what can be changed."""
-    everything = _switched_on(needs) | set(candidates(needs))
+    everything = needs.switched_on | set(candidates(needs))
     size = f"{needs.num_ranks} rank(s) with {_gib(needs.gpu.total)} GiB, of which {_gib(needs.budget)} can be planned with"
     tried = ", ".join(map(_shown, sorted(everything))) or "nothing"
     lines = [f"Pool '{needs.pool}' has {size}. With {tried} on, it still needs more:"]
     for phase in phases(needs, everything):
         if phase.total > needs.budget:
             lines.append(f"  {phase.name}: {_gib(phase.total)} GiB")
-            parts = sorted(phase.parts.items(), key=lambda part: -part[1])
-            lines += [f"    {_gib(taken):>7} GiB  {part}" for part, taken in parts]
+            largest_first = sorted(phase.usage.items(), key=lambda use: -use[1])
+            lines += [f"    {_gib(taken):>7} GiB  {use}" for use, taken in largest_first]
     if needs.gpu.free < FREE_SHARE_EXPECTED * needs.gpu.total:
         lines.append(f"  Other processes hold {_gib(needs.gpu.total - needs.gpu.free)} GiB of the GPU.")
     return "\n".join([*lines, f"  {_advice(needs)}"])
@@ -137,18 +144,10 @@ def choose_all(pools: list[PoolNeeds]) -> list[PoolPlan]:
     return [plan for _, plan in plans if plan is not None]
 
 
-def _switched_on(needs: PoolNeeds) -> frozenset[str]:
-    return frozenset(option for option, is_on in needs.fixed.items() if is_on)
-
-
 def _shown(option: str) -> str:
     """As the configuration has it: one key recomputes activations, decided for each role."""
     role, _, key = option.partition(".")
     return f"model.{key} of {role}" if key == CHECKPOINTING else option
-
-
-def _cost(option: str) -> str:
-    return COSTS.get(option) or COSTS[option.partition(".")[2]]
 
 
 def _gib(size: int) -> str:

@@ -28,26 +28,27 @@ the next one computes its own."""
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """The numbers of a causal language model that decide what it takes."""
+    """The numbers of a causal language model that decide what it takes; those of Qwen2.5-7B are given as an example."""
 
     parameters: int
-    """All, tied ones once."""
+    """All, tied ones once: 7,615,616,512."""
     trained_parameters: int
     """With LoRA those of the adapters, else all."""
     output_parameters: int
-    """Of an output layer that is not tied to the embeddings."""
+    """Of an output layer that is not tied to the embeddings: 544,997,376, which is vocabulary x hidden."""
     layer_parameters: int
-    """Of the largest decoder layer."""
+    """Of the largest decoder layer: 233,057,792."""
     layers_parameters: int
-    """Of all decoder layers."""
+    """Of all decoder layers: 28 x 233,057,792."""
     num_layers: int
     hidden: int
-    """Channels between the layers."""
+    """Channels between the layers: 3584."""
     attention: int
-    """Channels of all query heads."""
+    """Channels of all query heads: 28 x 128."""
     feed_forward: int
-    """Channels within the feed-forward part that one token passes; of a mixture, those of its chosen experts."""
+    """Channels within the feed-forward part that one token passes; of a mixture, those of its chosen experts: 18944."""
     vocabulary: int
+    """Rows of the output layer: 152064."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,18 +82,14 @@ class Plan:
     def num_parts(self) -> int:
         return max(self.part_of) + 1
 
-    @property
-    def _alignment(self) -> int:
-        return ALIGNMENT_BYTES // itemsize(self.dtype)
-
     def segment(self, bucket: int, shard: int, part: int) -> Segment:
         """What one shard has of one part of a bucket."""
         blocks = [(slot, slot.block(shard, self.num_shards, part)) for slot in self.buckets[bucket]]
-        return Segment.of([(slot, box) for slot, box in blocks if box is not None], self._alignment)
+        return Segment.of([(slot, box) for slot, box in blocks if box is not None], ALIGNMENT_BYTES // itemsize(self.dtype))
 
     def assembled(self, bucket: int, part: int) -> Segment:
         """All of one part of a bucket, tensor after tensor."""
-        return Segment.of([(slot, slot.boxes[part]) for slot in self.buckets[bucket]], self._alignment)
+        return Segment.of([(slot, slot.boxes[part]) for slot in self.buckets[bucket]], ALIGNMENT_BYTES // itemsize(self.dtype))
 
     @cached_property
     def boxes(self) -> dict[tuple[str, Box], int]:

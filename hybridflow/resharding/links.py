@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -20,27 +20,11 @@ except ImportError:  # torch before 2.13 knows the same function by its older na
 from hybridflow.errors import EngineError
 
 
-class Work(Protocol):
-    """A collective under way, as torch.distributed returns it."""
-
-    def wait(self) -> object:
-        """On the CPU, wait; on CUDA, make the current stream wait."""
-        ...
-
-
-class Broadcaster(Protocol):
-    """What is used of torch's process groups."""
-
-    def broadcast(self, tensor: torch.Tensor, root: int) -> Work:
-        """Start sending `tensor` of rank `root` into `tensor` of all others."""
-        ...
-
-
 @dataclass
 class UnderWay:
     """Messages of one bucket that were started."""
 
-    works: list[Work] = field(default_factory=list)
+    works: list[dist.Work] = field(default_factory=list)
     bytes_received: int = 0
 
     def wait(self) -> None:
@@ -75,7 +59,7 @@ def exchange(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.
     return UnderWay([*works], sum(segment.nbytes for segment in incoming.values()))
 
 
-def receive(segments: Sequence[torch.Tensor], groups: Sequence[Broadcaster]) -> UnderWay:
+def receive(segments: Sequence[torch.Tensor], groups: Sequence[dist.ProcessGroup]) -> UnderWay:
     """Every trainer's segment, each from the group that it shares with the ranks that read the same, without waiting."""
     works = [group.broadcast(segment, 0) for segment, group in zip(segments, groups, strict=True) if len(segment)]
     return UnderWay(works, sum(segment.nbytes for segment in segments))
@@ -89,14 +73,14 @@ class TransferStore:
     device: torch.device
     timeout: timedelta
 
-    def group(self, name: str, rank: int, num_ranks: int) -> Broadcaster:
+    def group(self, name: str, rank: int, num_ranks: int) -> dist.ProcessGroup:
         """Join a group that spans both pools; returns when all `num_ranks` have."""
         prefixed = PrefixStore(name, self.store)
         if self.device.type != "cuda":
-            return cast(Broadcaster, dist.ProcessGroupGloo(prefixed, rank, num_ranks, self.timeout))
+            return cast(dist.ProcessGroup, dist.ProcessGroupGloo(prefixed, rank, num_ranks, self.timeout))
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = self.timeout  # no public name sets it for a group that stands by itself
-        return cast(Broadcaster, dist.ProcessGroupNCCL(prefixed, rank, num_ranks, options))
+        return cast(dist.ProcessGroup, dist.ProcessGroupNCCL(prefixed, rank, num_ranks, options))
 
     def put(self, name: str, value: str) -> None:
         """Publish a value."""

@@ -143,7 +143,7 @@ class Assembler:
     def as_engine_reads(self, slot: Slot, held: torch.Tensor) -> torch.Tensor:
         """A tensor of full shape, of which the engine reads what `held` is."""
         box = slot.boxes[self.part]
-        return held if box == Box.whole(slot.shape) else Window(held, slot.shape, box, weight=slot.name, reads=None)
+        return held if box == Box.whole(slot.shape) else Window(held, slot.shape, box, weight=slot.name, reads=[])
 
 
 def segment_views(segment: Segment, run: torch.Tensor) -> list[torch.Tensor]:

@@ -10,61 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridflow.resharding.replay import recording_into
-from hybridflow.resharding.verify import HeldWeights
+from hybridflow.rollout.base import Engine
 
 logger = logging.getLogger("hybridflow")
 
 
-class WeightTarget(Protocol):
-    """What a sync needs of an engine."""
-
-    @property
-    def can_replay_loads(self) -> bool:
-        """Whether launches of `load_weights` can be recorded and made again without it."""
-        ...
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy full tensors under their Hugging Face names; each is valid until the next one is asked for. Forget cached
-        prefixes."""
-        ...
-
-    def held_weights(self) -> HeldWeights:
-        """This rank's part of each weight that can be read back bit by bit, under its Hugging Face name."""
-        ...
-
-    def forget_prefixes(self) -> None:
-        """Forget cached prefixes: the weights have changed without `load_weights`."""
-        ...
-
-
-class Recording(Protocol):
-    """Launches that can be made again."""
-
-    def begin(self) -> None:
-        """From here on launches are recorded and not made."""
-        ...
-
-    def end(self) -> None:
-        """The end of the recording."""
-        ...
-
-    def abort(self) -> None:
-        """Leave a recording that failed."""
-        ...
-
-    def replay(self) -> None:
-        """Make the launches."""
-        ...
-
-
 class CudaRecording:
-    """A CUDA graph whose recording spans the turns of a generator."""
+    """Launches that can be made again: a CUDA graph whose recording spans the turns of a generator."""
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -78,6 +36,7 @@ class CudaRecording:
         self._context.__exit__(None, None, None)
 
     def abort(self) -> None:
+        """Leave a recording that failed."""
         try:
             self.end()
         except RuntimeError:  # what made the recording fail is known already
@@ -112,20 +71,15 @@ _WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.def
 class Loads:
     """The loads of one engine."""
 
-    def __init__(self, num_buckets: int, new_recording: Callable[[], Recording] | None):
+    def __init__(self, num_buckets: int, new_recording: Callable[[], CudaRecording] | None):
         """Without `new_recording` nothing is recorded."""
-        self._num_buckets, self._new_recording = num_buckets, new_recording
-        self._recordings: list[Recording] = []
-        self._current: Recording | None = None
+        self._num_buckets, self.new_recording = num_buckets, new_recording
+        self._recordings: list[CudaRecording] = []
+        self._current: CudaRecording | None = None
         self._addresses: tuple[int, ...] = ()
         self._is_watched = False
 
-    @property
-    def can_record(self) -> bool:
-        """Whether loads are recorded, as far as is known yet."""
-        return self._new_recording is not None
-
-    def are_recorded(self, target: WeightTarget) -> bool:
+    def are_recorded(self, target: Engine) -> bool:
         """Whether `replay` does what the engine's loading would: its weights are where they were recorded."""
         if len(self._recordings) < self._num_buckets:
             return False
@@ -134,15 +88,15 @@ class Loads:
         self._recordings.clear()
         return False
 
-    def run(self, target: WeightTarget, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def run(self, target: Engine, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Have the engine load, and watch or record that. `tensors` calls `begin` and `end` around each bucket."""
-        if not self.can_record or not self._is_watched:
+        if self.new_recording is None or not self._is_watched:
             watch = Watch()
-            with watch if self.can_record else nullcontext():
+            with nullcontext() if self.new_recording is None else watch:
                 target.load_weights(tensors)
             self._is_watched = True
             if watch.obstacle:
-                self._new_recording = None
+                self.new_recording = None
                 logger.info("the engine's loading is not recorded, since it calls %s", watch.obstacle)
             return
         self._recordings.clear()  # a load that failed has left those of its first buckets
@@ -156,8 +110,8 @@ class Loads:
 
     def begin(self) -> None:
         """The engine is about to be given the tensors of a bucket."""
-        if self._new_recording is not None and self._is_watched:
-            self._current = self._new_recording()
+        if self.new_recording is not None and self._is_watched:
+            self._current = self.new_recording()
             self._current.begin()
 
     def end(self) -> None:
@@ -173,5 +127,5 @@ class Loads:
         self._recordings[bucket].replay()
 
 
-def _addresses(target: WeightTarget) -> tuple[int, ...]:
+def _addresses(target: Engine) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for _, tensor in target.held_weights())

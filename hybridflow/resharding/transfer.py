@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from hybridflow.resharding.buckets import Part, Plan, Slot, plan_buckets
 from hybridflow.resharding.layout import Box
-from hybridflow.resharding.links import Broadcaster, TransferStore, UnderWay, exchange, gather, receive
+from hybridflow.resharding.links import TransferStore, UnderWay, exchange, gather, receive
 from hybridflow.resharding.pack import Assembler, NamedTensors, Packer, flat_runs, storage_bytes
-from hybridflow.resharding.recorded import CudaRecording, Loads, WeightTarget
+from hybridflow.resharding.recorded import CudaRecording, Loads
 from hybridflow.resharding.timeline import Timeline
 from hybridflow.resharding.verify import DTYPES, Place, Verifier
 from hybridflow.resharding.window import rehearse
+from hybridflow.rollout.base import Engine
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 
@@ -44,16 +45,16 @@ class SyncSettings:
         """How weights of these shapes travel to ranks that read these parts."""
         return plan_buckets(shapes, parts, num_shards=num_shards, dtype=self.dtype, bucket_bytes=self.bucket_bytes)
 
-    def only_launches(self, target: WeightTarget) -> bool:
+    def only_launches(self, target: Engine) -> bool:
         """Whether the engine's loading is launches of copies, which can be made again, and then forgetting prefixes."""
         return self.device.type == "cuda" and target.can_replay_loads
 
-    def after_tensors(self, target: WeightTarget) -> Literal["reset", "load"]:
+    def after_tensors(self, target: Engine) -> Literal["reset", "load"]:
         """The part of the sync in which the engine's loading is after its last tensor. Engines that do more than launch copies
         may have more to load then, and what they take to forget prefixes is not told apart."""
         return "reset" if self.only_launches(target) else "load"
 
-    def loads(self, plan: Plan, verifier: Verifier, target: WeightTarget) -> Loads:
+    def loads(self, plan: Plan, verifier: Verifier, target: Engine) -> Loads:
         """How the engine loads: recorded where device and engine can, every weight is read back afterwards, and no other rank
         waits for this one meanwhile."""
         is_possible = self.only_launches(target) and plan.num_shards == 1
@@ -87,7 +88,7 @@ class ColocatedSync:
         """How the weights travel; known after the first sync."""
         self.shard, self.part = 0, 0
 
-    def sync(self, tensors: NamedTensors, target: WeightTarget) -> SyncReport:
+    def sync(self, tensors: NamedTensors, target: Engine) -> SyncReport:
         """Give the engine the trainer's current weights. Every rank of the group calls this.
 
         Raises:
@@ -121,7 +122,7 @@ class ColocatedSync:
             seconds=timeline.seconds(),
         )
 
-    def _prepare(self, tensors: NamedTensors, target: WeightTarget) -> Plan:
+    def _prepare(self, tensors: NamedTensors, target: Engine) -> Plan:
         """Agree on the plan with the other ranks, and make the buffers."""
         settings, num_shards = self.settings, 1
         shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
@@ -201,7 +202,7 @@ class WeightSender:
         self.settings, self.store, self.rank, self.num_ranks = settings, store, rank, num_ranks
         self.packer: Packer | None = None
         self.outgoing: list[list[torch.Tensor]] = []
-        self.groups: list[Broadcaster] = []
+        self.groups: list[dist.ProcessGroup] = []
         """By part: this rank and the receivers that read it."""
 
     def connect(self, tensors: NamedTensors) -> Packer:
@@ -255,10 +256,10 @@ class WeightReceiver:
         if rank == 0:
             store.put("num_receivers", str(num_ranks))
         self.plan: Plan | None = None
-        self.groups: list[Broadcaster] = []
+        self.groups: list[dist.ProcessGroup] = []
         """By shard: the trainer rank and the receivers that read what this one reads."""
 
-    def connect(self, target: WeightTarget) -> Plan:
+    def connect(self, target: Engine) -> Plan:
         """Learn names and shapes, say what the engine reads of them, and join a group with each sender."""
         weights = json.loads(self.store.get("weights"))
         shapes = [(name, tuple(shape)) for name, shape in weights["shapes"]]
@@ -279,7 +280,7 @@ class WeightReceiver:
         self.loads = Loads(len(plan.buckets), None)
         return plan
 
-    def receive(self, target: WeightTarget) -> SyncReport:
+    def receive(self, target: Engine) -> SyncReport:
         """Give the engine what the senders send.
 
         Raises:
@@ -293,7 +294,10 @@ class WeightReceiver:
         deliver = Delivery(self.settings, self.assembler, self.verifier, timeline, part="transfer")
         deliver.to(target, self.loads, lambda bucket: receive(self.assembler.received[bucket], self.groups))
         if self.settings.verify:
-            self.verifier.compare(self._trained_fingerprints(len(self.plan.boxes)), target.held_weights())
+            trained = torch.zeros(len(self.groups), len(self.plan.boxes), dtype=torch.int64, device=self.settings.device)
+            for work in [group.broadcast(trained[shard], 0) for shard, group in enumerate(self.groups)]:
+                work.wait()
+            self.verifier.compare(trained.sum(0), target.held_weights())
             timeline.mark("checksum")
         return SyncReport(
             bytes_received=deliver.bytes_received,
@@ -303,12 +307,6 @@ class WeightReceiver:
             unreadable=self.verifier.unreadable,
             seconds=timeline.seconds(),
         )
-
-    def _trained_fingerprints(self, num_boxes: int) -> torch.Tensor:
-        sums = torch.zeros(len(self.groups), num_boxes, dtype=torch.int64, device=self.settings.device)
-        for work in [group.broadcast(sums[shard], 0) for shard, group in enumerate(self.groups)]:
-            work.wait()
-        return sums.sum(0)
 
 
 class Delivery:
@@ -320,7 +318,7 @@ class Delivery:
         self.verifier = verifier if settings.verify else None
         self.bytes_received = 0
 
-    def to(self, target: WeightTarget, loads: Loads, start: Callable[[int], UnderWay]) -> None:
+    def to(self, target: Engine, loads: Loads, start: Callable[[int], UnderWay]) -> None:
         """Start each bucket, wait for it, and load it."""
         if loads.are_recorded(target):
             for bucket, _ in self._arrived(start):
@@ -357,7 +355,7 @@ class Delivery:
             arriving = following
 
 
-def _part_read(target: WeightTarget, shapes: Shapes, settings: SyncSettings) -> Part:
+def _part_read(target: Engine, shapes: Shapes, settings: SyncSettings) -> Part:
     """What the engine of this rank reads of the tensors that it does not read whole."""
     if not settings.place.is_cut:
         return {}

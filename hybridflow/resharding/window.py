@@ -27,11 +27,11 @@ class Window(torch.Tensor):
     box: Box
     weight: str
     """Its name."""
-    reads: list[Box] | None
-    """Boxes that were read, where somebody wants to know."""
+    reads: list[Box]
+    """Boxes that were read."""
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor, shape: tuple[int, ...], box: Box, *, weight: str, reads: list[Box] | None) -> Window:
+    def __new__(cls, held: torch.Tensor, shape: tuple[int, ...], box: Box, *, weight: str, reads: list[Box]) -> Window:
         """`held` has the shape of `box`, which lies in a tensor of `shape`."""
         window: Window = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=held.dtype, device=held.device)
         window.held, window.box, window.weight, window.reads = held, box, weight, reads
@@ -68,7 +68,7 @@ class Window(torch.Tensor):
         wanted = Box.whole(tuple(self.shape)).between(dim, low, high)
         if step != 1 or self.box.intersect(wanted) != wanted:
             raise self._outside(f"[{low}:{high}:{step}] along dim {dim}")
-        self._note(wanted)
+        self.reads.append(wanted)
         return self.held.narrow(dim, low - self.box.start[dim], high - low)
 
     def whole(self) -> torch.Tensor:
@@ -79,12 +79,8 @@ class Window(torch.Tensor):
         """
         if self.box != Box.whole(tuple(self.shape)):
             raise self._outside("everything")
-        self._note(self.box)
+        self.reads.append(self.box)
         return self.held
-
-    def _note(self, box: Box) -> None:
-        if self.reads is not None:
-            self.reads.append(box)
 
     def _outside(self, wanted: str) -> EngineError:
         return EngineError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from hybridflow.errors import EngineError
+from hybridflow.models.load import skeleton
 
 MOST_NAMED = 5
 """Weights named in a message."""
@@ -18,10 +19,7 @@ class ExpectedWeights:
 
     def __init__(self, model: str, *, trust_remote_code: bool = False):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            empty: torch.nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=trust_remote_code
-            )
+        empty: torch.nn.Module = skeleton(config, trust_remote_code=trust_remote_code)
         parameters = list(empty.named_parameters(remove_duplicate=False))
         self.shapes = {name: parameter.shape for name, parameter in parameters}
         first_name: dict[int, str] = {}

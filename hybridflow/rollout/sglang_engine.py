@@ -15,8 +15,8 @@ from typing import Literal, NotRequired, TypedDict
 import numpy as np
 import sglang
 import torch
-from transformers import AutoTokenizer
 
+from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import EngineError
 from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
 from hybridflow.rollout.expected_weights import ExpectedWeights
@@ -66,7 +66,7 @@ class SglangEngine(Engine):
             raise EngineError(
                 "SGLANG_RETURN_ORIGINAL_LOGPROB makes SGLang ignore the temperature in log-probabilities; unset it"
             )
-        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
+        tokenizer = tokenizer_at(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
         self.end_ids = end_of_sequence_ids(spec.model, tokenizer, trust_remote_code=spec.trust_remote_code)
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         logger.info("SGLang: starting its processes and loading %s", spec.model)
@@ -185,7 +185,7 @@ def _response(request: Request, output: Output, reasons: Mapping[str, FinishReas
     reason = meta["finish_reason"]["type"]
     if reason not in reasons:
         raise EngineError(f"SGLang ended request {request.id} with {meta['finish_reason']!r} and without a response")
-    found = meta["output_token_logprobs"] if "output_token_logprobs" in meta else []
+    found = meta.get("output_token_logprobs", [])
     log_probs = np.array([log_prob for log_prob, *_ in found], np.float32)
     return Response(
         id=request.id,

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import EngineError
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
 from hybridflow.rollout.expected_weights import ExpectedWeights
@@ -53,7 +54,7 @@ class TorchEngine(Engine):
                 f"prompt and response may have {spec.max_model_tokens} tokens, but {spec.model} was made for {limit}. "
                 "Lower data.max_prompt_tokens or data.max_response_tokens"
             )
-        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
+        tokenizer = tokenizer_at(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.waiting: deque[Request] = deque()
         self.num_slots = self._num_slots()

@@ -59,7 +59,7 @@ SPEED = (
 )
 
 OWN_REWARD_METRICS = {"reward/mean", "reward/std", "reward/failed"}
-NOT_PHASES = {"seconds/step", "seconds/scoring_after_generation", "seconds/validation"}
+NOT_PHASES = {"seconds/step", "seconds/validation"}
 """The whole, a part of another phase, and what has a line of its own."""
 MAX_SAMPLES = 3
 MAX_USER_METRICS = 3

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NOT_PHASES_OF_A_STEP = {"seconds/step", "seconds/validation", "seconds/checkpoint", "seconds/scoring_after_generation"}
+NOT_PHASES_OF_A_STEP = {"seconds/step", "seconds/validation", "seconds/checkpoint"}
 COLORS = tuple(f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive"))
 MAX_PHASES = 7
 """Phases with a colour of their own; the shorter ones are drawn together."""

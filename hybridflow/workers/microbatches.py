@@ -89,8 +89,8 @@ class Microbatches:
                 response,
                 self.context.device,
                 mask=self._mask(rows) if len(rows) else None,
-                share=layout.sequence_rank(self.context.rank),
-                num_shares=layout.sequence,
+                sequence_rank=layout.sequence_rank(self.context.rank),
+                sequence_size=layout.sequence,
             )
             yield Microbatch(rows, packed, trained.lengths, self._temperature(rows, packed, trained.lengths))
 
@@ -106,8 +106,8 @@ class Microbatches:
         if len(divisor_B) and (divisor_B == divisor_B[0]).all():
             return float(divisor_B[0])
         number = self.context.layout.sequence_rank(self.context.rank)
-        first = sum(packed.share_sizes[:number])
-        own_R = np.repeat(divisor_B, lengths_B)[first : first + packed.share_sizes[number]]
+        first = sum(packed.rank_sizes[:number])
+        own_R = np.repeat(divisor_B, lengths_B)[first : first + packed.rank_sizes[number]]
         return to_device(own_R.astype(np.float32), self.context.device)
 
     def column(self, name: str, microbatch: Microbatch) -> torch.Tensor:

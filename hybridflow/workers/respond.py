@@ -32,13 +32,13 @@ def respond(rows: Batch, rollout: RolloutWorker, reward: RewardWorker, *, sampli
     is_apart = rollout.dispatcher.pool_name != reward.dispatcher.pool_name
     works_by_rows = rollout.answers_row_by_row and not reward.scores_whole_batches
     if works_by_rows and is_apart and not rollout.dispatcher.is_streaming:
-        return _respond_in_parts(rows, rollout, reward, sampling)
+        return respond_in_parts(rows, rollout, reward, sampling)
     rows = rows.join(rollout.generate(rows, sampling=sampling))
     return rows.join(reward.score(rows))
 
 
-def _respond_in_parts(rows: Batch, rollout: RolloutWorker, reward: RewardWorker, sampling: Sampling | None) -> Batch:
-    """For a batch function scoring begins when all rows have finished."""
+def respond_in_parts(rows: Batch, rollout: RolloutWorker, reward: RewardWorker, sampling: Sampling | None) -> Batch:
+    """As `respond`, whatever the pools; for a batch function scoring begins when all rows have finished."""
     scores_rows_alone = reward.scores_rows_alone.start()
     placed = rows.with_columns(position=np.arange(len(rows), dtype=np.int64))
     rollout.submit(with_numbers(placed, COLUMNS_GENERATED), sampling=sampling)

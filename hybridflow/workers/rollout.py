@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer
 
 from hybridflow import registry
 from hybridflow.batch import Array, Batch, Heavy, Ragged
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config
+from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.parallel.layout import Layout
@@ -76,7 +76,7 @@ class RolloutWorker(Worker):
 
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)
-        self.tokenizer = AutoTokenizer.from_pretrained(
+        self.tokenizer = tokenizer_at(
             config.model.tokenizer or config.model.path, trust_remote_code=config.model.trust_remote_code
         )
         start, name = time.perf_counter(), config.rollout.engine
@@ -105,7 +105,7 @@ class RolloutWorker(Worker):
         per_node = parse_pool(config.placement.pools[pool_of("rollout", config)]).ranks_per_node
         # The paper's groups (section 5.3): what a rank trains then lies inside what it generates with, on one node.
         interval = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1
-        return Layout(data=num_ranks // tensor, tensor=tensor, tensor_interval=interval)
+        return Layout(data=num_ranks // tensor, tensor=tensor, tensor_stride=interval)
 
     @remote("one_to_all")
     def begin_step(self, step: int, total_steps: int) -> None:

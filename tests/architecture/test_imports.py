@@ -28,10 +28,12 @@ LEVELS = (
 
 HOMES = {
     "ray": ("controller/",),
-    "vllm": ("rollout/vllm_arguments.py", "rollout/vllm_engine.py", "rollout/vllm_scheduler.py"),
+    "vllm": tuple(f"rollout/vllm_{part}.py" for part in ("arguments", "engine", "patches", "scheduler")),
     "sglang": ("rollout/sglang_engine.py",),
     "flash_attn": ("models/attention.py",),
     "omegaconf": ("config/load.py",),
+    "pydantic": ("config/",),
+    "annotated_types": ("config/",),
     "pyarrow": ("data/",),
     "math_verify": ("rewards/",),
     "peft": ("models/",),

@@ -18,14 +18,15 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, PlacementConfig, RolloutConfig
 from hybridflow.errors import WeightMismatchError
-from hybridflow.resharding.layout import Box, FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout
+from hybridflow.resharding.layout import Box
 from hybridflow.resharding.links import host_transfer, join_transfer
-from hybridflow.resharding.schedule import schedule
 from hybridflow.resharding.transfer import ColocatedSync, SyncSettings, WeightReceiver, WeightSender
 from hybridflow.resharding.verify import Place
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.rollout import RolloutWorker
+from tests.reference.reshard_schedule import schedule
+from tests.reference.weight_layouts import FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout
 from tests.toy import make_tiny_model
 
 CPU = torch.device("cpu")

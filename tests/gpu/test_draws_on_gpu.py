@@ -20,7 +20,7 @@ def test_a_gpu_draws_what_a_cpu_draws() -> None:
 
 def test_draws_at_once_do_not_wait_for_the_device_and_count_tokens() -> None:
     pytest.importorskip("vllm", reason="NOT RUN: no vLLM")
-    from hybridflow.rollout.vllm_engine import draw_at_once
+    from hybridflow.rollout.vllm_patches import draw_at_once
 
     probs_BV = torch.rand(8, VOCABULARY, device="cuda")
     generators = {row: torch.Generator("cuda").manual_seed(row) for row in reversed(range(8))}

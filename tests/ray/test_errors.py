@@ -35,7 +35,7 @@ def said(toy: Toy, folder: Path, overrides: Sequence[str], capsys: pytest.Captur
     [
         ("rollout.temprature=1", "rollout.temprature: no such key; did you mean 'rollout.temperature'?"),
         ("actor.learning_rate=fast", "actor.learning_rate: found 'fast' (text); needed: a number"),
-        ("rollout.top_p=1.5", "rollout.top_p: found 1.5; allowed: more than 0 and at most 1"),
+        ("rollout.top_p=1.5", "rollout.top_p: found 1.5 (number); needed: a number of more than 0 and at most 1"),
         ("algorithm.prompts_per_update=8", "algorithm.prompts_per_update: found 8, more than the 4 prompts of"),
         (
             "placement.pools.main=1x99",

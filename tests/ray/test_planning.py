@@ -16,7 +16,7 @@ from hybridflow.controller.planning import RunPlan, ask, decide
 from hybridflow.errors import PlacementError
 from hybridflow.planner.memory import GIB, Gpu
 from hybridflow.planner.sizes import ModelSize
-from hybridflow.workers.facts import RankFacts
+from hybridflow.workers.hardware import HardwareInfo
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -42,10 +42,10 @@ class FakeRank:
     def __init__(self, gib: float):
         self.gib = gib
 
-    def facts(self, config: Config, roles: frozenset[str]) -> RankFacts:
+    def hardware_info(self, config: Config, roles: frozenset[str]) -> HardwareInfo:
         """Sizes for the first rank alone."""
         with_models = roles & {"actor", "critic", "reference", "rollout"}
-        return RankFacts(Gpu(total=int(self.gib * GIB), free=int(self.gib * GIB)), dict.fromkeys(with_models, HALF_BILLION))
+        return HardwareInfo(Gpu(total=int(self.gib * GIB), free=int(self.gib * GIB)), dict.fromkeys(with_models, HALF_BILLION))
 
 
 @pytest.fixture

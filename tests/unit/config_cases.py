@@ -44,3 +44,9 @@ def mistakes_of(overrides: Sequence[str], path: str | None = None) -> list[str]:
     except ConfigError as error:
         return [str(mistake) for mistake in error.errors]
     return []
+
+
+def only_mistake(folder: Path, *overrides: str) -> str:
+    """The one mistake that `overrides` make in a run that is right without them."""
+    (found,) = mistakes_of([*right_run(folder), *overrides])
+    return found.removeprefix("command line: ")

@@ -68,7 +68,8 @@ def test_vllm_has_passes_for_each_part_of_ours() -> None:
     pytest.importorskip("vllm", reason="vllm is not installed")
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from hybridflow.rollout.vllm_engine import VllmEngine, draw_token_by_token
+    from hybridflow.rollout.vllm_engine import VllmEngine
+    from hybridflow.rollout.vllm_patches import draw_token_by_token
     from hybridflow.rollout.vllm_scheduler import RoundScheduler
 
     engine = VllmEngine.__new__(VllmEngine)  # not started: only its seeds matter here

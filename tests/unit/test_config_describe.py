@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.config.describe import documentation, field_docs, resolved_yaml
+from hybridflow.config.describe import FILE, MADE_BELOW, documentation, field_docs, resolved_yaml
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import Config
 from tests.unit.config_cases import right_run
@@ -36,5 +36,5 @@ def test_every_field_is_explained() -> None:
 
 
 def test_the_documentation_is_current() -> None:
-    file = Path(__file__).parents[2] / "docs" / "configuration.md"
-    assert file.read_text(encoding="utf-8") == documentation(), "run: python -m hybridflow.config.describe"
+    text = FILE.read_text(encoding="utf-8")
+    assert MADE_BELOW in text and text == documentation(text), "run: python -m hybridflow.config.describe"

@@ -84,10 +84,10 @@ def test_a_mistake_names_the_line_of_the_file_it_is_in(tmp_path: Path) -> None:
     base = written(tmp_path, "base.yaml", "actor:\n  # a comment\n  learning_rate: fast\n")
     file = written(tmp_path, "run.yaml", "base: base.yaml\nrollout:\n  temprature: 1\n\nrun: {seed: -1}\n")
     assert mistakes_of([*right_run(tmp_path), "data.prompts_per_step=0.5"], file) == [
-        "command line: data.prompts_per_step: found 0.5 (number); needed: an integer",
-        f"{base}:3: actor.learning_rate: found 'fast' (text); needed: a number",
+        f"{file}:5: run.seed: found -1 (integer); needed: an integer of at least 0",
+        "command line: data.prompts_per_step: found 0.5 (number); needed: an integer of at least 1",
+        f"{base}:3: actor.learning_rate: found 'fast' (text); needed: a number of at least 0",
         f"{file}:3: rollout.temprature: no such key; did you mean 'rollout.temperature'?",
-        f"{file}:5: run.seed: found -1; allowed: at least 0",
     ]
 
 
@@ -108,7 +108,7 @@ def test_a_missing_file_does_not_hide_the_other_mistakes(tmp_path: Path) -> None
     found = mistakes_of([*right_run(tmp_path), "run.seed=x"], "absent.yaml")
     assert found == [
         "absent.yaml: cannot be read: No such file or directory",
-        "command line: run.seed: found 'x' (text); needed: an integer",
+        "command line: run.seed: found 'x' (text); needed: an integer of at least 0",
     ]
 
 

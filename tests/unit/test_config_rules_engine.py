@@ -67,7 +67,7 @@ def test_the_arguments_of_vllm_are_those_in_its_source() -> None:
 
 def test_a_value_out_of_range_is_told_once(tmp_path: Path) -> None:
     (found,) = about("rollout.top_p", [*right_run(tmp_path), "rollout.engine=vllm", "rollout.top_p=1.5"])
-    assert found.endswith("found 1.5; allowed: more than 0 and at most 1")
+    assert found.endswith("found 1.5 (number); needed: a number of more than 0 and at most 1")
 
 
 @pytest.mark.parametrize("cut", ["rollout.top_p=0.9", "rollout.top_k=20", "rollout.min_p=0.05"])

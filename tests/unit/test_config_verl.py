@@ -244,7 +244,7 @@ def test_our_key_on_the_command_line_wins_over_verls_in_the_file(tmp_path: Path)
             "Did you mean 'actor_rollout_ref.rollout.gpu_memory_utilization'?",
         ),
         ("data.train_batchsize=3", "no such key; did you mean 'data.train_batch_size'?"),
-        ("trainer.nnodes=0", "found 0; needed: an integer of at least 1"),
+        ("trainer.nnodes=0", "found 0 (integer); needed: an integer of at least 1"),
     ],
 )
 def test_what_has_no_equivalent_is_a_mistake_that_says_what_to_do(tmp_path: Path, override: str, problem: str) -> None:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.timeout(120)  # an engine that lost a request would be 
 MAX_MODEL_TOKENS = 256
 GREEDY = Sampling(temperature=0.0, max_tokens=24)
 RANDOM = Sampling(temperature=1.0, max_tokens=24)
+LONG = Sampling(temperature=0.0, max_tokens=96, ignore_eos=True)
 
 
 def spec_of(model: str, **changes: object) -> EngineSpec:
@@ -257,6 +258,70 @@ def test_requests_may_be_added_while_others_run(engine: Engine) -> None:
     while engine.num_unfinished:
         finished += engine.step()
     assert tokens_of(sorted(finished, key=lambda response: response.id)) == expected
+
+
+def interrupted_after(engine: Engine, asked: Sequence[Request], num_steps: int) -> list[Response]:
+    """The responses of an engine that is interrupted after some steps, in the order of the requests."""
+    for request in asked:
+        engine.add(request)
+    found = [response for _ in range(num_steps) for response in engine.step()]
+    found += engine.interrupt()
+    assert engine.num_unfinished == 0
+    assert sorted(response.id for response in found) == sorted(request.id for request in asked)
+    return sorted(found, key=lambda response: response.id)
+
+
+def going_on(request: Request, partial: Response) -> Request:
+    """What asks for the rest of a response."""
+    left = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(partial.tokens))
+    return replace(request, prompt=np.concatenate([request.prompt, partial.tokens]), sampling=left)
+
+
+def test_an_interrupted_response_goes_on_where_it_was(engine: Engine) -> None:
+    asked = requests(prompts(12), LONG)
+    whole = engine.generate(asked)
+    partial = interrupted_after(engine, asked, num_steps=40)
+    assert {response.finish_reason for response in partial} == {"interrupted"}
+    assert all(0 < len(response.tokens) < LONG.max_tokens for response in partial)
+    rest = engine.generate([going_on(request, part) for request, part in zip(asked, partial, strict=True)])
+    for expected, before, after in zip(whole, partial, rest, strict=True):
+        assert [*before.tokens, *after.tokens] == expected.tokens.tolist()
+        joined = np.concatenate([before.log_probs, after.log_probs])
+        np.testing.assert_allclose(joined, expected.log_probs, atol=1e-4)
+
+
+def test_requests_that_wait_are_interrupted_too(engine: Engine) -> None:
+    """There are more of them than run at once."""
+    asked = requests(prompts(100), replace(LONG, log_probs=False))
+    whole = tokens_of(engine.generate(asked))
+    partial = interrupted_after(engine, asked, num_steps=30)
+    assert any(len(response.tokens) for response in partial) and not all(len(response.tokens) for response in partial)
+    for response, expected in zip(partial, whole, strict=True):
+        assert response.tokens.tolist() == expected[: len(response.tokens)] and response.log_probs is None
+    assert tokens_of(engine.generate(asked)) == whole
+
+
+def test_an_idle_engine_may_be_interrupted(engine: Engine) -> None:
+    assert engine.interrupt() == []
+    assert len(engine.generate(requests(prompts(2), GREEDY))) == 2
+
+
+def test_an_interrupt_before_the_first_step_leaves_no_tokens(engine: Engine) -> None:
+    partial = interrupted_after(engine, requests(prompts(3), RANDOM), num_steps=0)
+    assert [response.finish_reason for response in partial] == ["interrupted"] * 3
+    assert all(len(response.tokens) == len(response.log_probs) == 0 for response in partial)
+
+
+def test_the_rest_of_an_interrupted_response_is_of_the_new_weights(reloaded: Engine, model: str, other_model: str) -> None:
+    asked = requests(prompts(6, longest=60), LONG)
+    partial = interrupted_after(reloaded, asked, num_steps=40)
+    reloaded.load_weights(weights_of(other_model))
+    rest = [going_on(request, part) for request, part in zip(asked, partial, strict=True)]
+    responses = reloaded.generate(rest)
+    other = AutoModelForCausalLM.from_pretrained(other_model, dtype=torch.float32).eval()
+    for request, response in zip(rest, responses, strict=True):
+        expected = forward_log_probs(other, request.prompt, response, 1.0)
+        torch.testing.assert_close(torch.from_numpy(response.log_probs), expected, atol=1e-4, rtol=0)
 
 
 def test_loaded_weights_are_what_generates(reloaded: Engine, other_model: str) -> None:

@@ -25,7 +25,7 @@ from hybridflow.batch import Ragged
 from hybridflow.errors import ModelError
 from hybridflow.models.attention import NAME
 from hybridflow.models.build import ModelSpec, build_policy, build_value_model, named_tensors
-from hybridflow.models.load import ModelSource, load_causal_lm, load_tokenizer
+from hybridflow.models.load import ModelSource, load_causal_lm
 from hybridflow.models.lora import Adapters
 from hybridflow.models.packing import pack
 from hybridflow.parallel.layout import Layout
@@ -171,12 +171,6 @@ def test_a_folder_without_weights_is_refused(tiny_model: str, tmp_path: Path) ->
     (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
     with pytest.raises(ModelError, match="does not load as a causal language model"):
         load(str(tmp_path))
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tiny_model: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
-    with pytest.raises(ModelError, match=r"has no tokenizer\. Set model\.tokenizer"):
-        load_tokenizer(str(tmp_path))
 
 
 def test_dropout_is_switched_off(tmp_path: Path) -> None:

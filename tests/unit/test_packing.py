@@ -1,4 +1,4 @@
-"""Rows packed into one sequence, and cut into shares."""
+"""Rows packed into one sequence, and cut over sequence ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_each_row_is_its_prompt_followed_by_its_response() -> None:
     packed = pack(ragged([1, 2], [3]), ragged([4], [5, 6]), CPU)
     assert packed.input_ids_1T.tolist() == [[1, 2, 4, 3, 5, 6]]
     assert packed.position_ids_1T.tolist() == [[0, 1, 2, 0, 1, 2]]
-    assert packed.spans.starts_B1.tolist() == [0, 3, 6]
+    assert packed.spans.cu_seqlens_B1.tolist() == [0, 3, 6]
     assert packed.spans.max_tokens == 3
 
 
@@ -42,21 +42,21 @@ def test_a_row_without_a_prompt_is_refused_by_number() -> None:
         pack(ragged([1], []), ragged([2], [3]), CPU)
 
 
-@pytest.mark.parametrize("num_shares", [2, 3, 4])
-def test_shares_laid_end_to_end_are_the_whole_with_padding_in_a_row_of_its_own(num_shares: int) -> None:
+@pytest.mark.parametrize("sequence_size", [2, 3, 4])
+def test_ranks_laid_end_to_end_are_the_whole_with_padding_in_a_row_of_its_own(sequence_size: int) -> None:
     prompt, response = ragged([1, 2], [3], [4, 5, 6]), ragged([7, 8, 9], [], [10, 11])
     whole = pack(prompt, response, CPU)
-    shares = [pack(prompt, response, CPU, share=share, num_shares=num_shares) for share in range(num_shares)]
+    ranks = [pack(prompt, response, CPU, sequence_rank=rank, sequence_size=sequence_size) for rank in range(sequence_size)]
 
-    tokens = torch.cat([share.input_ids_1T[0] for share in shares])
+    tokens = torch.cat([rank.input_ids_1T[0] for rank in ranks])
     assert tokens[:11].tolist() == whole.input_ids_1T[0].tolist()
-    assert len(tokens) % num_shares == 0
-    assert torch.cat([share.targets_R for share in shares]).tolist() == whole.targets_R.tolist()
-    assert shares[0].share_sizes == tuple(len(share.targets_R) for share in shares)
-    offset = len(tokens) // num_shares
-    predicting = [share.predicting_R + number * offset for number, share in enumerate(shares)]
+    assert len(tokens) % sequence_size == 0
+    assert torch.cat([rank.targets_R for rank in ranks]).tolist() == whole.targets_R.tolist()
+    assert ranks[0].rank_sizes == tuple(len(rank.targets_R) for rank in ranks)
+    offset = len(tokens) // sequence_size
+    predicting = [rank.predicting_R + number * offset for number, rank in enumerate(ranks)]
     assert torch.cat(predicting).tolist() == whole.predicting_R.tolist()
-    assert shares[0].spans.lengths_B.tolist()[:3] == [5, 1, 5]
+    assert ranks[0].spans.lengths_B.tolist()[:3] == [5, 1, 5]
 
 
 @pytest.mark.parametrize("lengths", [[1], [3, 3, 3], [1, 200, 7, 0, 9, 1000, 8], list(range(1, 60))])
@@ -66,7 +66,6 @@ def test_padding_there_and_back_is_the_identity(lengths: list[int]) -> None:
     padding = spans.padding
     assert torch.equal(tokens[padding.source_P][padding.place_T], tokens)
     assert len(padding.source_P) == sum(bucket.num_rows * bucket.longest for bucket in padding.buckets)
-    assert int((~padding.is_padding_P).sum()) == sum(lengths)
 
 
 def test_wildly_different_lengths_need_little_padding() -> None:

@@ -22,7 +22,7 @@ def test_the_tensor_axis_is_the_fastest_then_sequence_then_data():
 
 def test_an_interval_moves_tensor_ranks_apart():
     # Ranks 0 and 2 share the first engine, 1 and 3 the second; then the same on ranks 4 to 7.
-    layout = Layout(data=4, tensor=2, tensor_interval=2)
+    layout = Layout(data=4, tensor=2, tensor_stride=2)
     engines = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
     assert [(data, tensor) for data, _, tensor in coordinates(layout)] == engines
     assert [layout.is_data_leader(rank) for rank in range(8)] == [True, True, False, False] * 2

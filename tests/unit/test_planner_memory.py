@@ -9,7 +9,7 @@ import pytest
 from hybridflow.config.schema import Config, ModelConfig, RolloutConfig, TrainingConfig
 from hybridflow.errors import PlacementError
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak, phases
-from hybridflow.planner.needs import PoolFacts, has_open_switches, pool_needs, resolved
+from hybridflow.planner.needs import PoolInfo, has_open_switches, pool_needs, resolved
 from hybridflow.planner.options import candidates, choose, choose_all, refusal
 from hybridflow.planner.sizes import ModelSize
 
@@ -37,8 +37,8 @@ def gpu(gib: float) -> Gpu:
 def ppo(gib: float, *, ranks: int = 1, config: Config = DEFAULTS, roles: tuple[str, ...] = PPO_ROLES) -> PoolNeeds:
     """PPO of a model of 7B on one pool."""
     sizes = {role: SIZE for role in roles if role in PPO_ROLES}
-    facts = PoolFacts(pool="main", roles=roles, num_ranks=ranks, gpu=gpu(gib), sizes=sizes)
-    return pool_needs(config, facts, set(roles))
+    pool = PoolInfo(name="main", roles=roles, num_ranks=ranks, gpu=gpu(gib), sizes=sizes)
+    return pool_needs(config, pool, set(roles))
 
 
 def test_ppo_of_7b_with_a_critic_is_refused_on_one_gpu_of_80_gib() -> None:
@@ -75,8 +75,8 @@ def test_ranks_are_advised_that_suffice_only_where_gradients_are_shared() -> Non
         feed_forward=28672,
         vocabulary=128256,
     )
-    facts = PoolFacts(pool="main", roles=("actor",), num_ranks=1, gpu=gpu(139.8), sizes={"actor": large})
-    needs = pool_needs(DEFAULTS, facts, {"actor"})
+    pool = PoolInfo(name="main", roles=("actor",), num_ranks=1, gpu=gpu(139.8), sizes={"actor": large})
+    needs = pool_needs(DEFAULTS, pool, {"actor"})
     # Weights, gradients and moments take 16 bytes x 7.06e10 = 1,051 GiB, a pass 40 GiB and two layers' gradients 6 GiB on each:
     # 12 ranks need 134 of the 128 GiB, 16 need 112. Whole gradients alone are 263 GiB, on however many ranks.
     assert "16 of this size suffice" in refusal(needs)
@@ -167,7 +167,7 @@ def test_an_engine_alone_has_no_options() -> None:
 def test_a_role_of_the_users_own_gets_a_reserve() -> None:
     with_own, without = (ppo(100.0, roles=roles) for roles in (("rollout", "judge", "reward", "data"), ("rollout",)))
     assert peak(with_own, set()).total - peak(without, set()).total == 5 * GIB  # 5 % of 100
-    assert "judge: reserved, since its needs are not known" in peak(with_own, set()).parts
+    assert "judge: reserved, since its needs are not known" in peak(with_own, set()).usage
 
 
 def test_an_engine_that_keeps_its_weights_frees_less() -> None:
@@ -175,7 +175,7 @@ def test_an_engine_that_keeps_its_weights_frees_less() -> None:
     kept = []
     for config in (DEFAULTS, other):
         (learns,) = [phase for phase in phases(ppo(500.0, config=config), {"rollout.sleep"}) if phase.name == "actor learns"]
-        kept.append(learns.parts["rollout: asleep"])
+        kept.append(learns.usage["rollout: asleep"])
     assert kept[1] - kept[0] == SIZE.parameters * 2  # bfloat16
 
 
@@ -216,9 +216,9 @@ def test_a_row_longer_than_a_microbatch_counts_whole() -> None:
 
 def test_merging_adapters_is_a_peak_of_its_own() -> None:
     adapted = replace(SIZE, trained_parameters=10_000_000)
-    facts = PoolFacts(
-        pool="main", roles=("actor", "rollout"), num_ranks=1, gpu=gpu(140.0), sizes={"actor": adapted, "rollout": SIZE}
+    pool = PoolInfo(
+        name="main", roles=("actor", "rollout"), num_ranks=1, gpu=gpu(140.0), sizes={"actor": adapted, "rollout": SIZE}
     )
-    needs = pool_needs(DEFAULTS, facts, {"actor", "rollout"})
+    needs = pool_needs(DEFAULTS, pool, {"actor", "rollout"})
     (sync,) = [phase for phase in phases(needs, set()) if phase.name == "weight sync"]
-    assert sync.parts["actor: merged weights"] == 4 * SIZE.parameters
+    assert sync.usage["actor: merged weights"] == 4 * SIZE.parameters

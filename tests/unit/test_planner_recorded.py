@@ -14,9 +14,9 @@ from hybridflow import registry
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import Config
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak
-from hybridflow.planner.needs import PoolFacts, pool_needs
+from hybridflow.planner.needs import PoolInfo, pool_needs
 from hybridflow.planner.options import choose
-from hybridflow.workers.facts import model_sizes
+from hybridflow.workers.hardware import model_sizes
 from tests.unit.config_cases import CUTTING_ENGINE, LOOKS_LIKE_PARQUET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,8 +76,8 @@ def main_pool(name: str, config: Config) -> PoolNeeds:
     roles = tuple(role for role in every if config.placement.roles.get(role, "main") == "main")
     num_ranks = int(config.placement.pools["main"].partition("x")[2])
     sizes = model_sizes(config, frozenset(roles))
-    facts = PoolFacts(pool="main", roles=roles, num_ranks=num_ranks, gpu=RECORDED[name].gpu, sizes=sizes)
-    return pool_needs(config, facts, set(every))
+    pool = PoolInfo(name="main", roles=roles, num_ranks=num_ranks, gpu=RECORDED[name].gpu, sizes=sizes)
+    return pool_needs(config, pool, set(every))
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -12,7 +12,7 @@ from hybridflow.config.schema import Config, ModelConfig, RolloutConfig, Trainin
 from hybridflow.errors import ModelError
 from hybridflow.models.sizes import model_size
 from hybridflow.planner.sizes import ModelNeeds, ModelSize, Numerics
-from hybridflow.workers.facts import model_sizes
+from hybridflow.workers.hardware import model_sizes
 from tests.toy import make_tiny_model
 
 SIZE = ModelSize(

@@ -14,7 +14,7 @@ from benchmarks.shapes import SHAPES
 from hybridflow.config.schema import Config, ModelConfig, PlacementConfig, RolloutConfig
 from hybridflow.parallel.layout import Layout
 from hybridflow.planner.memory import GIB, Gpu
-from hybridflow.planner.needs import PoolFacts, pool_needs
+from hybridflow.planner.needs import PoolInfo, pool_needs
 from hybridflow.planner.sizes import ModelSize
 from hybridflow.resharding.buckets import Part, Plan, plan_buckets
 from hybridflow.resharding.layout import Box
@@ -83,8 +83,8 @@ def planned(model: str, roles: tuple[str, ...], ranks: int, *, tensor: int, trai
         placement=PlacementConfig(pools={"main": f"1x{trainers}", "gen": "1x1"}, roles={}),
     )
     gpu = Gpu(total=140 * GIB, free=139 * GIB)
-    facts = PoolFacts(pool="main", roles=roles, num_ranks=ranks, gpu=gpu, sizes=dict.fromkeys(roles, size))
-    return pool_needs(config, facts, {"actor", "rollout"}).sync_buffers
+    pool = PoolInfo(name="main", roles=roles, num_ranks=ranks, gpu=gpu, sizes=dict.fromkeys(roles, size))
+    return pool_needs(config, pool, {"actor", "rollout"}).sync_buffers
 
 
 MODELS = pytest.mark.parametrize("model", ["0.5b", "7b"])
@@ -101,7 +101,7 @@ def assert_near(planned_bytes: int, made: int) -> None:
 @MODELS
 @pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (8, 2), (4, 4)])
 def test_buffers_of_a_shared_pool_are_those_that_were_planned(model: str, ranks: int, tensor: int) -> None:
-    layout = Layout(data=ranks // tensor, tensor=tensor, tensor_interval=ranks // tensor)
+    layout = Layout(data=ranks // tensor, tensor=tensor, tensor_stride=ranks // tensor)
     plan = plan_of(model, layout, ranks)
     made = 0
     for rank in range(ranks):

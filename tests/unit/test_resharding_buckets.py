@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from hybridflow.resharding.buckets import ALIGNMENT_BYTES, Part, Plan, plan_buckets
-from hybridflow.resharding.layout import Box, FsdpLayout, TensorSpec
+from hybridflow.resharding.layout import Box
 from hybridflow.resharding.pack import Assembler, Packer, flat_runs
-from hybridflow.resharding.schedule import schedule
 from hybridflow.resharding.timeline import Timeline
+from tests.reference.reshard_schedule import schedule
+from tests.reference.weight_layouts import FsdpLayout, TensorSpec
 
 CPU = torch.device("cpu")
 WHOLE: Part = {}

@@ -50,13 +50,13 @@ def test_the_rehearsal_finds_what_is_read(way: str):
 def test_a_window_gives_what_the_whole_tensor_would(way: str):
     whole = torch.randn(SHAPE)
     read, _ = READS[way]
-    window = Window(whole[3:].clone(), SHAPE, SECOND_HALF, weight="q", reads=None)
+    window = Window(whole[3:].clone(), SHAPE, SECOND_HALF, weight="q", reads=[])
     assert torch.equal(read(window), read(whole))
 
 
 @pytest.mark.parametrize("way", ["sliced columns", "everything", "two slices", "chunks", "a product"])
 def test_reading_outside_the_window_is_an_error_that_names_the_tensor(way: str):
-    window = Window(torch.randn(3, 4), SHAPE, SECOND_HALF, weight="layers.0.q", reads=None)
+    window = Window(torch.randn(3, 4), SHAPE, SECOND_HALF, weight="layers.0.q", reads=[])
     with pytest.raises(EngineError, match=r"read .* of layers.0.q \(6, 4\)"):
         READS[way][0](window)
 

@@ -42,12 +42,17 @@ class StandIn:
         self.num_flushes = 0
         self.asleep: list[str] = []
         self.aborts = False
+        self.gate = asyncio.Event()
+        """Closed: requests are under way."""
+        self.gate.set()
+        self.is_aborted = False
+        self.tokenizer_manager = self
 
     async def async_generate(
         self, *, input_ids: list[int], sampling_params: dict[str, object], return_logprob: bool
     ) -> dict[str, object]:
         assert return_logprob and sampling_params["no_stop_trim"]
-        await asyncio.sleep(0)
+        await self.gate.wait()
         sampling = Sampling(
             temperature=sampling_params["temperature"],
             max_tokens=sampling_params["max_new_tokens"],
@@ -59,10 +64,18 @@ class StandIn:
         )
         asked = Request(id=0, prompt=np.array(input_ids, np.int32), sampling=sampling, seed=sampling_params["sampling_seed"])
         (response,) = self.torch_engine.generate([asked])
+        if self.is_aborted:
+            response = replace(response, tokens=response.tokens[:5], log_probs=response.log_probs[:5])
         pairs = zip(response.log_probs.tolist(), response.tokens.tolist(), strict=True)
-        reason = "abort" if self.aborts else response.finish_reason
+        reason = "abort" if self.aborts or self.is_aborted else response.finish_reason
         meta = {"finish_reason": {"type": reason}, "output_token_logprobs": [(*pair, None) for pair in pairs]}
         return {"text": "", "meta_info": meta}
+
+    def abort_request(self, *, abort_all: bool) -> None:
+        """Those that have begun end after five tokens."""
+        assert abort_all
+        self.is_aborted = True
+        self.gate.set()
 
     def update_weights_from_tensor(
         self, named_tensors: list[tuple[str, torch.Tensor]], *, flush_cache: bool
@@ -143,6 +156,20 @@ def test_an_aborted_request_is_reported(engine: SglangEngine) -> None:
     engine.engine.aborts = True
     with pytest.raises(EngineError, match=r"ended request 0 with .*abort"):
         engine.generate(requests(prompts(1), RANDOM))
+
+
+def test_an_interrupt_aborts_and_keeps_what_there_is(engine: SglangEngine) -> None:
+    asked = requests(prompts(3), replace(RANDOM, temperature=0.0, ignore_eos=True))
+    whole = tokens_of(engine.generate(asked))
+    engine.engine.gate.clear()
+    for request in asked:
+        engine.add(request)
+    partial = engine.interrupt()
+    engine.engine.is_aborted = False
+    assert engine.num_unfinished == 0
+    assert {response.finish_reason for response in partial} == {"interrupted"}
+    assert tokens_of(sorted(partial, key=lambda response: response.id)) == [tokens[:5] for tokens in whole]
+    assert tokens_of(engine.generate(asked)) == whole
 
 
 def test_only_the_cache_sleeps(engine: SglangEngine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -262,3 +262,149 @@ def test_the_engine_runs_on_as_many_threads_as_its_process_was_given() -> None:
         assert engine.num_threads == openmp_threads() == before + 5
     finally:
         torch._C.set_num_threads(before)
+
+
+class InterruptibleEngine(CountingEngine):
+    """Hands out what it has counted so far."""
+
+    def interrupt(self) -> list[Response]:
+        assert self.may_step.wait(10)
+        partial = [(entry[0], entry[1]) for entry in self.running.values()]
+        self.running.clear()
+        return [
+            Response(id=asked.id, tokens=np.arange(count, dtype=np.int32), log_probs=None, finish_reason="interrupted")
+            for asked, count in partial
+        ]
+
+
+def run_in_thread(call: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def test_an_interrupt_resolves_what_runs_and_what_waits() -> None:
+    engine = InterruptibleEngine()
+    thread = EngineThread(engine)
+    futures = thread.submit([request(1, max_tokens=10**9, id=70), request(2, max_tokens=2, id=5)])
+    futures[1].result(10)
+    engine.may_step.clear()
+    waiting = thread.submit([request(3, id=9)])[0]  # or running: the thread may look before it steps
+    interrupting = run_in_thread(thread.interrupt)
+    time.sleep(0.02)
+    engine.may_step.set()
+    interrupting.join(10)
+    partial = futures[0].result(0)
+    assert (partial.id, partial.finish_reason) == (70, "interrupted") and len(partial.tokens) >= 2
+    assert partial.tokens.tolist() == list(range(len(partial.tokens)))
+    assert waiting.result(0).id == 9 and engine.num_unfinished == 0
+    assert len(thread.generate([request(1)])[0].tokens) == 3
+    thread.close()
+
+
+def test_an_interrupt_of_an_idle_engine_returns_at_once() -> None:
+    thread = EngineThread(CountingEngine())
+    thread.interrupt()
+    assert thread.generate([request(1)])[0].finish_reason == "length"
+    thread.close()
+
+
+def test_an_engine_that_cannot_stop_answers_in_full() -> None:
+    thread = EngineThread(CountingEngine())
+    future = thread.submit([request(1, max_tokens=100)])[0]
+    thread.interrupt()
+    assert future.result(0).finish_reason in ("length", "interrupted")
+    thread.close()
+
+
+def test_what_a_pause_holds_back_is_interrupted_too() -> None:
+    engine = InterruptibleEngine()
+    thread = EngineThread(engine)
+    running = thread.submit([request(1, max_tokens=10**9)])[0]
+    paused = threading.Event()
+
+    def pause() -> None:
+        with thread.paused():
+            paused.set()
+
+    pausing = run_in_thread(pause)
+    while not thread._num_pauses:
+        time.sleep(0.001)
+    held_back = thread.submit([request(2)])[0]
+    thread.interrupt()
+    assert running.result(0).finish_reason == "interrupted"
+    assert held_back.result(0).tokens.tolist() == []
+    pausing.join(10)
+    assert paused.is_set() and len(thread.generate([request(1)])[0].tokens) == 3
+    thread.close()
+
+
+def test_an_engine_that_fails_in_an_interrupt_fails_every_request() -> None:
+    class Fails(CountingEngine):
+        def interrupt(self) -> list[Response]:
+            raise RuntimeError("lost")
+
+    thread = EngineThread(Fails())
+    future = thread.submit([request(1, max_tokens=10**9)])[0]
+    while not thread._unanswered:
+        time.sleep(0.001)
+    with pytest.raises(EngineError, match="lost"):
+        thread.interrupt()
+    with pytest.raises(EngineError, match="lost"):
+        future.result(10)
+    thread.close()
+
+
+def test_an_interrupt_that_forgets_a_request_is_reported() -> None:
+    class Forgets(CountingEngine):
+        def interrupt(self) -> list[Response]:
+            self.running.clear()
+            return []
+
+    thread = EngineThread(Forgets())
+    future = thread.submit([request(1, max_tokens=10**9)])[0]
+    while not thread._unanswered:
+        time.sleep(0.001)
+    with pytest.raises(EngineError, match="never answered"):
+        thread.interrupt()
+    with pytest.raises(EngineError, match="never answered"):
+        future.result(10)
+    thread.close()
+
+
+def test_closing_ends_an_interrupt() -> None:
+    engine = InterruptibleEngine()
+    thread = EngineThread(engine)
+    engine.may_step.clear()
+    future = thread.submit([request(1, max_tokens=10**9)])[0]
+    errors: list[str] = []
+
+    def interrupt() -> None:
+        try:
+            thread.interrupt()
+        except EngineError as error:
+            errors.append(str(error))
+
+    interrupting = run_in_thread(interrupt)
+    closing = run_in_thread(thread.close)
+    time.sleep(0.02)
+    engine.may_step.set()
+    interrupting.join(10)
+    closing.join(10)
+    assert not interrupting.is_alive() and future.done()
+
+
+def test_the_seconds_of_steps_are_added_up() -> None:
+    class Sleeps(CountingEngine):
+        def step(self) -> list[Response]:
+            time.sleep(0.01)
+            return super().step()
+
+    thread = EngineThread(Sleeps())
+    assert thread.busy_seconds == 0.0
+    thread.generate([request(1, max_tokens=5)])
+    busy = thread.busy_seconds
+    assert busy >= 0.05
+    time.sleep(0.05)
+    assert thread.busy_seconds == busy
+    thread.close()

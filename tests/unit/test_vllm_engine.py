@@ -71,7 +71,7 @@ def test_held_weights_show_an_output_layer_that_was_not_packed_again(engine: Vll
 
 def test_a_weight_too_large_to_read_back_is_left_out(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {name for name, _ in engine.held_weights()}
-    monkeypatch.setattr("hybridflow.rollout.vllm_engine.MOST_ELEMENTS_READ_BACK", 10_000)
+    monkeypatch.setattr("hybridflow.rollout.vllm_patches.MOST_ELEMENTS_READ_BACK", 10_000)
     left_out = names - {name for name, _ in engine.held_weights()}
     # q, k and v are one layer of 256 x 128; so are gate and up. Biases and norms are never packed.
     assert "model.layers.0.self_attn.q_proj.weight" in left_out
@@ -186,7 +186,7 @@ class Counting:
 
 
 def test_draws_at_once_depend_on_seed_and_number_of_the_token_alone() -> None:
-    from hybridflow.rollout.vllm_engine import draw_at_once
+    from hybridflow.rollout.vllm_patches import draw_at_once
 
     probs_BV = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))
     generators = {2: Counting(7, 5), 0: Counting(2**63 - 1, 5), 1: Counting(7, 6)}  # vLLM's order is not that of the rows
@@ -201,7 +201,7 @@ def test_draws_at_once_depend_on_seed_and_number_of_the_token_alone() -> None:
 
 
 def test_rows_without_a_seed_are_drawn_as_vllm_does_and_change_nothing_for_others() -> None:
-    from hybridflow.rollout.vllm_engine import draw_at_once
+    from hybridflow.rollout.vllm_patches import draw_at_once
 
     probs_BV = torch.rand(4, 1000, generator=torch.Generator().manual_seed(0))
     probs_BV[1] = torch.eye(1000)[17]

@@ -1,7 +1,4 @@
-"""The shortest schedule of sends from one layout of weights to another. Pure Python.
-
-A reference: syncs carry out the plan of `buckets`, which tests compare with this.
-"""
+"""The shortest schedule of sends from one layout of weights to another, to compare the plan of a sync with."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from hybridflow.resharding.layout import Box, TensorSpec, WeightLayout
+from hybridflow.resharding.layout import Box
+from tests.reference.weight_layouts import TensorSpec, WeightLayout
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""What a change of layout costs each rank, in closed form. HybridFlow (arXiv:2409.19256), table 2.
-
-A reference that the schedule is tested against; no sync reads it.
-"""
+"""What a change of layout costs each rank, in closed form. HybridFlow (arXiv:2409.19256), table 2."""
 
 from __future__ import annotations
 

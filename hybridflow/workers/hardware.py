@@ -12,7 +12,7 @@ from hybridflow.planner.sizes import ModelSize
 
 
 @dataclass(frozen=True)
-class RankFacts:
+class HardwareInfo:
     """Found on one rank."""
 
     gpu: Gpu
@@ -20,7 +20,7 @@ class RankFacts:
     """By role."""
 
 
-def rank_facts(config: Config, roles: Set[str]) -> RankFacts:
+def hardware_info(config: Config, roles: Set[str]) -> HardwareInfo:
     """The memory of this rank's GPU, which must exist, and the sizes of the models of `roles`; loads none of them.
 
     Raises:
@@ -29,7 +29,7 @@ def rank_facts(config: Config, roles: Set[str]) -> RankFacts:
     import torch
 
     free, total = torch.cuda.mem_get_info()
-    return RankFacts(Gpu(total=total, free=free), model_sizes(config, roles))
+    return HardwareInfo(Gpu(total=total, free=free), model_sizes(config, roles))
 
 
 def model_sizes(config: Config, roles: Set[str]) -> dict[str, ModelSize]:
