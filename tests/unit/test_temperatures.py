@@ -68,9 +68,8 @@ def test_rows_at_several_temperatures_have_the_log_probs_that_each_has_alone(con
     entropies = []
     for row, (_, count) in enumerate(LENGTHS):
         # Greedy rows train the distribution as it is.
-        own = ActorWorker(
-            replace(config, rollout=replace(config.rollout, temperature=TEMPERATURES[row] or 1.0)), context_of("a")
-        )
+        at_own = replace(config.rollout, temperature=float(TEMPERATURES[row]) or 1.0)
+        own = ActorWorker(replace(config, rollout=at_own), context_of("actor"))
         alone = own.log_probs(batch.select([row]).without(["temperature"])).tokens("log_probs")
         np.testing.assert_allclose(found[row], alone[0], atol=1e-5)
         entropies.append(own.context.take_reported()["actor/entropy"] * count)
@@ -82,7 +81,7 @@ def test_the_gradient_of_two_temperatures_is_the_sum_of_those_of_each(config: Co
     # A sum over rows instead of a mean over the batch, so that parts add up.
     loss = ops.PolicyLoss(kl_coefficient=0.1, entropy_coefficient=0.05, aggregation="sequence_sum", max_tokens=10)
     whole = gradients(config, batch, loss, monkeypatch)
-    parts = [np.flatnonzero(TEMPERATURES == number) for number in (0.0, 0.7, 1.3)]
+    parts = [np.flatnonzero(np.isin(TEMPERATURES, number)) for number in (0.0, 0.7, 1.3)]
     shares = [gradients(config, batch.select(rows), loss, monkeypatch) for rows in parts]
     for name, gradient in whole.items():
         total = sum(share[name] * (len(rows) / len(batch)) for share, rows in zip(shares, parts, strict=True))
