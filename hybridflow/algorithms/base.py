@@ -139,11 +139,13 @@ class Algorithm(ABC):
 
     @classmethod
     def roles(cls, run: RunConfig) -> tuple[str, ...]:
-        """The roles to be created: the attributes that are annotated with a class of worker, less `unused_roles`."""
-        declared: dict[str, None] = {}
+        """The roles to be created: the attributes that are annotated with a class of worker, or with whatever
+        `placement.workers` names the class of, less `unused_roles`."""
+        declared, named = dict[str, None](), run.placement.workers
         for base in reversed(cls.__mro__):
             if issubclass(base, Algorithm) and base is not Algorithm:
-                declared |= {name: None for name, kind in inspect.get_annotations(base).items() if _is_worker(kind, base)}
+                kinds = inspect.get_annotations(base)
+                declared |= {name: None for name in kinds if name in named or _is_worker(kinds[name], base)}
         unused = cls.unused_roles(run)
         return tuple(role for role in declared if role not in unused)
 
@@ -198,8 +200,7 @@ def _is_worker(annotation: object, owner: type) -> bool:
     else in the module of the algorithm.
     """
     if isinstance(annotation, str):
-        classes = {name.partition(":")[2] for name in registry.ROLES.values()}
-        if annotation in classes:
+        if annotation in {name.partition(":")[2] for name in registry.ROLES.values()}:
             return True
         annotation = vars(sys.modules[owner.__module__]).get(annotation)
     return isinstance(annotation, type) and "layout_of" in {name for base in annotation.__mro__ for name in vars(base)}

@@ -21,8 +21,11 @@ from hybridflow.workers.reference import ReferenceWorker
 from hybridflow.workers.remote import remote
 from hybridflow.workers.reward import RewardWorker
 from hybridflow.workers.rollout import RolloutWorker
+from hybridflow.workers.token_functions import CountLossTokens
 from tests.training_rows import (
     context_of,
+    disturbed,
+    masked,
     model_without_zero_weights,
     random_batch,
     relative_difference,
@@ -44,7 +47,8 @@ class FixedResponses(RolloutWorker):
 
     @remote("split_by_data_rank")
     def generate(self, batch: Batch, *, sampling: object = None) -> Batch:
-        return only(RESPONSES, "response", "response_tokens", "rollout_log_probs")
+        names = ("response", "response_tokens", "rollout_log_probs", "loss_mask", "loss_tokens")
+        return only(RESPONSES, *(name for name in names if name in RESPONSES))
 
 
 class LengthAsReward(RewardWorker):
@@ -76,9 +80,7 @@ class Run:
     metrics: Metrics
 
     def calls(self, role: str) -> list[str]:
-        dispatcher = self.groups[role].dispatcher
-        assert isinstance(dispatcher, LocalDispatcher)
-        return dispatcher.called
+        return dispatcher_of(self, role).called
 
 
 def run(path: str, algorithm: type[Algorithm], *, steps: int = 1, **options: object) -> Run:
@@ -180,3 +182,39 @@ def test_the_kl_to_the_reference_is_told_without_the_trainers_log_probs_too(mode
     log_ratio = reference.tokens("reference_log_probs").values - found.batch.tokens("rollout_log_probs").values
     # k3 of Schulman 2020: r - 1 - log r with r = reference / policy, here the engine's.
     assert found.metrics["kl/mean"] == pytest.approx(float(np.mean(np.exp(log_ratio) - 1 - log_ratio)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        (ppo.PPO, {"kl_in": "reward"}),
+        (ppo.PPO, {"kl_in": "none", "epochs": 2, **CAPPED}),
+        (ppo.PPO, {"kl_in": "reward", "old_log_probs": "rollout"}),
+        (grpo.GRPO, {"kl_coefficient": 0.1}),
+        (grpo.GRPO, {"prompts_per_update": 1, **CAPPED}),
+    ],
+)
+def test_what_stands_at_a_masked_token_changes_no_bit_of_a_step(
+    model_path: str, monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], options: dict[str, object]
+) -> None:
+    with_mask = masked(RESPONSES)
+    with_mask = with_mask.join(CountLossTokens()(with_mask, context_of("data")))
+    found = []
+    for responses in (with_mask, disturbed(with_mask), RESPONSES):
+        monkeypatch.setattr(f"{__name__}.RESPONSES", responses)
+        ended = run(model_path, algorithm, **options)
+        workers = [dispatcher_of(ended, role).workers[0] for role in ended.groups]
+        trained = [worker.core for worker in workers if isinstance(worker, ActorWorker | CriticWorker)]
+        told = ended.metrics + dispatcher_of(ended, "actor").reported
+        found.append((told, [whole_weights(core.named_tensors()) for core in trained]))
+    (told, weights), (other_told, other_weights), (unmasked, _) = found
+    assert dict(told) == dict(other_told) and np.isfinite(list(told.values())).all()
+    for one, other in zip(weights, other_weights, strict=True):
+        assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert told["actor/grad_norm"] != pytest.approx(unmasked["actor/grad_norm"], rel=1e-3), "the mask matters"
+
+
+def dispatcher_of(ended: Run, role: str) -> LocalDispatcher:
+    dispatcher = ended.groups[role].dispatcher
+    assert isinstance(dispatcher, LocalDispatcher)
+    return dispatcher

@@ -197,6 +197,12 @@ def test_a_response_ends_with_the_end_of_sequence_unless_it_is_cut(tiny_model: s
     assert cut["truncated"].all()
 
 
+def test_a_column_of_limits_is_nothing_to_rows_with_responses(tiny_model: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", 2, response="12345", max_response_tokens=1)
+    batch = build_loaders(run := config(tiny_model, train_files=(file,)), load_tokenizer(run), "responses")[0].next_batch(1)
+    assert batch["response_tokens"].tolist() == [6, 6]
+
+
 def test_responses_need_neither_ground_truth_nor_source(tiny_model: str, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"prompt": "a", "response": "b"}] * 2), tmp_path / "a.parquet")
     run = config(tiny_model, train_files=(str(tmp_path / "a.parquet"),))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -144,6 +145,21 @@ def test_many_rows_keep_their_order_over_reads(tmp_path: Path, tokenizer: Tokeni
     picked = prompts.columns(prompts.row_numbers[[4999, 0, 2048, 2047]])
     assert picked["prompt_text"] == ["4999", "0", "2048", "2047"]
     assert [info["index"] for info in picked["extra_info"]] == [4999, 0, 2048, 2047]
+
+
+def test_prompts_may_have_limits_of_their_own_and_others_have_the_common_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{**ROW, "max_response_tokens": 7}, {**ROW, "max_response_tokens": None}]
+    limited = read_prompts([write(tmp_path / "a.parquet", *rows)], tokenizer, data=DataConfig())
+    limits = limited.columns(np.array([1, 0]))["max_response_tokens"]
+    assert isinstance(limits, np.ndarray) and limits.tolist() == [np.iinfo(np.int64).max, 7]
+    plain = read_prompts([write(tmp_path / "b.parquet", ROW)], tokenizer, data=DataConfig())
+    assert "max_response_tokens" not in plain.columns(np.array([0]))
+
+
+def test_a_limit_below_one_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = write(tmp_path / "a.parquet", {**ROW, "max_response_tokens": 0})
+    with pytest.raises(DataError, match="'max_response_tokens' holds 0; a response has at least 1 token"):
+        read_prompts([file], tokenizer, data=DataConfig())
 
 
 def without(name: str) -> dict[str, object]:
