@@ -39,7 +39,7 @@ logger = logging.getLogger("hybridflow")
 
 
 def training_sampling(config: Config) -> Sampling:
-    """How responses are drawn in training: `rollout.*` and `data.max_response_tokens`."""
+    """How responses are sampled in training: `rollout.*` and `data.max_response_tokens`."""
     rollout = config.rollout
     return Sampling(
         temperature=rollout.temperature,
@@ -54,7 +54,7 @@ def training_sampling(config: Config) -> Sampling:
 
 
 def validation_sampling(config: Config) -> Sampling:
-    """How responses are drawn in validation: `validation.*`, with the stop strings and tokens of training; the end of sequence
+    """How responses are sampled in validation: `validation.*`, with the stop strings and tokens of training; the end of sequence
     always ends them."""
     return Sampling(
         temperature=config.validation.temperature,
