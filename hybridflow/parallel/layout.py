@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Sizes of the axes. Ranks are numbered with the tensor axis fastest, then sequence, then data; `tensor_interval` i moves
+    """Sizes of the axes. Ranks are numbered with the tensor axis fastest, then sequence, then data; `tensor_stride` i moves
     ranks that share matrices i apart: with tensor=2 and i=3, ranks 0 and 3 share, 1 and 4, 2 and 5."""
 
     data: int = 1
@@ -16,11 +16,11 @@ class Layout:
     """Ranks that share the tokens of one row (Ulysses)."""
     tensor: int = 1
     """Ranks that share each weight matrix."""
-    tensor_interval: int = 1
+    tensor_stride: int = 1
     """Distance of ranks that share a matrix; divides data x sequence."""
 
     def __post_init__(self) -> None:
-        assert self.data * self.sequence % self.tensor_interval == 0, "the interval does not divide data x sequence"
+        assert self.data * self.sequence % self.tensor_stride == 0, "the stride does not divide data x sequence"
 
     @property
     def num_ranks(self) -> int:
@@ -36,10 +36,10 @@ class Layout:
 
     def tensor_rank(self, rank: int) -> int:
         """Position of `rank` on the tensor axis."""
-        return rank % (self.tensor * self.tensor_interval) // self.tensor_interval
+        return rank % (self.tensor * self.tensor_stride) // self.tensor_stride
 
     def _index_without_tensor(self, rank: int) -> int:
-        return rank // (self.tensor * self.tensor_interval) * self.tensor_interval + rank % self.tensor_interval
+        return rank // (self.tensor * self.tensor_stride) * self.tensor_stride + rank % self.tensor_stride
 
     def is_data_leader(self, rank: int) -> bool:
         """Whether `rank` answers for its data rank: the first on the other axes."""
