@@ -78,7 +78,7 @@ def _choose(logits_BV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Te
     log_total_B = scaled_BV.logsumexp(-1)
     tokens_B = scaled_BV.argmax(-1)
     if not bool(is_greedy_B.all()):
-        probs_BV = cut((scaled_BV - log_total_B[:, None]).exp_(), columns)
+        probs_BV = filter_probs((scaled_BV - log_total_B[:, None]).exp_(), columns)
         tokens_B = torch.where(is_greedy_B, tokens_B, sample(probs_BV, columns.uniform))
     return tokens_B, scaled_BV.gather(1, tokens_B[:, None]).squeeze(1) - log_total_B
 
@@ -113,7 +113,7 @@ def _num_in_block(num_tokens: int) -> int:
     return min(divisors, key=lambda number: max(number, num_tokens // number))
 
 
-def cut(probs_BV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+def filter_probs(probs_BV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
     """Probabilities with zeros where min-p, then top-k, then top-p drop a token, in the order that vLLM cuts.
 
     Each cut works on what the one before it left; the result is not normalised.

@@ -80,9 +80,9 @@ class VllmEngine(Engine):
         self.unfinished[request.id] = request
 
     def _seed_generator(self, first: Request) -> None:
-        """Without seeds of requests vLLM samples from the generator of the device, which all of this process share. The first of
-        the requests that run together decides, so that neither engines side by side sample alike nor two steps of a run, and a
-        resumed run samples as it would have."""
+        """Without seeds of requests vLLM samples from the generator of the device, which all of this process share. The first
+        of the requests that run together decides, so that neither engines side by side sample alike nor two steps of a run, and
+        a resumed run samples as it would have."""
         numbers = (first.seed % 2**63, self.spec.layout.data_rank(self.spec.rank))
         (seed,) = mixed_seed(*(np.array([number]) for number in numbers)).tolist()
         (torch.cuda if self.spec.device.type == "cuda" else torch).manual_seed(seed)

@@ -113,8 +113,8 @@ def keep_chosen_log_probs(processor: Any, found: LogprobsLists) -> None:
 
 def sample_at_once(probs_BV: torch.Tensor, generators: dict[int, torch.Generator], *options: object) -> torch.Tensor:
     """In place of a function of vLLM's first model runner, which launches a kernel of the whole vocabulary for every request
-    that has a seed: a quarter of the time of 512 requests. Shape [B]. Rows without a seed, greedy ones among them, are sampled as
-    before.
+    that has a seed: a quarter of the time of 512 requests. Shape [B]. Rows without a seed, greedy ones among them, are sampled
+    as before.
 
     A generator only counts its tokens here; where vLLM drops one it winds it back, by as much as a kernel would have moved it.
     """
@@ -167,10 +167,10 @@ def groups_of(layout: Layout) -> Iterator[None]:
     # group and so leaves empty here: two runs on one machine, or a run and what a killed one left behind, would meet too.
     first_pid = torch.tensor([os.getpid()])
     dist.broadcast(first_pid, src=0)
-    meeting_name = f"hybridflow-{first_pid.item()}"
+    rendezvous_name = f"hybridflow-{first_pid.item()}"
 
     def make_group_of_ours(group_ranks: list[list[int]], *args: object, **kwargs: object) -> object:
-        os.environ["VLLM_DIST_IDENT"] = meeting_name
+        os.environ["VLLM_DIST_IDENT"] = rendezvous_name
         return make_original([[ranks[number] for number in group] for group in group_ranks], *args, **kwargs)
 
     parallel_state.init_model_parallel_group = make_group_of_ours
@@ -179,7 +179,7 @@ def groups_of(layout: Layout) -> Iterator[None]:
     finally:
         parallel_state.init_model_parallel_group = make_group
     dist.barrier()
-    for memory in SHARED_MEMORY.glob(f"{meeting_name}-*"):  # all have opened it; vLLM leaves it behind at the end
+    for memory in SHARED_MEMORY.glob(f"{rendezvous_name}-*"):  # all have opened it; vLLM leaves it behind at the end
         memory.unlink(missing_ok=True)
 
 

@@ -151,8 +151,8 @@ def _a_token_further(step: SchedulerOutput) -> SchedulerOutput:
 
 
 def _joined(steps: list[ExecutedStep]) -> list[ExecutedStep]:
-    """A step and its repetitions as one with several tokens of each request, B requests and S steps, as vLLM knows it of speculative
-    decoding; as they are where one of them is no repetition or holds something else."""
+    """A step and its repetitions as one with several tokens of each request, B requests and S steps, as vLLM knows it of
+    speculative decoding; as they are where one of them is no repetition or holds something else."""
     step, last = steps[-1]
     num_steps, num_requests = len(steps), len(last.req_ids)
     is_whole = all(

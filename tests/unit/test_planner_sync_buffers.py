@@ -101,7 +101,7 @@ def assert_near(planned_bytes: int, made: int) -> None:
 @MODELS
 @pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (8, 2), (4, 4)])
 def test_buffers_of_a_shared_pool_are_those_that_were_planned(model: str, ranks: int, tensor: int) -> None:
-    layout = Layout(data=ranks // tensor, tensor=tensor, tensor_interval=ranks // tensor)
+    layout = Layout(data=ranks // tensor, tensor=tensor, tensor_stride=ranks // tensor)
     plan = plan_of(model, layout, ranks)
     made = 0
     for rank in range(ranks):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hybridflow.rollout.sampling import SamplingColumns, choose, cut, mixed_seed, sample, uniform
+from hybridflow.rollout.sampling import SamplingColumns, choose, filter_probs, mixed_seed, sample, uniform
 from hybridflow.rollout.stopping import StopStrings, detokenizer, end_of_sequence_ids
 
 
@@ -23,7 +23,7 @@ def columns(count: int, **values: float | list[float]) -> SamplingColumns:
 
 
 def kept(probs: list[float], **values: float) -> list[int]:
-    (row,) = cut(torch.tensor([probs]), columns(1, **values))
+    (row,) = filter_probs(torch.tensor([probs]), columns(1, **values))
     return row.nonzero()[:, 0].tolist()
 
 
@@ -57,12 +57,12 @@ def test_top_p_counts_what_top_k_left() -> None:
 
 def test_cuts_do_not_change_what_is_kept() -> None:
     probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
-    assert torch.equal(cut(probs, columns(1, top_k=2)), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
+    assert torch.equal(filter_probs(probs, columns(1, top_k=2)), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
 
 
 def test_each_row_has_its_own_cut() -> None:
     probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).repeat(3, 1)
-    found = cut(probs, columns(3, top_k=[0, 1, 0], top_p=[1.0, 1.0, 0.5]))
+    found = filter_probs(probs, columns(3, top_k=[0, 1, 0], top_p=[1.0, 1.0, 0.5]))
     assert (found > 0).sum(1).tolist() == [4, 1, 2]
 
 

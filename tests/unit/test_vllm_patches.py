@@ -13,8 +13,7 @@ pytest.importorskip("vllm", reason="vllm is not installed: its patches are NOT t
 
 from hybridflow.rollout import vllm_patches as patches
 from tests.toy import make_tiny_model
-from tests.unit.test_engine_contract import prompts, requests, spec_of, tokens_of
-from tests.unit.test_vllm_engine import GREEDY
+from tests.unit.test_engine_contract import LONG, prompts, requests, spec_of, tokens_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120)]
 CUDA = torch.device("cuda")
@@ -56,7 +55,7 @@ def test_without_partial_outputs_interrupted_requests_start_again(
     from hybridflow.rollout.vllm_engine import VllmEngine
 
     engine = VllmEngine(spec_of(make_tiny_model(tmp_path, hidden_size=128)))
-    asked = requests(prompts(4), GREEDY)
+    asked = requests(prompts(4), LONG)
     whole = tokens_of(engine.generate(asked))
     for request in asked:
         engine.add(request)
