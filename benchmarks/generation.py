@@ -5,7 +5,7 @@
 
 Every request has its own seed and asks for log-probabilities, as in training. With vLLM further passes show what parts of ours
 are worth: its scheduler before every token; and where it pays for seeds, as its first model runner does, no seeds, and on CUDA
-seeds with its own drawing. Repetitions of the passes alternate, so that a host that drifts hits all alike; the first of each
+seeds with its own sampling. Repetitions of the passes alternate, so that a host that drifts hits all alike; the first of each
 warms up. Other engines have one pass.
 
 Prints seconds and tokens per second, and writes every repetition to benchmarks/results/generation_SHAPE_ENGINE.json.
@@ -70,35 +70,35 @@ def passes_of(engine: Engine, options: argparse.Namespace) -> Passes:
     if options.engine != "vllm":
         return passes
     from hybridflow.rollout.vllm_engine import VllmEngine
-    from hybridflow.rollout.vllm_patches import draw_token_by_token
+    from hybridflow.rollout.vllm_patches import sample_row_by_row
 
     assert isinstance(engine, VllmEngine)
-    passes["a seed each, every token scheduled"] = without_rounds
+    passes["a seed each, every token scheduled"] = one_step_at_a_time
     if engine.heeds_seeds:
         return passes
     engine.heeds_seeds = True
     passes["no seeds"] = lambda: without_seeds(engine)
-    if options.device == "cuda" and draw_token_by_token is not None:
-        passes["a seed each, vLLM's drawing"] = drawn_by_vllm
+    if options.device == "cuda" and sample_row_by_row is not None:
+        passes["a seed each, vLLM's sampling"] = sampled_by_vllm
     return passes
 
 
 @contextmanager
-def without_rounds() -> Iterator[None]:
+def one_step_at_a_time() -> Iterator[None]:
     """vLLM's scheduler runs before every token."""
-    from hybridflow.rollout.vllm_scheduler import RoundScheduler
+    from hybridflow.rollout.vllm_scheduler import MultiStepScheduler
 
-    ours = RoundScheduler.steps_of_a_round
-    RoundScheduler.steps_of_a_round = 1
+    ours = MultiStepScheduler.max_steps
+    MultiStepScheduler.max_steps = 1
     try:
         yield
     finally:
-        RoundScheduler.steps_of_a_round = ours
+        MultiStepScheduler.max_steps = ours
 
 
 @contextmanager
 def without_seeds(engine: VllmEngine) -> Iterator[None]:
-    """vLLM draws for all requests from the generator of the device."""
+    """vLLM samples for all requests from the generator of the device."""
     engine.heeds_seeds = False
     try:
         yield
@@ -107,14 +107,14 @@ def without_seeds(engine: VllmEngine) -> Iterator[None]:
 
 
 @contextmanager
-def drawn_by_vllm() -> Iterator[None]:
-    """vLLM draws as it would without us: a kernel for each request."""
+def sampled_by_vllm() -> Iterator[None]:
+    """vLLM samples as it would without us: a kernel for each request."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from hybridflow.rollout.vllm_patches import draw_token_by_token
+    from hybridflow.rollout.vllm_patches import sample_row_by_row
 
     ours = topk_topp_sampler.random_sample
-    topk_topp_sampler.random_sample = draw_token_by_token
+    topk_topp_sampler.random_sample = sample_row_by_row
     try:
         yield
     finally:

@@ -78,8 +78,8 @@ def build(options: argparse.Namespace, own: Place) -> dict[str, Worker]:
     device = (
         torch.device(options.device, int(os.environ.get("LOCAL_RANK", 0))) if options.device == "cuda" else torch.device("cpu")
     )
-    num_ranks, meeting_place = own.pools[own.pool], PrefixStore(own.pool, own.store)
-    init_process_group(rank=own.rank, world_size=num_ranks, meeting_place=meeting_place, device=device)
+    num_ranks, store = own.pools[own.pool], PrefixStore(own.pool, own.store)
+    init_process_group(rank=own.rank, world_size=num_ranks, rendezvous=store, device=device)
     folder, (actor_pool, *_), (*_, rollout_pool) = options.folder / options.shape, own.pools, own.pools
     if own.rank == 0 and own.pool == actor_pool:
         make_model(folder, SHAPES[options.shape])

@@ -157,8 +157,8 @@ def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
         logger.info("the ranks of pool '%s' import their libraries and join", pool.name)
-        meeting_place: str = ray.get([process.meeting_place.remote() for process in pool.processes[:1]])[0]
-        joining = [process.connect.remote(meeting_place, timeout_s) for process in pool.processes]
+        rendezvous_address: str = ray.get([process.rendezvous_address.remote() for process in pool.processes[:1]])[0]
+        joining = [process.connect.remote(rendezvous_address, timeout_s) for process in pool.processes]
         _wait_for(_named(f"joining the ranks of pool '{pool.name}'", pool, joining), timeout_s)
 
 

@@ -108,7 +108,7 @@ class RankProcess:
         """What Ray puts before each line that this process writes, in place of the name of the class."""
         return f"{self.place.pool} rank {self.place.rank}"
 
-    def meeting_place(self) -> str:
+    def rendezvous_address(self) -> str:
         """`host:port` of this rank, for the ranks of the pool to meet at. The port is this rank's from here on."""
         self.listening = socket.create_server(("", 0))
         return f"{ray.util.get_node_ip_address()}:{self.listening.getsockname()[1]}"
@@ -117,11 +117,11 @@ class RankProcess:
         """Name and address of the machine."""
         return f"{socket.gethostname()} {ray.util.get_node_ip_address()}"
 
-    def connect(self, meeting_place: str, timeout_s: float) -> None:
+    def connect(self, rendezvous_address: str, timeout_s: float) -> None:
         """Join torch.distributed's group of the pool; returns when all ranks have. Collectives may take `timeout_s`."""
         import torch
 
-        from hybridflow.parallel.mesh import init_process_group, meeting_store
+        from hybridflow.parallel.mesh import init_process_group, rendezvous_store
 
         if self.place.device_type == "cpu":
             # Ray sets OMP_NUM_THREADS in every worker, so only what the run was started with counts.
@@ -131,7 +131,7 @@ class RankProcess:
         init_process_group(
             rank=self.place.rank,
             world_size=self.place.num_ranks,
-            meeting_place=meeting_store(meeting_place, listening=self.listening, timeout_s=timeout_s),
+            rendezvous=rendezvous_store(rendezvous_address, listening=self.listening, timeout_s=timeout_s),
             device=torch.device(self.place.device_type),
             timeout_s=timeout_s,
         )

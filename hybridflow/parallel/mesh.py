@@ -16,7 +16,7 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.parallel.sequence import SequenceGroup
 
 
-def meeting_store(address: str, *, listening: socket.socket | None, timeout_s: float) -> Store:
+def rendezvous_store(address: str, *, listening: socket.socket | None, timeout_s: float) -> Store:
     """The store at `host:port` by which ranks find each other. The rank whose socket is `listening` there serves it."""
     host, _, port = address.rpartition(":")
     return TCPStore(
@@ -30,11 +30,11 @@ def meeting_store(address: str, *, listening: socket.socket | None, timeout_s: f
 
 
 def init_process_group(
-    *, rank: int, world_size: int, meeting_place: str | Store, device: torch.device, timeout_s: float | None = None
+    *, rank: int, world_size: int, rendezvous: str | Store, device: torch.device, timeout_s: float | None = None
 ) -> None:
     """Join torch.distributed's default group: gloo on the CPU, and NCCL beside it for CUDA tensors.
 
-    `meeting_place` is the same on all ranks, a store or a URL that torch knows (`tcp://host:port`, `file:///path`); returns
+    `rendezvous` is the same on all ranks, a store or a URL that torch knows (`tcp://host:port`, `file:///path`); returns
     when all have joined. A collective that takes longer than `timeout_s` raises; None leaves torch's own limit.
     """
     is_cuda = device.type == "cuda"
@@ -42,8 +42,8 @@ def init_process_group(
         torch.cuda.set_device(device.index or 0)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-        init_method=meeting_place if isinstance(meeting_place, str) else None,
-        store=None if isinstance(meeting_place, str) else meeting_place,
+        init_method=rendezvous if isinstance(rendezvous, str) else None,
+        store=None if isinstance(rendezvous, str) else rendezvous,
         rank=rank,
         world_size=world_size,
         timeout=None if timeout_s is None else timedelta(seconds=timeout_s),

@@ -20,7 +20,7 @@ Part = Mapping[str, Box]
 
 
 @dataclass(frozen=True)
-class Slot:
+class Entry:
     """A tensor of a bucket."""
 
     name: str
@@ -38,7 +38,7 @@ class Slot:
 class Block:
     """A block of a tensor and its place in a flat run of elements."""
 
-    slot: Slot
+    entry: Entry
     box: Box
     offset: int
 
@@ -52,12 +52,12 @@ class Segment:
     """With the gaps that alignment leaves."""
 
     @staticmethod
-    def of(blocks: Sequence[tuple[Slot, Box]], alignment: int) -> Segment:
+    def of(blocks: Sequence[tuple[Entry, Box]], alignment: int) -> Segment:
         """Every block at a multiple of `alignment` elements."""
         placed: list[Block] = []
         filled = 0
-        for slot, box in blocks:
-            placed.append(Block(slot, box, filled))
+        for entry, box in blocks:
+            placed.append(Block(entry, box, filled))
             filled += -(-box.num_elements // alignment) * alignment
         return Segment(tuple(placed), filled)
 
@@ -66,7 +66,7 @@ class Segment:
 class Plan:
     """Everything both ends must agree on: made once from names, shapes and parts."""
 
-    buckets: tuple[tuple[Slot, ...], ...]
+    buckets: tuple[tuple[Entry, ...], ...]
     num_shards: int
     part_of: tuple[int, ...]
     """Number of the part that each engine rank reads."""
@@ -74,9 +74,9 @@ class Plan:
     """`bfloat16` or `float32`: of the weights as they travel."""
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
+    def entries(self) -> tuple[Entry, ...]:
         """All tensors in the order in which they arrive."""
-        return tuple(slot for bucket in self.buckets for slot in bucket)
+        return tuple(entry for bucket in self.buckets for entry in bucket)
 
     @property
     def num_parts(self) -> int:
@@ -84,25 +84,27 @@ class Plan:
 
     def segment(self, bucket: int, shard: int, part: int) -> Segment:
         """What one shard has of one part of a bucket."""
-        blocks = [(slot, slot.block(shard, self.num_shards, part)) for slot in self.buckets[bucket]]
-        return Segment.of([(slot, box) for slot, box in blocks if box is not None], ALIGNMENT_BYTES // itemsize(self.dtype))
+        blocks = [(entry, entry.block(shard, self.num_shards, part)) for entry in self.buckets[bucket]]
+        return Segment.of([(entry, box) for entry, box in blocks if box is not None], ALIGNMENT_BYTES // itemsize(self.dtype))
 
     def assembled(self, bucket: int, part: int) -> Segment:
         """All of one part of a bucket, tensor after tensor."""
-        return Segment.of([(slot, slot.boxes[part]) for slot in self.buckets[bucket]], ALIGNMENT_BYTES // itemsize(self.dtype))
+        return Segment.of(
+            [(entry, entry.boxes[part]) for entry in self.buckets[bucket]], ALIGNMENT_BYTES // itemsize(self.dtype)
+        )
 
     @cached_property
     def boxes(self) -> dict[tuple[str, Box], int]:
         """The distinct boxes that are read, numbered in the order of tensors and parts."""
-        distinct = dict.fromkeys((slot.name, box) for slot in self.slots for box in slot.boxes)
+        distinct = dict.fromkeys((entry.name, box) for entry in self.entries for box in entry.boxes)
         return {key: number for number, key in enumerate(distinct)}
 
     def bytes_missing(self, part: int, shard: int | None) -> int:
         """The fewest bytes that an engine rank can receive: its part, less what the same process trains as `shard`."""
         missing = 0
-        for slot in self.slots:
-            own = slot.block(shard, self.num_shards, part) if shard is not None else None
-            missing += slot.boxes[part].num_elements - (own.num_elements if own is not None else 0)
+        for entry in self.entries:
+            own = entry.block(shard, self.num_shards, part) if shard is not None else None
+            missing += entry.boxes[part].num_elements - (own.num_elements if own is not None else 0)
         return missing * itemsize(self.dtype)
 
 
@@ -119,22 +121,22 @@ def plan_buckets(
     `parts` has one entry for each engine rank.
     """
     distinct = list({tuple(sorted(part.items())): part for part in parts}.values())
-    buckets: list[list[Slot]] = [[]]
+    buckets: list[list[Entry]] = [[]]
     filled = 0
     for name, shape in shapes:
         whole = Box.whole(shape)
-        slot = Slot(name, shape, tuple(part.get(name, whole) for part in distinct))
-        size = max(_bytes_received(slot, part, num_shards, dtype) for part in range(len(distinct)))
+        entry = Entry(name, shape, tuple(part.get(name, whole) for part in distinct))
+        size = max(_bytes_received(entry, part, num_shards, dtype) for part in range(len(distinct)))
         if buckets[-1] and filled + size > bucket_bytes:
             buckets.append([])
             filled = 0
-        buckets[-1].append(slot)
+        buckets[-1].append(entry)
         filled += size
     return Plan(tuple(map(tuple, buckets)), num_shards, tuple(distinct.index(part) for part in parts), dtype)
 
 
-def _bytes_received(slot: Slot, part: int, num_shards: int, dtype: str) -> int:
-    """What `slot` takes of the buffer of a rank that reads `part`, with the gaps."""
+def _bytes_received(entry: Entry, part: int, num_shards: int, dtype: str) -> int:
+    """What `entry` takes of the buffer of a rank that reads `part`, with the gaps."""
     alignment = ALIGNMENT_BYTES // itemsize(dtype)
-    blocks = [slot.block(shard, num_shards, part) for shard in range(num_shards)]
+    blocks = [entry.block(shard, num_shards, part) for shard in range(num_shards)]
     return sum(-(-block.num_elements // alignment) * ALIGNMENT_BYTES for block in blocks if block is not None)

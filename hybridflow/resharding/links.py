@@ -99,14 +99,14 @@ class TransferStore:
 
 
 def host_transfer(*, device: torch.device, timeout_s: float) -> tuple[TransferStore, int]:
-    """Open the meeting place in this process; the second value is its port."""
+    """Open the rendezvous in this process; the second value is its port."""
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
     return TransferStore(store, device, timeout), store.port
 
 
 def join_transfer(address: str, *, device: torch.device, timeout_s: float) -> TransferStore:
-    """Reach a meeting place at `host:port`.
+    """Reach a rendezvous at `host:port`.
 
     Raises:
         EngineError: nothing answers there.

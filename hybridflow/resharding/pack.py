@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
-from hybridflow.resharding.buckets import Plan, Segment, Slot
+from hybridflow.resharding.buckets import Entry, Plan, Segment
 from hybridflow.resharding.checksum import Checksums
 from hybridflow.resharding.layout import Box, shard_box
 from hybridflow.resharding.partial_tensor import PartialTensor
@@ -48,7 +48,7 @@ class Packer:
         device = targets[0][0].device
         self.checksums = Checksums(shapes, dtype=DTYPES[plan.dtype], device=device) if takes_checksums else None
         self._targets = targets
-        self._blocks: list[list[tuple[Slot, Box, torch.Tensor]]] = []
+        self._blocks: list[list[tuple[Entry, Box, torch.Tensor]]] = []
         """By bucket: the blocks that leave, and where they are packed."""
         self._shown: list[list[tuple[tuple[str, Box], torch.Tensor, int]]] = []
         """By bucket: what checksums are taken of; a box that several parts read counts once."""
@@ -57,9 +57,9 @@ class Packer:
             for part, run in enumerate(runs):
                 segment = plan.segment(bucket, shard, part)
                 for block, view in zip(segment.blocks, segment_views(segment, run), strict=True):
-                    box = block.slot.boxes[part]
-                    blocks.append((block.slot, block.box, view))
-                    shown[block.slot.name, box] = view, block.box.within(box).start[0] if box.start else 0
+                    box = block.entry.boxes[part]
+                    blocks.append((block.entry, block.box, view))
+                    shown[block.entry.name, box] = view, block.box.within(box).start[0] if box.start else 0
             self._blocks.append(blocks)
             self._shown.append([(key, view, first_row) for key, (view, first_row) in shown.items()])
         self._rows: dict[str, Box] = {}
@@ -69,8 +69,8 @@ class Packer:
     @torch.no_grad()
     def pack(self, bucket: int, tensors: Mapping[str, torch.Tensor], timeline: Timeline) -> None:
         """Cast this rank's blocks of a bucket into their places."""
-        rows = {slot.name: self.rows(slot, tensors[slot.name]) for slot in self.plan.buckets[bucket]}
-        sources = [_cut(*rows[slot.name], box) for slot, box, _ in self._blocks[bucket]]
+        rows = {entry.name: self.rows(entry, tensors[entry.name]) for entry in self.plan.buckets[bucket]}
+        sources = [_view(*rows[entry.name], box) for entry, box, _ in self._blocks[bucket]]
         views = [view for _, _, view in self._blocks[bucket]]
         if views:
             self._replays[bucket].run(lambda: torch._foreach_copy_(views, sources), [*self._targets[bucket], *sources])
@@ -80,19 +80,19 @@ class Packer:
             timeline.mark("checksum")
 
     @torch.no_grad()  # in which DTensor.to_local does not go through autograd, ten times slower
-    def rows(self, slot: Slot, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
+    def rows(self, entry: Entry, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
         """The memory of a tensor in this process, and which box of the tensor it is."""
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-        if slot.name not in self._rows:
-            self._rows[slot.name] = self._box_of_rows(slot, tensor, local)
-        return local, self._rows[slot.name]
+        if entry.name not in self._rows:
+            self._rows[entry.name] = self._box_of_rows(entry, tensor, local)
+        return local, self._rows[entry.name]
 
-    def _box_of_rows(self, slot: Slot, tensor: torch.Tensor, local: torch.Tensor) -> Box:
+    def _box_of_rows(self, entry: Entry, tensor: torch.Tensor, local: torch.Tensor) -> Box:
         if not isinstance(tensor, DTensor):
-            return Box.whole(slot.shape)
-        assert all(placement == Shard(0) for placement in tensor.placements), f"{slot.name} is cut as {tensor.placements}"
-        box = shard_box(slot.shape, self.plan.num_shards, self.shard) or Box.whole(slot.shape).between(0, 0, 0)
-        assert tuple(local.shape) == box.shape, f"{slot.name}: shard {self.shard} is {tuple(local.shape)}, not {box.shape}"
+            return Box.whole(entry.shape)
+        assert all(placement == Shard(0) for placement in tensor.placements), f"{entry.name} is cut as {tensor.placements}"
+        box = shard_box(entry.shape, self.plan.num_shards, self.shard) or Box.whole(entry.shape).between(0, 0, 0)
+        assert tuple(local.shape) == box.shape, f"{entry.name}: shard {self.shard} is {tuple(local.shape)}, not {box.shape}"
         return box
 
 
@@ -114,7 +114,7 @@ class Assembler:
         sizes = [[0 if stays else whole.num_elements] for whole, stays in zip(wholes, in_order, strict=True)]
         assembled = flat_runs(sizes, turns=1, dtype=plan.dtype, device=device)
         self.buffer_bytes = storage_bytes(self.received) + storage_bytes(assembled)
-        self._held: list[list[tuple[Slot, torch.Tensor]]] = []
+        self._held: list[list[tuple[Entry, torch.Tensor]]] = []
         self._copies: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
         """By bucket: targets and sources."""
         for bucket, whole in enumerate(wholes):
@@ -129,21 +129,21 @@ class Assembler:
         targets, sources = [], []
         for segment, run in zip(segments, self.received[bucket], strict=True):
             sources += segment_views(segment, run)
-            targets += [_cut(held[block.slot], block.slot.boxes[self.part], block.box) for block in segment.blocks]
+            targets += [_view(held[block.entry], block.entry.boxes[self.part], block.box) for block in segment.blocks]
         return targets, sources
 
     @torch.no_grad()
-    def assemble(self, bucket: int) -> list[tuple[Slot, torch.Tensor]]:
+    def assemble(self, bucket: int) -> list[tuple[Entry, torch.Tensor]]:
         """The part of every tensor of a bucket whose segments have come; valid until the next bucket is assembled."""
         targets, sources = self._copies[bucket]
         if targets:
             self._replays[bucket].run(lambda: torch._foreach_copy_(targets, sources), [*targets[:1], *self.received[bucket]])
         return self._held[bucket]
 
-    def as_engine_reads(self, slot: Slot, held: torch.Tensor) -> torch.Tensor:
+    def as_engine_reads(self, entry: Entry, held: torch.Tensor) -> torch.Tensor:
         """A tensor of full shape, of which the engine reads what `held` is."""
-        box = slot.boxes[self.part]
-        return held if box == Box.whole(slot.shape) else PartialTensor(held, slot.shape, box, weight=slot.name, reads=[])
+        box = entry.boxes[self.part]
+        return held if box == Box.whole(entry.shape) else PartialTensor(held, entry.shape, box, weight=entry.name, reads=[])
 
 
 def segment_views(segment: Segment, run: torch.Tensor) -> list[torch.Tensor]:
@@ -156,6 +156,6 @@ def _is_in_order(whole: Segment, num_received: int, num_shards: int) -> bool:
     return num_shards == 1 or (len(whole.blocks) == 1 and whole.blocks[0].box.num_elements == num_received)
 
 
-def _cut(tensor: torch.Tensor, whole: Box, block: Box) -> torch.Tensor:
+def _view(tensor: torch.Tensor, whole: Box, block: Box) -> torch.Tensor:
     """The view of `block` in a tensor that is `whole`; both count from the same corner."""
     return tensor if block == whole else tensor[block.within(whole).slices]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from hybridflow.resharding.buckets import Part, Plan, Slot, plan_buckets
+from hybridflow.resharding.buckets import Entry, Part, Plan, plan_buckets
 from hybridflow.resharding.layout import Box
 from hybridflow.resharding.links import TransferStore, UnderWay, exchange, gather, receive
 from hybridflow.resharding.pack import Assembler, NamedTensors, Packer, flat_runs, storage_bytes
@@ -165,15 +165,15 @@ class ColocatedSync:
 
     def _as_they_are(self, tensors: Mapping[str, torch.Tensor], timeline: Timeline) -> Iterator[tuple[str, torch.Tensor]]:
         assert self.plan is not None
-        for slot in self.plan.slots:
-            whole, _ = self.packer.rows(slot, tensors[slot.name])
-            held = whole[slot.boxes[self.part].slices]
+        for entry in self.plan.entries:
+            whole, _ = self.packer.rows(entry, tensors[entry.name])
+            held = whole[entry.boxes[self.part].slices]
             timeline.mark("load")
             if self.packer.checksums is not None:
-                self.packer.checksums.add((slot.name, slot.boxes[self.part]), held)
-                self.verifier.show(slot.name, held)
+                self.packer.checksums.add((entry.name, entry.boxes[self.part]), held)
+                self.verifier.show(entry.name, held)
                 timeline.mark("checksum")
-            yield slot.name, self.assembler.as_engine_reads(slot, held)
+            yield entry.name, self.assembler.as_engine_reads(entry, held)
         timeline.mark("load")
 
     def _start(self, bucket: int, tensors: Mapping[str, torch.Tensor], timeline: Timeline) -> UnderWay:
@@ -207,8 +207,8 @@ class WeightSender:
 
     def connect(self, tensors: NamedTensors) -> Packer:
         """Publish names and shapes, learn what the receivers read, and join the groups of this rank with them."""
-        is_cut = any(isinstance(tensor, DTensor) for _, tensor in tensors)
-        assert is_cut or self.num_ranks == 1, "several ranks send, but hold whole tensors"
+        is_sharded = any(isinstance(tensor, DTensor) for _, tensor in tensors)
+        assert is_sharded or self.num_ranks == 1, "several ranks send, but hold whole tensors"
         shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
         if self.rank == 0:
             self.store.put("weights", json.dumps({"shapes": shapes, "num_shards": self.num_ranks}))
@@ -302,7 +302,7 @@ class WeightReceiver:
         return SyncReport(
             bytes_received=deliver.bytes_received,
             bytes_missing=self.bytes_missing,
-            num_tensors=len(self.plan.slots),
+            num_tensors=len(self.plan.entries),
             buffer_bytes=self.assembler.buffer_bytes,
             unreadable=self.verifier.unreadable,
             seconds=timeline.seconds(),
@@ -334,14 +334,14 @@ class Delivery:
         """Tensors in the order of the plan, as the engine reads them; each is valid until the next one is asked for."""
         for _, held in self._arrived(start):
             loads.begin()
-            for slot, tensor in held:
-                if self.verifier is not None and self.verifier.show(slot.name, tensor):
+            for entry, tensor in held:
+                if self.verifier is not None and self.verifier.show(entry.name, tensor):
                     self.timeline.mark("checksum")
-                yield slot.name, self.assembler.as_engine_reads(slot, tensor)
+                yield entry.name, self.assembler.as_engine_reads(entry, tensor)
             loads.end()
             self.timeline.mark("load")
 
-    def _arrived(self, start: Callable[[int], UnderWay]) -> Iterator[tuple[int, list[tuple[Slot, torch.Tensor]]]]:
+    def _arrived(self, start: Callable[[int], UnderWay]) -> Iterator[tuple[int, list[tuple[Entry, torch.Tensor]]]]:
         """Each bucket with its tensors, the next one on its way."""
         last = len(self.assembler.received) - 1
         arriving = start(0)
@@ -357,7 +357,7 @@ class Delivery:
 
 def _part_read(target: Engine, shapes: Shapes, settings: SyncSettings) -> Part:
     """What the engine of this rank reads of the tensors that it does not read whole."""
-    if not settings.place.is_cut:
+    if not settings.place.is_sharded:
         return {}
     return dry_run_load(target.load_weights, shapes, dtype=DTYPES[settings.dtype], device=settings.device)
 

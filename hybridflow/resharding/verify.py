@@ -24,7 +24,7 @@ class Place:
 
     role: str
     rank: int
-    is_cut: bool = False
+    is_sharded: bool = False
     """Whether its engine holds parts of tensors only."""
 
 
@@ -37,7 +37,7 @@ class Verifier:
     def __init__(self, plan: Plan, part: int, held: HeldWeights, *, device: torch.device, place: Place):
         """`held` is asked once: what an engine can show does not change."""
         self.place, dtype = place, DTYPES[plan.dtype]
-        boxes = {slot.name: slot.boxes[part] for slot in plan.slots}
+        boxes = {entry.name: entry.boxes[part] for entry in plan.entries}
         self.numbers = torch.tensor([plan.boxes[name, box] for name, box in boxes.items()], device=device)
         """Where the trainer's list of checksums has those of this rank's part."""
         shapes = {name: box.shape for name, box in boxes.items()}

@@ -11,7 +11,7 @@ import torch
 
 from hybridflow.rollout.base import FinishReason, Request, Response
 from hybridflow.rollout.sampling import SamplingColumns, uniform
-from hybridflow.rollout.stopping import Decode, StopStrings
+from hybridflow.rollout.stopping import Detokenize, StopStrings
 
 Slots = npt.NDArray[np.int64]
 
@@ -44,8 +44,8 @@ class Moves:
 class RunningRows:
     """The table. Every method works on whole columns: hundreds of rows cost little more than one."""
 
-    def __init__(self, num_slots: int, max_tokens: int, *, end_ids: Sequence[int], decode: Decode):
-        self.end_ids, self.decode = tuple(end_ids), decode
+    def __init__(self, num_slots: int, max_tokens: int, *, end_ids: Sequence[int], detokenize: Detokenize):
+        self.end_ids, self.detokenize = tuple(end_ids), detokenize
         self.count = 0
         self.table = np.zeros(num_slots, ROW)
         self.tokens = np.zeros((num_slots, max_tokens), np.int32)
@@ -75,7 +75,7 @@ class RunningRows:
         for slot, request in zip(slots, requests, strict=True):
             sampling = request.sampling
             self.requests[slot] = request
-            self.stop_strings[slot] = StopStrings(sampling.stop, self.decode) if sampling.stop else None
+            self.stop_strings[slot] = StopStrings(sampling.stop, self.detokenize) if sampling.stop else None
             self._set_stop_ids(int(slot), (*(() if sampling.ignore_eos else self.end_ids), *sampling.stop_token_ids))
             self.table[slot] = (
                 request.seed % 2**64,

@@ -1,4 +1,4 @@
-"""How engines draw tokens: cuts, one uniform number per token, inverse of the cumulative distribution.
+"""How engines sample tokens: cuts, one uniform number per token, inverse of the cumulative distribution.
 
 Legend: B rows, V vocabulary. Random numbers are a pure function of (seed of the request, number of the token), so a
 response does not depend on its neighbours.
@@ -78,16 +78,16 @@ def _choose(logits_BV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Te
     log_total_B = scaled_BV.logsumexp(-1)
     tokens_B = scaled_BV.argmax(-1)
     if not bool(is_greedy_B.all()):
-        probs_BV = cut((scaled_BV - log_total_B[:, None]).exp_(), columns)
-        tokens_B = torch.where(is_greedy_B, tokens_B, draw(probs_BV, columns.uniform))
+        probs_BV = filter_probs((scaled_BV - log_total_B[:, None]).exp_(), columns)
+        tokens_B = torch.where(is_greedy_B, tokens_B, sample(probs_BV, columns.uniform))
     return tokens_B, scaled_BV.gather(1, tokens_B[:, None]).squeeze(1) - log_total_B
 
 
-def draw(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+def sample(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """One token for each row by the inverse of its cumulative distribution, at a number in [0, 1) as `uniform` gives.
 
     Probabilities need not add up to one. First the block of K tokens is found among N, then the token in it, so that running
-    sums in float64 are short. A token of probability zero is never drawn, unless its row is not finite or all zeros. Returns
+    sums in float64 are short. A token of probability zero is never sampled, unless its row is not finite or all zeros. Returns
     int64 of shape [B].
     """
     num_rows, num_tokens = probs_BV.shape
@@ -99,10 +99,10 @@ def draw(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     block_B1 = torch.searchsorted(up_to_BN, target_B1, right=True).clamp_(max=sums_BN.shape[1] - 1)
     sum_B1 = sums_BN.gather(1, block_B1)
     below_B1 = up_to_BN.gather(1, block_B1) - sum_B1
-    share_B1 = ((target_B1 - below_B1) / sum_B1).clamp_(0.0, LARGEST_UNIFORM)
+    fraction_B1 = ((target_B1 - below_B1) / sum_B1).clamp_(0.0, LARGEST_UNIFORM)
     in_block_BK = probs_BNK.gather(1, block_B1[..., None].expand(-1, 1, num_in_block)).squeeze(1)
     up_to_BK = in_block_BK.cumsum(-1, dtype=torch.float64)
-    place_B1 = torch.searchsorted(up_to_BK, share_B1 * up_to_BK[:, -1:], right=True).clamp_(max=num_in_block - 1)
+    place_B1 = torch.searchsorted(up_to_BK, fraction_B1 * up_to_BK[:, -1:], right=True).clamp_(max=num_in_block - 1)
     return (block_B1 * num_in_block + place_B1).squeeze(1)
 
 
@@ -113,7 +113,7 @@ def _num_in_block(num_tokens: int) -> int:
     return min(divisors, key=lambda number: max(number, num_tokens // number))
 
 
-def cut(probs_BV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
+def filter_probs(probs_BV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
     """Probabilities with zeros where min-p, then top-k, then top-p drop a token, in the order that vLLM cuts.
 
     Each cut works on what the one before it left; the result is not normalised.

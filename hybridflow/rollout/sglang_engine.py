@@ -171,7 +171,7 @@ def _arguments(spec: EngineSpec) -> dict[str, object]:
         "context_length": spec.max_model_tokens + RESERVED_TOKENS,
         "max_running_requests": spec.max_num_seqs,
         "mem_fraction_static": spec.gpu_memory_utilization,
-        "random_seed": spec.seed + spec.layout.data_rank(spec.rank),  # where requests have none, engines must not draw alike
+        "random_seed": spec.seed + spec.layout.data_rank(spec.rank),  # where requests have none, engines must not sample alike
         "disable_cuda_graph": spec.enforce_eager or device == "cpu",
         "enable_memory_saver": spec.can_sleep,
         "enable_deterministic_inference": spec.seed_requests,  # without it SGLang does not heed a request's seed

@@ -32,7 +32,7 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
+class AttentionInputs:
     """What a layer asks of attention."""
 
     layer: int
@@ -48,26 +48,26 @@ class Asked:
 class SlotCache:
     """Keys and values of all slots: for each layer two tensors [S, K, L, D], allocated when the layer first writes."""
 
-    def __init__(self, num_slots: int, max_tokens: int):
-        self.num_slots, self.max_tokens = num_slots, max_tokens
+    def __init__(self, num_slots: int, tokens_per_slot: int):
+        self.num_slots, self.tokens_per_slot = num_slots, tokens_per_slot
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def num_bytes(self) -> int:
         return sum(part.nbytes for layer in self.layers.values() for part in layer)
 
-    def layer(self, asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the layer that asks, with heads, dtype and device like its own.
 
         Zeros, not `empty`: what is masked is multiplied by 0, which leaves no trace of numbers but would of NaNs.
         """
-        if asked.layer not in self.layers:
+        if inputs.layer not in self.layers:
             key, value = (
-                part.new_zeros(self.num_slots, part.shape[1], self.max_tokens, part.shape[3])
-                for part in (asked.key_1KTD, asked.value_1KTD)
+                part.new_zeros(self.num_slots, part.shape[1], self.tokens_per_slot, part.shape[3])
+                for part in (inputs.key_1KTD, inputs.value_1KTD)
             )
-            self.layers[asked.layer] = key, value
-        return self.layers[asked.layer]
+            self.layers[inputs.layer] = key, value
+        return self.layers[inputs.layer]
 
     def move(self, *, sources: torch.Tensor, targets: torch.Tensor, num_tokens: int) -> None:
         """Copy the first `num_tokens` tokens of the source slots over those of the target slots."""
@@ -76,7 +76,7 @@ class SlotCache:
                 part[targets, :, :num_tokens] = part[sources, :, :num_tokens]
 
 
-class Step(ABC):
+class StepAttention(ABC):
     """Attention of the tokens of one step."""
 
     def __init__(self, cache: SlotCache):
@@ -84,7 +84,7 @@ class Step(ABC):
         self.masks: dict[int | None, torch.Tensor | None] = {}
 
     @abstractmethod
-    def attend(self, asked: Asked) -> torch.Tensor:
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         """Write keys and values of the step's tokens, and return what its queries find: [1, T, H, D]."""
 
     def mask(self, window: int | None) -> torch.Tensor | None:
@@ -98,7 +98,7 @@ class Step(ABC):
         """The mask, True where a query may look."""
 
 
-class Prefill(Step):
+class PrefillAttention(StepAttention):
     """Whole prompts, one after the other in the stream; each goes to one or more slots."""
 
     def __init__(self, cache: SlotCache, lengths_B: torch.Tensor, *, prompt_of_slot: torch.Tensor, slots: torch.Tensor):
@@ -113,16 +113,16 @@ class Prefill(Step):
         """Where in the stream each prompt ends."""
         self.positions_T = positions_P.expand_as(self.stream_BP)[self.is_token_BP]
 
-    def attend(self, asked: Asked) -> torch.Tensor:
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
         # Padding stands behind each prompt's tokens, where causal attention does not look.
         query, key, value = (
-            part[0][:, self.stream_BP].transpose(0, 1) for part in (asked.query_1HTD, asked.key_1KTD, asked.value_1KTD)
+            part[0][:, self.stream_BP].transpose(0, 1) for part in (inputs.query_1HTD, inputs.key_1KTD, inputs.value_1KTD)
         )
-        for cached, part in zip(self.cache.layer(asked), (key, value), strict=True):
+        for cached, part in zip(self.cache.layer(inputs), (key, value), strict=True):
             cached[self.slots, :, : self.max_length] = part[self.prompt_of_slot]
-        mask = self.mask(asked.window)
+        mask = self.mask(inputs.window)
         found_BHPD = scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, scale=asked.scale, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, mask, is_causal=mask is None, scale=inputs.scale, enable_gqa=query.shape[1] != key.shape[1]
         )
         return found_BHPD.transpose(1, 2)[self.is_token_BP][None]
 
@@ -134,7 +134,7 @@ class Prefill(Step):
         return (distance_PP >= 0) & (distance_PP < window)
 
 
-class Decode(Step):
+class DecodeAttention(StepAttention):
     """One token for each of the first B slots; `lengths_B` counts the tokens that the slots hold before it."""
 
     def __init__(self, cache: SlotCache, lengths_B: torch.Tensor, *, max_length: int):
@@ -142,16 +142,16 @@ class Decode(Step):
         self.lengths_B, self.num_visible = lengths_B, max_length + 1
         self.rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
 
-    def attend(self, asked: Asked) -> torch.Tensor:
-        keys, values = self.cache.layer(asked)
-        keys[self.rows_B, :, self.lengths_B] = asked.key_1KTD[0].transpose(0, 1)
-        values[self.rows_B, :, self.lengths_B] = asked.value_1KTD[0].transpose(0, 1)
-        _, num_heads, num_rows, head_dim = asked.query_1HTD.shape
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        keys, values = self.cache.layer(inputs)
+        keys[self.rows_B, :, self.lengths_B] = inputs.key_1KTD[0].transpose(0, 1)
+        values[self.rows_B, :, self.lengths_B] = inputs.value_1KTD[0].transpose(0, 1)
+        _, num_heads, num_rows, head_dim = inputs.query_1HTD.shape
         # The heads that share keys stand where queries of one head would: no key is repeated.
-        query_BKGD = asked.query_1HTD[0].transpose(0, 1).reshape(num_rows, asked.key_1KTD.shape[1], -1, head_dim)
+        query_BKGD = inputs.query_1HTD[0].transpose(0, 1).reshape(num_rows, inputs.key_1KTD.shape[1], -1, head_dim)
         visible = slice(0, self.num_visible)
         found_BKGD = scaled_dot_product_attention(
-            query_BKGD, keys[:num_rows, :, visible], values[:num_rows, :, visible], self.mask(asked.window), scale=asked.scale
+            query_BKGD, keys[:num_rows, :, visible], values[:num_rows, :, visible], self.mask(inputs.window), scale=inputs.scale
         )
         return found_BKGD.reshape(1, num_rows, num_heads, -1)
 
@@ -176,7 +176,7 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    slot_step: Step | None = None,
+    slot_step: StepAttention | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -192,7 +192,7 @@ def _attention(
     if softcap is not None or s_aux is not None:
         kind = "capped attention scores" if softcap is not None else "attention sinks"
         raise ModelError(f"the torch engine cannot generate with a model that has {kind}; set rollout.engine=vllm")
-    return slot_step.attend(Asked(module.layer_idx, query, key, value, scaling, sliding_window)), None
+    return slot_step.attend(AttentionInputs(module.layer_idx, query, key, value, scaling, sliding_window)), None
 
 
 def _no_mask(*_: object, **__: object) -> None:

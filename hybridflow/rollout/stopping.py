@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Decode = Callable[[Sequence[int]], str]
+Detokenize = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""
 
 
@@ -27,7 +27,7 @@ def end_of_sequence_ids(model: str, tokenizer: PreTrainedTokenizerBase, *, trust
     return tuple(sorted(ids))
 
 
-def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
+def detokenizer(tokenizer: PreTrainedTokenizerBase) -> Detokenize:
     """The tokenizer's decoding, past its Python layer where it has a Rust one: called for each token of a response."""
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
@@ -38,8 +38,8 @@ def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
 class StopStrings:
     """Watches the text of one response grow, token by token."""
 
-    def __init__(self, stop: Sequence[str], decode: Decode):
-        self.stop, self.decode = tuple(stop), decode
+    def __init__(self, stop: Sequence[str], detokenize: Detokenize):
+        self.stop, self.detokenize = tuple(stop), detokenize
         self.tokens: list[int] = []
         """Those whose text is still needed to decode the next ones."""
         self.num_read = 0
@@ -50,8 +50,8 @@ class StopStrings:
     def ends_with(self, token: int) -> bool:
         """Take in the next token; whether a stop string is complete."""
         self.tokens.append(token)
-        known = self.decode(self.tokens[: self.num_read])
-        text = self.decode(self.tokens)
+        known = self.detokenize(self.tokens[: self.num_read])
+        text = self.detokenize(self.tokens)
         if len(text) <= len(known) or text.endswith("\ufffd"):  # half a character of several bytes: wait for the rest
             return False
         self.tail += text[len(known) :]

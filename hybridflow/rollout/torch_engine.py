@@ -22,8 +22,8 @@ from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
 from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.running_rows import RunningRows, Slots
 from hybridflow.rollout.sampling import choose
-from hybridflow.rollout.slot_cache import ATTENTION, Decode, Prefill, SlotCache, Step, register
-from hybridflow.rollout.stopping import end_of_sequence_ids, text_decoder
+from hybridflow.rollout.slot_cache import ATTENTION, DecodeAttention, PrefillAttention, SlotCache, StepAttention, register
+from hybridflow.rollout.stopping import detokenizer, end_of_sequence_ids
 
 logger = logging.getLogger("hybridflow")
 
@@ -63,12 +63,12 @@ class TorchEngine(Engine):
             self.num_slots,
             spec.max_model_tokens,
             end_ids=end_of_sequence_ids(spec.model, tokenizer, trust_remote_code=spec.trust_remote_code),
-            decode=text_decoder(tokenizer),
+            detokenize=detokenizer(tokenizer),
         )
 
     def _num_slots(self) -> int:
         """How many responses of full length fit the memory for the cache, `max_num_seqs` at most."""
-        probe = SlotCache(num_slots=1, max_tokens=1)
+        probe = SlotCache(num_slots=1, tokens_per_slot=1)
         self._prefill_logits(probe, [np.zeros(1, np.int32)], prompt_of_slot=np.zeros(1, np.int64), slots=np.zeros(1, np.int64))
         bytes_per_row = probe.num_bytes * self.spec.max_model_tokens
         room = self.spec.cpu_cache_gib * 2**30
@@ -134,7 +134,7 @@ class TorchEngine(Engine):
         self, cache: SlotCache, prompts: Sequence[npt.NDArray[np.int32]], *, prompt_of_slot: Slots, slots: Slots
     ) -> torch.Tensor:
         """Run prompts into their slots; the logits of the token after each prompt."""
-        step = Prefill(
+        step = PrefillAttention(
             cache,
             self._to_device(np.array([len(prompt) for prompt in prompts])),
             prompt_of_slot=self._to_device(prompt_of_slot),
@@ -148,11 +148,11 @@ class TorchEngine(Engine):
         slots = self.rows.running
         num_cached = self.rows.num_cached(slots)
         positions_B = self._to_device(num_cached)
-        step = Decode(self.cache, positions_B, max_length=int(num_cached.max()))
+        step = DecodeAttention(self.cache, positions_B, max_length=int(num_cached.max()))
         self._append(slots, self._forward(self._to_device(self.rows.table["token"][slots]), positions_B, step, keep=0))
 
     def _forward(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, step: Step, *, keep: torch.Tensor | int
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, step: StepAttention, *, keep: torch.Tensor | int
     ) -> torch.Tensor:
         with torch.inference_mode():
             logits: torch.Tensor = self.model(

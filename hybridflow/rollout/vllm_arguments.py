@@ -66,11 +66,11 @@ def engine_arguments(spec: EngineSpec) -> dict[str, object]:
 def _scheduler() -> type | None:
     """Ours, or None for vLLM's own, which then looks at every token, where a release has moved what ours is made of."""
     try:
-        from hybridflow.rollout.vllm_scheduler import RoundScheduler
+        from hybridflow.rollout.vllm_scheduler import MultiStepScheduler
     except ImportError as error:
         logger.warning("vLLM's own scheduler runs before every token, which is slower: %s", error)
         return None
-    return RoundScheduler
+    return MultiStepScheduler
 
 
 def _is_one_of_many(spec: EngineSpec) -> bool:

@@ -65,7 +65,7 @@ class VllmEngine(Engine):
         self.model: torch.nn.Module = self.engine.apply_model(_itself)[0]
         self.parts = list(patches.weight_parts(self.model))
         self.can_replay_loads = not spec.can_sleep  # whose weights come back in other memory
-        self.heeds_seeds = spec.seed_requests or _draws_at_no_cost(self.engine)
+        self.heeds_seeds = spec.seed_requests or _seeds_cost_nothing(self.engine)
 
     def add(self, request: Request) -> None:
         self.check_length(request)
@@ -80,9 +80,9 @@ class VllmEngine(Engine):
         self.unfinished[request.id] = request
 
     def _seed_generator(self, first: Request) -> None:
-        """Without seeds of requests vLLM draws from the generator of the device, which all of this process share. The first of
-        the requests that run together decides, so that neither engines side by side draw alike nor two steps of a run, and a
-        resumed run draws as it would have."""
+        """Without seeds of requests vLLM samples from the generator of the device, which all of this process share. The first
+        of the requests that run together decides, so that neither engines side by side sample alike nor two steps of a run, and
+        a resumed run samples as it would have."""
         numbers = (first.seed % 2**63, self.spec.layout.data_rank(self.spec.rank))
         (seed,) = mixed_seed(*(np.array([number]) for number in numbers)).tolist()
         (torch.cuda if self.spec.device.type == "cuda" else torch).manual_seed(seed)
@@ -227,7 +227,7 @@ def _prepare_process(spec: EngineSpec) -> None:
     patches.replace_slow_parts(spec.device)
 
 
-def _draws_at_no_cost(engine: LLMEngine) -> bool:
+def _seeds_cost_nothing(engine: LLMEngine) -> bool:
     """Whether seeds cost nothing: vLLM's second model runner computes the noise of a token from its seed and position."""
     return bool(getattr(engine.vllm_config, "use_v2_model_runner", False))
 

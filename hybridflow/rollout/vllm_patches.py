@@ -40,7 +40,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from hybridflow.errors import EngineError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import EngineSpec
-from hybridflow.rollout.sampling import draw, uniform
+from hybridflow.rollout.sampling import sample, uniform
 
 if TYPE_CHECKING:
     from vllm.v1.outputs import LogprobsLists
@@ -65,7 +65,7 @@ def _private(path: str) -> Any:
 
 
 SAMPLER = "vllm.v1.sample.ops.topk_topp_sampler"
-draw_token_by_token: Callable[..., torch.Tensor] | None = _private(f"{SAMPLER}:random_sample")
+sample_row_by_row: Callable[..., torch.Tensor] | None = _private(f"{SAMPLER}:random_sample")
 """vLLM's own, which `sample_at_once` replaces."""
 LogprobsProcessor = _private("vllm.v1.engine.logprobs:LogprobsProcessor")
 keep_all_log_probs: Callable[..., None] | None = _private("vllm.v1.engine.logprobs:LogprobsProcessor._update_sample_logprobs")
@@ -89,10 +89,10 @@ def replace_slow_parts(device: torch.device) -> None:
     """Put ours in the place of vLLM's sampling and keeping of log-probabilities, unless switched off."""
     off = {name.strip() for name in os.environ.get(SWITCH, "").split(",")}
     if device.type == "cuda" and "sample_at_once" not in off:
-        if draw_token_by_token is None:
+        if sample_row_by_row is None:
             logger.warning("this vLLM has no %s.random_sample, so requests with seeds are sampled one by one", SAMPLER)
         else:
-            vars(importlib.import_module(SAMPLER))["random_sample"] = draw_at_once
+            vars(importlib.import_module(SAMPLER))["random_sample"] = sample_at_once
     if "keep_chosen_log_probs" not in off:
         if keep_all_log_probs is None:
             logger.warning("this vLLM has no LogprobsProcessor._update_sample_logprobs, so it keeps more than is read")
@@ -111,18 +111,18 @@ def keep_chosen_log_probs(processor: Any, found: LogprobsLists) -> None:
         keep_all_log_probs(processor, found)
 
 
-def draw_at_once(probs_BV: torch.Tensor, generators: dict[int, torch.Generator], *options: object) -> torch.Tensor:
+def sample_at_once(probs_BV: torch.Tensor, generators: dict[int, torch.Generator], *options: object) -> torch.Tensor:
     """In place of a function of vLLM's first model runner, which launches a kernel of the whole vocabulary for every request
-    that has a seed: a quarter of the time of 512 requests. Shape [B]. Rows without a seed, greedy ones among them, are drawn as
-    before.
+    that has a seed: a quarter of the time of 512 requests. Shape [B]. Rows without a seed, greedy ones among them, are sampled
+    as before.
 
     A generator only counts its tokens here; where vLLM drops one it winds it back, by as much as a kernel would have moved it.
     """
-    assert draw_token_by_token is not None
+    assert sample_row_by_row is not None
     if not generators:
-        return draw_token_by_token(probs_BV, generators, *options)
+        return sample_row_by_row(probs_BV, generators, *options)
     if len(generators) < len(probs_BV):
-        return _draw_apart(probs_BV, generators, *options)
+        return _sample_apart(probs_BV, generators, *options)
     in_order = [generators[row] for row in range(len(probs_BV))]
     offsets = [generator.get_offset() for generator in in_order]
     for generator, offset in zip(in_order, offsets, strict=True):
@@ -131,15 +131,15 @@ def draw_at_once(probs_BV: torch.Tensor, generators: dict[int, torch.Generator],
     numbers_B = torch.from_numpy(uniform(seeds, np.array(offsets) // OFFSET_PER_TOKEN))
     if probs_BV.is_cuda:
         numbers_B = numbers_B.pin_memory()
-    return draw(probs_BV, numbers_B.to(probs_BV.device, non_blocking=True))
+    return sample(probs_BV, numbers_B.to(probs_BV.device, non_blocking=True))
 
 
-def _draw_apart(probs_BV: torch.Tensor, generators: dict[int, torch.Generator], *options: object) -> torch.Tensor:
-    assert draw_token_by_token is not None
+def _sample_apart(probs_BV: torch.Tensor, generators: dict[int, torch.Generator], *options: object) -> torch.Tensor:
+    assert sample_row_by_row is not None
     seeded, others = sorted(generators), [row for row in range(len(probs_BV)) if row not in generators]
     tokens_B = torch.empty(len(probs_BV), dtype=torch.int64, device=probs_BV.device)
-    tokens_B[seeded] = draw_at_once(probs_BV[seeded], {place: generators[row] for place, row in enumerate(seeded)})
-    tokens_B[others] = draw_token_by_token(probs_BV[others], {}, *options)
+    tokens_B[seeded] = sample_at_once(probs_BV[seeded], {place: generators[row] for place, row in enumerate(seeded)})
+    tokens_B[others] = sample_row_by_row(probs_BV[others], {}, *options)
     return tokens_B
 
 
@@ -167,10 +167,10 @@ def groups_of(layout: Layout) -> Iterator[None]:
     # group and so leaves empty here: two runs on one machine, or a run and what a killed one left behind, would meet too.
     first_pid = torch.tensor([os.getpid()])
     dist.broadcast(first_pid, src=0)
-    meeting_name = f"hybridflow-{first_pid.item()}"
+    rendezvous_name = f"hybridflow-{first_pid.item()}"
 
     def make_group_of_ours(group_ranks: list[list[int]], *args: object, **kwargs: object) -> object:
-        os.environ["VLLM_DIST_IDENT"] = meeting_name
+        os.environ["VLLM_DIST_IDENT"] = rendezvous_name
         return make_original([[ranks[number] for number in group] for group in group_ranks], *args, **kwargs)
 
     parallel_state.init_model_parallel_group = make_group_of_ours
@@ -179,7 +179,7 @@ def groups_of(layout: Layout) -> Iterator[None]:
     finally:
         parallel_state.init_model_parallel_group = make_group
     dist.barrier()
-    for memory in SHARED_MEMORY.glob(f"{meeting_name}-*"):  # all have opened it; vLLM leaves it behind at the end
+    for memory in SHARED_MEMORY.glob(f"{rendezvous_name}-*"):  # all have opened it; vLLM leaves it behind at the end
         memory.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Several decode steps of vLLM for one round of its scheduler.
+"""Multi-step scheduling: several decode steps of vLLM for one run of its scheduler.
 
 vLLM decides before every token which requests run and what memory they get, and afterwards looks at every token, all in Python:
 for a model of 0.5B and 512 requests, three times as long as the GPU computes. While the same requests decode and nothing
@@ -31,14 +31,14 @@ MOVED_FIELDS = {"scheduled_cached_reqs", "finished_req_ids"}
 """What they have otherwise. All other fields must be empty in a step that is repeated."""
 JOINED_FIELDS = {"req_ids", "req_id_to_index", "sampled_token_ids", "logprobs", "prompt_logprobs_dict"}
 """Of a result, what is understood. All other fields must be empty in results that are joined."""
-Step = tuple[SchedulerOutput, ModelRunnerOutput]
+ExecutedStep = tuple[SchedulerOutput, ModelRunnerOutput]
 """One that the model has done, and its result."""
 
 
-class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
+class MultiStepScheduler(AsyncScheduler):  # type: ignore[misc]
     """vLLM's scheduler with repeated decode steps."""
 
-    steps_of_a_round = 8
+    max_steps = 8
     """One that is scheduled and its repetitions, at most."""
     tokens_per_repetition = 8
     """That requests must have said on average: short responses would compute much in vain."""
@@ -56,7 +56,7 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         """The last one."""
         self.repetitions_left = 0
         self.state: tuple[object, ...] = ()
-        self.held: list[Step] = []
+        self.held: list[ExecutedStep] = []
         """What vLLM's scheduler has not seen, oldest first."""
         self.num_preemptions = 0
 
@@ -69,7 +69,7 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
             return self.step
         has_room = self.can_repeat and self._has_room()
         if self.can_repeat:
-            self.num_lookahead_tokens = self.steps_of_a_round - 1 if has_room else 0
+            self.num_lookahead_tokens = self.max_steps - 1 if has_room else 0
         self.step = super().schedule(*args, **kwargs)
         self.repetitions_left = self._num_repetitions(self.step) if has_room else 0
         self.state = self._state()
@@ -90,8 +90,8 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         return self.get_request_counts(), self._pause_state
 
     def _has_room(self) -> bool:
-        """Whether memory for a round is there without taking it from others: else a step at a time, as vLLM does."""
-        num_blocks: int = len(self.running) * math.ceil(self.steps_of_a_round / self.block_size)
+        """Whether memory for all steps is there without taking it from others: else a step at a time, as vLLM does."""
+        num_blocks: int = len(self.running) * math.ceil(self.max_steps / self.block_size)
         num_free: int = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return 0 < num_blocks <= num_free
 
@@ -105,15 +105,15 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         num_said: list[int] = [request.num_computed_tokens - request.num_prompt_tokens for request in requests]
         room: int = min(self.max_model_len - 1 - request.num_computed_tokens for request in requests)
         needed: int = max(request.max_tokens - 1 - number for request, number in zip(requests, num_said, strict=True))
-        most = min(self.steps_of_a_round - 1, sum(num_said) // (self.tokens_per_repetition * len(requests)))
+        most = min(self.max_steps - 1, sum(num_said) // (self.tokens_per_repetition * len(requests)))
         return max(0, min(most, room, needed))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """What a step gave; nothing until the last one of its round is scheduled."""
+        """What a step gave; nothing until the last repetition is scheduled."""
         self.held.append((scheduler_output, model_runner_output))
-        if self.repetitions_left and self.step is not None and _is_same_round(self.held[0][0], self.step):
+        if self.repetitions_left and self.step is not None and _is_same_multi_step(self.held[0][0], self.step):
             return {}
         held, self.held = self.held, []
         outputs: dict[int, EngineCoreOutputs] = {}
@@ -125,7 +125,7 @@ class RoundScheduler(AsyncScheduler):  # type: ignore[misc]
         return outputs
 
 
-def _is_same_round(step: SchedulerOutput, other: SchedulerOutput) -> bool:
+def _is_same_multi_step(step: SchedulerOutput, other: SchedulerOutput) -> bool:
     """Repetitions share the very table of what is scheduled."""
     return step.num_scheduled_tokens is other.num_scheduled_tokens
 
@@ -150,15 +150,16 @@ def _a_token_further(step: SchedulerOutput) -> SchedulerOutput:
     return dataclasses.replace(step, scheduled_cached_reqs=moved, finished_req_ids=set())
 
 
-def _joined(steps: list[Step]) -> list[Step]:
-    """Steps of one round as one with several tokens of each request, B requests and S steps, as vLLM knows it of speculative
-    decoding; as they are where one of them is of another round or holds something else."""
+def _joined(steps: list[ExecutedStep]) -> list[ExecutedStep]:
+    """A step and its repetitions as one with several tokens of each request, B requests and S steps, as vLLM knows it of
+    speculative decoding; as they are where one of them is no repetition or holds something else."""
     step, last = steps[-1]
     num_steps, num_requests = len(steps), len(last.req_ids)
-    is_round = all(
-        _is_same_round(other, step) and result.req_ids == last.req_ids and _is_a_token_each(result) for other, result in steps
+    is_whole = all(
+        _is_same_multi_step(other, step) and result.req_ids == last.req_ids and _is_a_token_each(result)
+        for other, result in steps
     )
-    if num_steps == 1 or not is_round:
+    if num_steps == 1 or not is_whole:
         return steps
     results = [result for _, result in steps]
     tokens_BS = [list(chain(*tokens)) for tokens in zip(*(result.sampled_token_ids for result in results), strict=True)]

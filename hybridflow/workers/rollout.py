@@ -40,7 +40,7 @@ ENDED: tuple[Literal["stop", "length"] | None, ...] = (None, "stop", "length")
 
 
 def training_sampling(config: Config) -> Sampling:
-    """How responses are drawn in training: `rollout.*` and `data.max_response_tokens`."""
+    """How responses are sampled in training: `rollout.*` and `data.max_response_tokens`."""
     rollout = config.rollout
     return Sampling(
         temperature=rollout.temperature,
@@ -55,8 +55,8 @@ def training_sampling(config: Config) -> Sampling:
 
 
 def validation_sampling(config: Config) -> Sampling:
-    """How responses are drawn in validation: `validation.*`, with the stop strings and tokens of training; the end of sequence
-    always ends them."""
+    """How responses are sampled in validation: `validation.*`, with the stop strings and tokens of training; the end of
+    sequence always ends them."""
     return Sampling(
         temperature=config.validation.temperature,
         top_p=config.validation.top_p,
@@ -106,8 +106,8 @@ class RolloutWorker(Worker):
             raise ConfigError([FieldError("rollout.tensor_parallel", problem)])
         per_node = parse_pool(config.placement.pools[pool_of("rollout", config)]).ranks_per_node
         # The paper's groups (section 5.3): what a rank trains then lies inside what it generates with, on one node.
-        interval = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1
-        return Layout(data=num_ranks // tensor, tensor=tensor, tensor_stride=interval)
+        stride = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1
+        return Layout(data=num_ranks // tensor, tensor=tensor, tensor_stride=stride)
 
     @remote("one_to_all")
     def begin_step(self, step: int, total_steps: int) -> None:

@@ -111,7 +111,7 @@ class ActorSync:
         self.sender: WeightSender | None = None
 
     def address(self) -> str:
-        """Open the meeting place on this rank: `host:port`."""
+        """Open the rendezvous on this rank: `host:port`."""
         self.store, port = host_transfer(device=self.context.device, timeout_s=self.config.run.timeout_s)
         return f"{_own_host()}:{port}"
 
@@ -138,7 +138,7 @@ def sync_settings(config: Config, context: RankContext) -> SyncSettings:
         bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
         verify=config.rollout.verify_weights,
         device=context.device,
-        place=Place(context.role, context.rank, is_cut=context.layout.tensor > 1),
+        place=Place(context.role, context.rank, is_sharded=context.layout.tensor > 1),
     )
 
 

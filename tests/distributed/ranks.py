@@ -30,7 +30,7 @@ def on_ranks(num_ranks: int, function: Callable[..., R], *args: object) -> list[
 def _run(rank: int, num_ranks: int, folder: str, function: Callable[..., object], args: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
     init_process_group(
-        rank=rank, world_size=num_ranks, meeting_place=f"file://{folder}/rendezvous", device=torch.device("cpu"), timeout_s=120
+        rank=rank, world_size=num_ranks, rendezvous=f"file://{folder}/rendezvous", device=torch.device("cpu"), timeout_s=120
     )
     torch.save(function(*args), Path(folder) / f"{rank}.pt")
     dist.barrier()

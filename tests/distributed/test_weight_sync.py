@@ -91,8 +91,8 @@ def sharded(tensors: dict[str, torch.Tensor], num_ranks: int) -> list[tuple[str,
     return [(name, distribute_tensor(tensor, mesh, [Shard(0)])) for name, tensor in tensors.items()]
 
 
-def settings(rank: int, *, is_cut: bool = False) -> SyncSettings:
-    place = Place("rollout", rank, is_cut=is_cut)
+def settings(rank: int, *, is_sharded: bool = False) -> SyncSettings:
+    place = Place("rollout", rank, is_sharded=is_sharded)
     return SyncSettings(dtype="bfloat16", bucket_bytes=2048, verify=True, device=CPU, place=place)
 
 
@@ -185,7 +185,7 @@ class Halves:
 
 
 def sync_to_tensor_parallel_engines(rank: int, num_ranks: int, *, tensor_rank_of: list[int]) -> None:
-    sync = ColocatedSync(settings(rank, is_cut=True), dist.group.WORLD)
+    sync = ColocatedSync(settings(rank, is_sharded=True), dist.group.WORLD)
     engine = TensorParallelEngine(EVEN, tensor_rank_of[rank])
     for seed in (0, 1):
         tensors = whole_tensors(EVEN, seed)
@@ -197,12 +197,12 @@ def sync_to_tensor_parallel_engines(rank: int, num_ranks: int, *, tensor_rank_of
         assert report.bytes_received == report.bytes_missing == predicted
     wrong = TensorParallelEngine(EVEN, tensor_rank_of[rank], doubles="down")
     with pytest.raises(WeightMismatchError, match=r"1 of 4 tensors differ .*: down"):
-        ColocatedSync(settings(rank, is_cut=True), dist.group.WORLD).sync(sharded(tensors, num_ranks), wrong)
+        ColocatedSync(settings(rank, is_sharded=True), dist.group.WORLD).sync(sharded(tensors, num_ranks), wrong)
 
 
 def sync_uneven_to_tensor_parallel_engines(rank: int, num_ranks: int) -> None:
     shapes = UNEVEN | {"down": (3, 11)}
-    sync, engine = ColocatedSync(settings(rank, is_cut=True), dist.group.WORLD), TensorParallelEngine(shapes, rank % 2)
+    sync, engine = ColocatedSync(settings(rank, is_sharded=True), dist.group.WORLD), TensorParallelEngine(shapes, rank % 2)
     for seed in (0, 1):
         tensors = whole_tensors(shapes, seed)
         sync.sync(sharded(tensors, num_ranks), engine)
@@ -326,7 +326,7 @@ def _train(rank: int, num_trainers: int, folder: str) -> None:
     sender = WeightSender(settings(rank), store, rank=rank, num_ranks=num_trainers)
     for seed in range(NUM_SYNCS):
         sender.send(sharded(whole_tensors(SENT, seed), num_trainers))
-    _wait_for(Path(folder, "received"))  # the meeting place lives here
+    _wait_for(Path(folder, "received"))  # the rendezvous lives here
     dist.barrier()
     dist.destroy_process_group()
 
@@ -334,13 +334,13 @@ def _train(rank: int, num_trainers: int, folder: str) -> None:
 def _generate(rank: int, num_receivers: int, folder: str) -> None:
     """A rollout rank, which knows nothing of the weights beforehand; the last sync meets a forgetful engine."""
     store = join_transfer(_wait_for(Path(folder, "address")), device=CPU, timeout_s=60)
-    is_cut = num_receivers > 2  # two engines of two tensor ranks
-    receiver = WeightReceiver(settings(rank, is_cut=is_cut), store, rank=rank, num_ranks=num_receivers)
-    engine = TensorParallelEngine(SENT, rank % 2) if is_cut else FakeEngine(SENT)
+    is_sharded = num_receivers > 2  # two engines of two tensor ranks
+    receiver = WeightReceiver(settings(rank, is_sharded=is_sharded), store, rank=rank, num_ranks=num_receivers)
+    engine = TensorParallelEngine(SENT, rank % 2) if is_sharded else FakeEngine(SENT)
     for seed in range(NUM_SYNCS - 1):
         report = receiver.receive(engine)
         expected = whole_tensors(SENT, seed)
-        parts = {name: engine.part(name, tensor) for name, tensor in expected.items()} if is_cut else expected
+        parts = {name: engine.part(name, tensor) for name, tensor in expected.items()} if is_sharded else expected
         assert_holds(engine, parts)
         assert report.bytes_missing == sum(tensor.numel() * 2 for tensor in parts.values())
         # Over it by at most 14 bytes of alignment for each block of each of up to three senders.

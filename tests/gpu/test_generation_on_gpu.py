@@ -1,4 +1,4 @@
-"""vLLM on the GPU with our draws in place: seeds decide, whatever is generated beside them, and however prompts are cut."""
+"""vLLM on the GPU with our sampling in place: seeds decide, whatever is generated beside them, and however prompts are cut."""
 
 from __future__ import annotations
 

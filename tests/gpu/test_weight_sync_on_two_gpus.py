@@ -27,7 +27,7 @@ pytestmark = [
 
 def sync_several_times(rank: int, folder: str, engine: str, tensor_parallel: int, sleep: bool) -> None:
     device = torch.device("cuda", rank)
-    init_process_group(rank=rank, world_size=NUM_RANKS, meeting_place=f"file://{folder}/meet", device=device, timeout_s=120)
+    init_process_group(rank=rank, world_size=NUM_RANKS, rendezvous=f"file://{folder}/meet", device=device, timeout_s=120)
     config = Config(
         model=ModelConfig(path=f"{folder}/model"),
         data=DataConfig(max_prompt_tokens=400, max_response_tokens=100),

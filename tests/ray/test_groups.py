@@ -111,9 +111,9 @@ def test_a_dead_worker_is_named_where_its_partner_fails_first(pool: Pool) -> Non
 
 
 def test_the_port_of_a_meeting_place_is_held(pool: Pool) -> None:
-    meeting_place = ray.get(pool.processes[0].meeting_place.remote())
+    rendezvous_address = ray.get(pool.processes[0].rendezvous_address.remote())
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
-        other.bind(("", int(meeting_place.rpartition(":")[2])))
+        other.bind(("", int(rendezvous_address.rpartition(":")[2])))
 
 
 def test_calls_that_wait_when_a_pool_ends_are_dropped(pool: Pool) -> None:

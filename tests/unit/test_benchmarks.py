@@ -69,17 +69,17 @@ def test_vllm_has_passes_for_each_part_of_ours() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler
 
     from hybridflow.rollout.vllm_engine import VllmEngine
-    from hybridflow.rollout.vllm_patches import draw_token_by_token
-    from hybridflow.rollout.vllm_scheduler import RoundScheduler
+    from hybridflow.rollout.vllm_patches import sample_row_by_row
+    from hybridflow.rollout.vllm_scheduler import MultiStepScheduler
 
     engine = VllmEngine.__new__(VllmEngine)  # not started: only its seeds matter here
     engine.heeds_seeds = False  # as of the first model runner, started without seeds
     passes = generation.passes_of(engine, options_of("vllm", "cuda"))
     every_token = "a seed each, every token scheduled"
-    assert list(passes) == ["a seed each", every_token, "no seeds", "a seed each, vLLM's drawing"]
+    assert list(passes) == ["a seed each", every_token, "no seeds", "a seed each, vLLM's sampling"]
     with passes[every_token]():
-        assert RoundScheduler.steps_of_a_round == 1
-    assert RoundScheduler.steps_of_a_round > 1
+        assert MultiStepScheduler.max_steps == 1
+    assert MultiStepScheduler.max_steps > 1
     with passes["a seed each"]():
         assert engine.heeds_seeds
     with passes["no seeds"]():
@@ -87,9 +87,9 @@ def test_vllm_has_passes_for_each_part_of_ours() -> None:
     before = topk_topp_sampler.random_sample
     topk_topp_sampler.random_sample = ours = lambda *_: None
     try:
-        with passes["a seed each, vLLM's drawing"]():
+        with passes["a seed each, vLLM's sampling"]():
             assert engine.heeds_seeds
-            assert topk_topp_sampler.random_sample is draw_token_by_token
+            assert topk_topp_sampler.random_sample is sample_row_by_row
         assert topk_topp_sampler.random_sample is ours
     finally:
         topk_topp_sampler.random_sample = before

@@ -20,7 +20,7 @@ def test_the_tensor_axis_is_the_fastest_then_sequence_then_data():
     assert coordinates(layout) == [(d, s, t) for d in (0, 1) for s in (0, 1) for t in (0, 1)]
 
 
-def test_an_interval_moves_tensor_ranks_apart():
+def test_a_stride_moves_tensor_ranks_apart():
     # Ranks 0 and 2 share the first engine, 1 and 3 the second; then the same on ranks 4 to 7.
     layout = Layout(data=4, tensor=2, tensor_stride=2)
     engines = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
@@ -39,7 +39,7 @@ def test_an_interval_moves_tensor_ranks_apart():
         ("2x3", 2, [[0, 1], [2, 3], [4, 5]]),
     ],
 )
-def test_engines_take_ranks_at_the_intervals_of_the_paper_within_a_node(pool: str, tensor: int, groups: list[list[int]]):
+def test_engines_take_ranks_at_the_strides_of_the_paper_within_a_node(pool: str, tensor: int, groups: list[list[int]]):
     config = Config(placement=PlacementConfig(pools={"main": pool}), rollout=RolloutConfig(tensor_parallel=tensor))
     layout = RolloutWorker.layout_of(config, sum(map(len, groups)))
     found: dict[int, list[int]] = {}

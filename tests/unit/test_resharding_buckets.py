@@ -23,20 +23,20 @@ def test_tensors_keep_their_order_and_fill_buckets_up_to_the_size():
     # bfloat16, one shard, 64 bytes = 32 elements: 16 + 16, then 24, then 8 + 8.
     shapes = [("a", (16,)), ("b", (4, 4)), ("c", (24,)), ("d", (8,)), ("e", (8,))]
     plan = plan_buckets(shapes, [WHOLE], num_shards=1, dtype="bfloat16", bucket_bytes=64)
-    assert [[slot.name for slot in bucket] for bucket in plan.buckets] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [[entry.name for entry in bucket] for bucket in plan.buckets] == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_a_tensor_larger_than_a_bucket_gets_its_own():
     shapes = [("small", (8,)), ("large", (1000, 8)), ("last", (8,))]
     plan = plan_buckets(shapes, [WHOLE], num_shards=2, dtype="float32", bucket_bytes=256)
-    assert [[slot.name for slot in bucket] for bucket in plan.buckets] == [["small"], ["large"], ["last"]]
+    assert [[entry.name for entry in bucket] for bucket in plan.buckets] == [["small"], ["large"], ["last"]]
 
 
 def test_ranks_that_read_half_of_each_tensor_get_twice_as_many_to_a_bucket():
     shapes = [(name, (8, 8)) for name in "abcd"]  # 256 bytes each in float32
     halves: list[Part] = [{name: Box((low, 0), (low + 4, 8)) for name, _ in shapes} for low in (0, 4)]
     plan = plan_buckets(shapes, halves, num_shards=2, dtype="float32", bucket_bytes=256)
-    assert [[slot.name for slot in bucket] for bucket in plan.buckets] == [["a", "b"], ["c", "d"]]
+    assert [[entry.name for entry in bucket] for bucket in plan.buckets] == [["a", "b"], ["c", "d"]]
 
 
 def random_case(draw: random.Random) -> tuple[dict[str, torch.Tensor], list[Part], int]:
@@ -79,8 +79,8 @@ def test_what_shards_pack_for_a_part_is_put_together_to_what_its_engine_reads(se
         for bucket in range(len(plan.buckets)):
             for shard, (_, runs) in enumerate(packed):
                 assembler.received[bucket][shard].copy_(runs[bucket][part])
-            for slot, held in assembler.assemble(bucket):
-                assert torch.equal(held, tensors[slot.name][slot.boxes[part].slices]), slot.name
+            for entry, held in assembler.assemble(bucket):
+                assert torch.equal(held, tensors[entry.name][entry.boxes[part].slices]), entry.name
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -137,10 +137,10 @@ def test_no_bucket_of_several_tensors_exceeds_the_size():
         tensors, parts, num_shards = random_case(draw)
         shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
         plan = plan_buckets(shapes, parts, num_shards=num_shards, dtype="float32", bucket_bytes=1024)
-        for bucket, slots in enumerate(plan.buckets):
+        for bucket, entries in enumerate(plan.buckets):
             for part in range(plan.num_parts):
                 received = sum(plan.segment(bucket, shard, part).num_elements * 4 for shard in range(num_shards))
-                assert len(slots) == 1 or received <= 1024
+                assert len(entries) == 1 or received <= 1024
 
 
 def test_the_only_tensor_of_a_bucket_is_read_without_a_copy():

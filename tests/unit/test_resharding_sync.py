@@ -105,7 +105,7 @@ def test_a_skipped_bucket_is_caught():
     with pytest.raises(WeightMismatchError) as caught:
         sync.sync(trained(), FakeEngine(torch.bfloat16))
     assert sync.plan is not None
-    assert all(slot.name in str(caught.value) for slot in sync.plan.buckets[1])
+    assert all(entry.name in str(caught.value) for entry in sync.plan.buckets[1])
 
 
 def test_weights_left_from_the_last_sync_are_caught():
@@ -169,7 +169,7 @@ class TensorRank(FakeEngine):
         held.copy_(tensor if dim is None else tensor.narrow(dim, held.shape[dim], held.shape[dim]))
 
 
-CUT = SyncSettings(dtype="bfloat16", bucket_bytes=256, verify=True, device=CPU, place=Place("rollout", 3, is_cut=True))
+CUT = SyncSettings(dtype="bfloat16", bucket_bytes=256, verify=True, device=CPU, place=Place("rollout", 3, is_sharded=True))
 
 
 def test_an_engine_that_cuts_weights_is_given_its_part_and_compared_by_it():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hybridflow.rollout.sampling import SamplingColumns, choose, cut, draw, mixed_seed, uniform
-from hybridflow.rollout.stopping import StopStrings, end_of_sequence_ids, text_decoder
+from hybridflow.rollout.sampling import SamplingColumns, choose, filter_probs, mixed_seed, sample, uniform
+from hybridflow.rollout.stopping import StopStrings, detokenizer, end_of_sequence_ids
 
 
 def columns(count: int, **values: float | list[float]) -> SamplingColumns:
@@ -23,7 +23,7 @@ def columns(count: int, **values: float | list[float]) -> SamplingColumns:
 
 
 def kept(probs: list[float], **values: float) -> list[int]:
-    (row,) = cut(torch.tensor([probs]), columns(1, **values))
+    (row,) = filter_probs(torch.tensor([probs]), columns(1, **values))
     return row.nonzero()[:, 0].tolist()
 
 
@@ -57,12 +57,12 @@ def test_top_p_counts_what_top_k_left() -> None:
 
 def test_cuts_do_not_change_what_is_kept() -> None:
     probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
-    assert torch.equal(cut(probs, columns(1, top_k=2)), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
+    assert torch.equal(filter_probs(probs, columns(1, top_k=2)), torch.tensor([[0.0, 0.4, 0.0, 0.3]]))
 
 
 def test_each_row_has_its_own_cut() -> None:
     probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).repeat(3, 1)
-    found = cut(probs, columns(3, top_k=[0, 1, 0], top_p=[1.0, 1.0, 0.5]))
+    found = filter_probs(probs, columns(3, top_k=[0, 1, 0], top_p=[1.0, 1.0, 0.5]))
     assert (found > 0).sum(1).tolist() == [4, 1, 2]
 
 
@@ -129,7 +129,7 @@ def test_mixed_seeds_differ_and_fit_63_bits() -> None:
 
 def completed_at(text: str, stop: list[str], folder: str) -> int | None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    watch = StopStrings(stop, text_decoder(tokenizer))
+    watch = StopStrings(stop, detokenizer(tokenizer))
     for number, token in enumerate(tokenizer(text).input_ids):
         if watch.ends_with(token):
             return number
@@ -185,7 +185,7 @@ def test_a_draw_in_blocks_is_the_inverse_of_the_whole_distribution(num_tokens: i
     uniform_B = torch.from_numpy(uniform(np.arange(50, dtype=np.uint64), np.arange(50)))
     cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
     expected_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)
-    assert draw(probs_BV, uniform_B).tolist() == expected_B1[:, 0].tolist()
+    assert sample(probs_BV, uniform_B).tolist() == expected_B1[:, 0].tolist()
 
 
 @pytest.mark.parametrize("number", [0.0, 1.0 - 2.0**-52])
@@ -193,7 +193,7 @@ def test_the_ends_of_the_interval_draw_no_token_that_was_cut(number: float) -> N
     probs_BV = torch.rand(20, 2400, generator=torch.Generator().manual_seed(1)).pow(30)
     probs_BV[:, :700] = 0.0
     probs_BV[:, -700:] = 0.0
-    tokens_B = draw(probs_BV, torch.full((20,), number, dtype=torch.float64))
+    tokens_B = sample(probs_BV, torch.full((20,), number, dtype=torch.float64))
     assert (probs_BV.gather(1, tokens_B[:, None]) > 0).all()
 
 
@@ -201,6 +201,6 @@ def test_the_ends_of_the_interval_draw_no_token_that_was_cut(number: float) -> N
 def test_a_row_without_a_distribution_gives_some_token_and_no_index_out_of_range(value: float) -> None:
     probs_BV = torch.full((3, 600), value)
     probs_BV[1] = torch.eye(600)[5]
-    tokens_B = draw(probs_BV, torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64))
+    tokens_B = sample(probs_BV, torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64))
     assert tokens_B[1] == 5
     assert ((tokens_B >= 0) & (tokens_B < 600)).all()

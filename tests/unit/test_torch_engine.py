@@ -25,7 +25,7 @@ from transformers import (
 
 from hybridflow.errors import EngineError, ModelError
 from hybridflow.rollout.base import Request, Sampling
-from hybridflow.rollout.slot_cache import Prefill
+from hybridflow.rollout.slot_cache import PrefillAttention
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_tokenizer
 from tests.unit.test_engine_contract import prompts, requests, spec_of, tokens_of
@@ -84,9 +84,9 @@ def test_a_model_with_capped_scores_is_refused(tmp_path: Path) -> None:
 def test_responses_to_one_prompt_share_its_prefill(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TorchEngine(spec_of(tiny_model))
     prefilled: list[int] = []
-    attend = Prefill.attend
+    attend = PrefillAttention.attend
     monkeypatch.setattr(
-        Prefill, "attend", lambda step, asked: (prefilled.append(asked.key_1KTD.shape[2]), attend(step, asked))[1]
+        PrefillAttention, "attend", lambda step, asked: (prefilled.append(asked.key_1KTD.shape[2]), attend(step, asked))[1]
     )
     prompt, other = prompts(2)
     asked = [prompt] * 20 + [other] + [prompt] * 10

@@ -17,7 +17,7 @@ import torch
 from hybridflow.errors import EngineError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Request, Sampling
-from hybridflow.rollout.sampling import draw, uniform
+from hybridflow.rollout.sampling import sample, uniform
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_model
@@ -79,7 +79,7 @@ def test_a_weight_too_large_to_read_back_is_left_out(engine: VllmEngine, monkeyp
 
 
 @pytest.fixture
-def draw_twice(engine: VllmEngine) -> Iterator[Callable[[int, int], list[list[int]]]]:
+def sample_twice(engine: VllmEngine) -> Iterator[Callable[[int, int], list[list[int]]]]:
     """Two answers to one prompt and one seed, by the engine of a data rank."""
     (prompt,) = prompts(1)
     with_seeds = engine.spec
@@ -95,10 +95,10 @@ def draw_twice(engine: VllmEngine) -> Iterator[Callable[[int, int], list[list[in
     engine.spec, engine.heeds_seeds = with_seeds, True
 
 
-def test_without_seeds_of_requests_nothing_is_drawn_twice(draw_twice: Callable[[int, int], list[list[int]]]) -> None:
-    drawn = [*draw_twice(0, 7), *draw_twice(1, 7), *draw_twice(0, 8)]
-    assert len({tuple(answer) for answer in drawn}) == 6, "neither by one engine, nor by two, nor for other first requests"
-    assert draw_twice(0, 7) == drawn[:2], "a run repeats, and a resumed one goes on, where the engine is asked alike"
+def test_without_seeds_of_requests_nothing_is_sampled_twice(sample_twice: Callable[[int, int], list[list[int]]]) -> None:
+    sampled = [*sample_twice(0, 7), *sample_twice(1, 7), *sample_twice(0, 8)]
+    assert len({tuple(answer) for answer in sampled}) == 6, "neither by one engine, nor by two, nor for other first requests"
+    assert sample_twice(0, 7) == sampled[:2], "a run repeats, and a resumed one goes on, where the engine is asked alike"
 
 
 def test_a_request_that_vllm_refuses_fails_alone(folders: tuple[str, str]) -> None:
@@ -124,10 +124,10 @@ def test_starting_an_engine_leaves_random_states_alone(folders: tuple[str, str])
     with _kept_random_state():
         torch.manual_seed(0)
         np.random.seed(0)
-    drawn = torch.rand(1).item(), np.random.rand()
+    sampled = torch.rand(1).item(), np.random.rand()
     torch.manual_seed(5)
     np.random.seed(5)
-    assert drawn == (torch.rand(1).item(), np.random.rand())
+    assert sampled == (torch.rand(1).item(), np.random.rand())
 
 
 def test_engine_options_reach_vllm(engine: VllmEngine) -> None:
@@ -170,7 +170,7 @@ def test_what_vllm_refuses_is_told_in_our_keys(
 
 
 class Counting:
-    """What the draws use of a generator of CUDA, which no CPU has."""
+    """What sampling uses of a generator of CUDA, which no CPU has."""
 
     def __init__(self, seed: int, num_tokens: int):
         self.seed, self.offset = seed, 4 * num_tokens
@@ -185,30 +185,30 @@ class Counting:
         self.offset = offset
 
 
-def test_draws_at_once_depend_on_seed_and_number_of_the_token_alone() -> None:
-    from hybridflow.rollout.vllm_patches import draw_at_once
+def test_samples_at_once_depend_on_seed_and_number_of_the_token_alone() -> None:
+    from hybridflow.rollout.vllm_patches import sample_at_once
 
     probs_BV = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))
     generators = {2: Counting(7, 5), 0: Counting(2**63 - 1, 5), 1: Counting(7, 6)}  # vLLM's order is not that of the rows
-    tokens = draw_at_once(probs_BV, generators).tolist()
+    tokens = sample_at_once(probs_BV, generators).tolist()
     assert [generator.offset for generator in generators.values()] == [24, 24, 28]
-    expected = draw(probs_BV, torch.from_numpy(uniform(np.array([2**63 - 1, 7, 7], np.uint64), np.array([5, 6, 5]))))
+    expected = sample(probs_BV, torch.from_numpy(uniform(np.array([2**63 - 1, 7, 7], np.uint64), np.array([5, 6, 5]))))
     assert tokens == expected.tolist()
-    assert draw_at_once(probs_BV[2:], {0: Counting(7, 5)}).tolist() == tokens[2:], "alone, and in another row"
+    assert sample_at_once(probs_BV[2:], {0: Counting(7, 5)}).tolist() == tokens[2:], "alone, and in another row"
     dropped = Counting(7, 6)
     dropped.set_offset(dropped.get_offset() - 4)  # as vLLM does where it drops a token
-    assert draw_at_once(probs_BV[2:], {0: dropped}).tolist() == tokens[2:]
+    assert sample_at_once(probs_BV[2:], {0: dropped}).tolist() == tokens[2:]
 
 
 def test_rows_without_a_seed_are_drawn_as_vllm_does_and_change_nothing_for_others() -> None:
-    from hybridflow.rollout.vllm_patches import draw_at_once
+    from hybridflow.rollout.vllm_patches import sample_at_once
 
     probs_BV = torch.rand(4, 1000, generator=torch.Generator().manual_seed(0))
     probs_BV[1] = torch.eye(1000)[17]
     with torch.random.fork_rng():
-        assert draw_at_once(probs_BV[1:2], {}).tolist() == [17]
-        tokens = draw_at_once(probs_BV, {row: Counting(row, 3) for row in (3, 0, 2)}).tolist()
-    alone = [draw_at_once(probs_BV[row : row + 1], {0: Counting(row, 3)}).item() for row in (0, 2, 3)]
+        assert sample_at_once(probs_BV[1:2], {}).tolist() == [17]
+        tokens = sample_at_once(probs_BV, {row: Counting(row, 3) for row in (3, 0, 2)}).tolist()
+    alone = [sample_at_once(probs_BV[row : row + 1], {0: Counting(row, 3)}).item() for row in (0, 2, 3)]
     assert tokens == [alone[0], 17, *alone[1:]]
 
 

@@ -1,4 +1,4 @@
-"""Rounds of decode steps: what vLLM's scheduler hands out with them is what it hands out without, request by request.
+"""Multi-step scheduling: what vLLM's scheduler hands out with it is what it hands out without, request by request.
 
 A worker stands in whose token depends on all tokens before it, and which checks what it is told: tokens that resumed requests
 have said, positions, and that memory holds what was computed of these very tokens.
@@ -16,7 +16,7 @@ import torch
 
 from tests.toy import make_tiny_model
 
-pytest.importorskip("vllm", reason="vllm is not installed: rounds of its scheduler are NOT tested on this machine")
+pytest.importorskip("vllm", reason="vllm is not installed: multi-step scheduling is NOT tested on this machine")
 
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -30,7 +30,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from hybridflow.rollout.vllm_scheduler import RoundScheduler
+from hybridflow.rollout.vllm_scheduler import MultiStepScheduler
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(120)]
 BLOCK_SIZE = 16
@@ -40,9 +40,9 @@ END = 7
 
 
 @pytest.fixture(autouse=True)
-def long_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Soon after the start, since responses are short here."""
-    monkeypatch.setattr(RoundScheduler, "tokens_per_repetition", 1)
+    monkeypatch.setattr(MultiStepScheduler, "tokens_per_repetition", 1)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_requests_get_their_tokens_with_and_without_rounds(
     """Also where memory is short, so that requests are preempted, and where prompts come in small chunks."""
     config.scheduler_config.max_num_batched_tokens = tokens_of_a_step
     for seed in range(3):
-        scheduler = scheduler_of(RoundScheduler, config, num_blocks=num_blocks)
+        scheduler = scheduler_of(MultiStepScheduler, config, num_blocks=num_blocks)
         scheduler.use_v2_model_runner = is_second_runner
         found = run(scheduler, some_requests(seed), {}, depth=depth)
         assert found.tokens == expected(some_requests(seed))
@@ -256,17 +256,19 @@ def test_memory_that_suffices_without_rounds_suffices(config: VllmConfig, depth:
     for prompt_tokens, num_blocks in ((100, 9), (60, 4)):
         max_tokens = num_blocks * BLOCK_SIZE - prompt_tokens
         lone = {0: [request(1, prompt_tokens=prompt_tokens, max_tokens=max_tokens, ends=False)]}
-        scheduler = scheduler_of(RoundScheduler, config, num_blocks=num_blocks + 1)  # one is vLLM's own
+        scheduler = scheduler_of(MultiStepScheduler, config, num_blocks=num_blocks + 1)  # one is vLLM's own
         assert run(scheduler, lone, {}, depth=depth).tokens == expected(lone)
     several = {0: [request(name, prompt_tokens=64, max_tokens=64, ends=False) for name in range(1, 9)]}
-    assert run(scheduler_of(RoundScheduler, config, num_blocks=1 + 8 * 8), several, {}, depth=depth).tokens == expected(several)
+    assert run(scheduler_of(MultiStepScheduler, config, num_blocks=1 + 8 * 8), several, {}, depth=depth).tokens == expected(
+        several
+    )
     assert sum(one.num_preemptions for one in several[0]) == 0
 
 
 def test_a_full_cache_is_told_at_first_and_where_it_has_doubled(config: VllmConfig, caplog: pytest.LogCaptureFixture) -> None:
     config.scheduler_config.max_num_batched_tokens = 64
     arrivals = some_requests(0)
-    run(scheduler_of(RoundScheduler, config, num_blocks=25), arrivals, {}, depth=1)
+    run(scheduler_of(MultiStepScheduler, config, num_blocks=25), arrivals, {}, depth=1)
     total = sum(one.num_preemptions for batch in arrivals.values() for one in batch)
     told = [record.args[0] for record in caplog.records if "key-value cache is full" in record.msg and record.args]
     assert total > 2 and told == [2**power for power in range(total.bit_length())]
@@ -274,7 +276,7 @@ def test_a_full_cache_is_told_at_first_and_where_it_has_doubled(config: VllmConf
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_arrivals_keep_no_answers_back(config: VllmConfig, depth: int) -> None:
-    scheduler = scheduler_of(RoundScheduler, config)
+    scheduler = scheduler_of(MultiStepScheduler, config)
     for name in range(1, MAX_REQUESTS + 1):
         scheduler.add_request(request(name, prompt_tokens=1, max_tokens=100, ends=False))
     model, under_way, num_answers = Model(), deque[tuple[SchedulerOutput, ModelRunnerOutput]](), 0
@@ -289,7 +291,7 @@ def test_arrivals_keep_no_answers_back(config: VllmConfig, depth: int) -> None:
 
 
 def count_of_schedules(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows with every round of vLLM's own scheduler."""
+    """Grows with every run of vLLM's own scheduler."""
     calls: list[None] = []
     own = AsyncScheduler.schedule
     monkeypatch.setattr(
@@ -301,10 +303,10 @@ def count_of_schedules(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 def test_a_round_is_scheduled_once(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_of_schedules(monkeypatch)
     long = {0: [request(name, prompt_tokens=10, max_tokens=100, ends=False) for name in (1, 2, 3)]}
-    found = run(scheduler_of(RoundScheduler, config), long, {}, depth=2)
+    found = run(scheduler_of(MultiStepScheduler, config), long, {}, depth=2)
     assert [len(tokens) for tokens in found.tokens.values()] == [100] * 3
     assert found.num_steps <= 102, "no step in vain where all end together"
-    assert len(calls) <= found.num_steps // RoundScheduler.steps_of_a_round + 5
+    assert len(calls) <= found.num_steps // MultiStepScheduler.max_steps + 5
 
 
 def test_short_responses_compute_little_in_vain(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +319,7 @@ def test_short_responses_compute_little_in_vain(config: VllmConfig, monkeypatch:
             {},
             depth=2,
         )
-        for kind in (AsyncScheduler, RoundScheduler)
+        for kind in (AsyncScheduler, MultiStepScheduler)
     ]
     assert runs[1].num_rows <= 1.05 * runs[0].num_rows
 
@@ -327,7 +329,7 @@ def test_aborted_requests_end_and_the_others_go_on(config: VllmConfig) -> None:
         arrivals = some_requests(seed)
         aborts = {13 + 5 * number: str(4 * number) for number in range(12)}
         for depth in (1, 2):
-            found = run(scheduler_of(RoundScheduler, config), some_requests(seed), aborts, depth=depth)
+            found = run(scheduler_of(MultiStepScheduler, config), some_requests(seed), aborts, depth=depth)
             responses = expected(arrivals)
             for name, tokens in responses.items():
                 if name in aborts.values():
@@ -338,7 +340,7 @@ def test_aborted_requests_end_and_the_others_go_on(config: VllmConfig) -> None:
 
 def test_prompts_in_chunks_of_one_token_are_no_decoding(config: VllmConfig) -> None:
     config.scheduler_config.max_num_batched_tokens = MAX_REQUESTS
-    scheduler = scheduler_of(RoundScheduler, config)
+    scheduler = scheduler_of(MultiStepScheduler, config)
     others = [request(name, prompt_tokens=1, max_tokens=90, ends=False) for name in range(1, MAX_REQUESTS)]
     arrivals = {0: others, 2: [request(999, prompt_tokens=40, max_tokens=10)]}
     found = run(scheduler, arrivals, {}, depth=2)
@@ -348,7 +350,7 @@ def test_prompts_in_chunks_of_one_token_are_no_decoding(config: VllmConfig) -> N
 
 def test_requests_that_arrive_within_a_round_do_not_wait_for_its_end(config: VllmConfig) -> None:
     config.scheduler_config.max_num_batched_tokens = 64
-    scheduler = scheduler_of(RoundScheduler, config)
+    scheduler = scheduler_of(MultiStepScheduler, config)
     scheduler.add_request(request(1, prompt_tokens=10, max_tokens=100))
     assert in_a_round(scheduler)[-1].num_scheduled_tokens == {"1": 1}
     scheduler.add_request(request(2, prompt_tokens=10, max_tokens=100))
@@ -365,7 +367,7 @@ def in_a_round(scheduler: AsyncScheduler) -> list[SchedulerOutput]:
 
 def test_the_worker_hears_of_an_abort_beside_an_arrival(config: VllmConfig) -> None:
     config.scheduler_config.max_num_batched_tokens = 64
-    scheduler, heard = scheduler_of(RoundScheduler, config), set[str]()
+    scheduler, heard = scheduler_of(MultiStepScheduler, config), set[str]()
     for name in range(1, MAX_REQUESTS + 2):
         scheduler.add_request(request(name, prompt_tokens=1, max_tokens=100, ends=False))
     for step in in_a_round(scheduler):
@@ -376,7 +378,7 @@ def test_the_worker_hears_of_an_abort_beside_an_arrival(config: VllmConfig) -> N
 
 
 def test_a_paused_scheduler_repeats_nothing(config: VllmConfig) -> None:
-    scheduler = scheduler_of(RoundScheduler, config)
+    scheduler = scheduler_of(MultiStepScheduler, config)
     scheduler.add_request(request(1, prompt_tokens=10, max_tokens=100, ends=False))
     assert in_a_round(scheduler)[-1].total_num_scheduled_tokens == 1
     scheduler.set_pause_state(PauseState.PAUSED_ALL)
@@ -386,7 +388,7 @@ def test_a_paused_scheduler_repeats_nothing(config: VllmConfig) -> None:
 def test_results_with_more_than_tokens_are_not_joined(config: VllmConfig) -> None:
     """Log-probabilities of a prompt come with its last chunk, which may be a single token."""
     config.scheduler_config.max_num_batched_tokens = MAX_REQUESTS
-    scheduler, model, outputs = scheduler_of(RoundScheduler, config), Model(), []
+    scheduler, model, outputs = scheduler_of(MultiStepScheduler, config), Model(), []
     scheduler.add_request(request(1, prompt_tokens=MAX_REQUESTS + 1, max_tokens=20, ends=False, prompt_logprobs=0))
     for number in range(20):
         step = scheduler.schedule()
@@ -404,6 +406,6 @@ def test_what_rounds_would_break_goes_step_by_step(config: VllmConfig, monkeypat
     sampling = {"stop": ["so"], "detokenize": True} if what == "stop strings" else {}
     window = {"sliding_window": 64} if what == "sliding window" else {}
     asked = {0: [request(name, prompt_tokens=10, max_tokens=50, **sampling) for name in (1, 2, 3)]}
-    found = run(scheduler_of(RoundScheduler, config, **window), asked, {}, depth=2)
+    found = run(scheduler_of(MultiStepScheduler, config, **window), asked, {}, depth=2)
     assert found.tokens == expected(asked)
     assert len(calls) >= found.num_steps
