@@ -62,14 +62,14 @@ class StopStrings:
         return is_complete
 
 
-def end_across(seam: int, tokens: Sequence[int], stop: Sequence[str], decode: Decode) -> int | None:
+def end_across(seam: int, tokens: Sequence[int], stop: Sequence[str], detokenize: Detokenize) -> int | None:
     """With which number of tokens a response ends whose text completes a stop string at or behind token `seam`, having begun it
     before; None where it does not.
 
     Whoever generated the tokens from `seam` on has not seen those before.
     """
     reach = 4 * max(map(len, stop))  # a character has up to four tokens
-    watch = StopStrings(stop, decode)
+    watch = StopStrings(stop, detokenize)
     for index in range(max(0, seam - reach), min(seam + reach, len(tokens))):
         if watch.ends_with(tokens[index]) and index >= seam:
             return index + 1

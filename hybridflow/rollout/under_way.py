@@ -19,7 +19,7 @@ import numpy.typing as npt
 from hybridflow.rollout.base import Request, Response, Sampling
 from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
-from hybridflow.rollout.stopping import Decode, end_across
+from hybridflow.rollout.stopping import Detokenize, end_across
 
 GATHERED_S = 0.02
 """What finishes within this time is handed out together."""
@@ -74,7 +74,7 @@ class RowUnderWay:
         left = replace(self.sampling, max_tokens=self.sampling.max_tokens - so_far)
         return Request(id=number, prompt=np.concatenate([self.prompt, *self.tokens]), sampling=left, seed=seed)
 
-    def take_in(self, response: Response, version: int, decode: Decode) -> None:
+    def take_in(self, response: Response, version: int, detokenize: Detokenize) -> None:
         """Add what one request has given. It may have gone on behind the end of a stop string that an earlier request began:
         what is behind is dropped."""
         kept = len(response.tokens)
@@ -82,7 +82,7 @@ class RowUnderWay:
             self.finish_reason = response.finish_reason
         if self.tokens and self.sampling.stop:
             so_far, whole = self.num_tokens, np.concatenate([*self.tokens, response.tokens]).tolist()
-            if (end := end_across(so_far, whole, self.sampling.stop, decode)) is not None:
+            if (end := end_across(so_far, whole, self.sampling.stop, detokenize)) is not None:
                 kept, self.finish_reason = end - so_far, "stop"
         if not kept:
             return
@@ -100,8 +100,8 @@ class RowsUnderWay:
     Ranks that share an engine may differ in the order in which they find rows finished; only the answers of one are read.
     """
 
-    def __init__(self, engine: EngineThread, decode: Decode):
-        self.engine, self.decode = engine, decode
+    def __init__(self, engine: EngineThread, detokenize: Detokenize):
+        self.engine, self.detokenize = engine, detokenize
         self.version = 0
         """Of the policy whose weights the engine has."""
         self._changed = threading.Condition()
@@ -190,7 +190,7 @@ class RowsUnderWay:
             if error is not None:
                 self._failure = error
             else:
-                row.take_in(future.result(), version, self.decode)
+                row.take_in(future.result(), version, self.detokenize)
                 if row.finish_reason is not None:
                     del self._rows[row.number]
                     self._finished.append(row)

@@ -24,7 +24,7 @@ from hybridflow.rollout.base import Engine, EngineSpec, Sampling
 from hybridflow.rollout.lockstep import lockstep
 from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
-from hybridflow.rollout.stopping import text_decoder
+from hybridflow.rollout.stopping import detokenizer
 from hybridflow.rollout.under_way import RowsUnderWay, RowUnderWay
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
@@ -88,7 +88,7 @@ class RolloutWorker(Worker):
             raise ConfigError([FieldError("rollout.engine", problem)])
         agree = lockstep(context.layout, context.rank)
         self.engine = EngineThread(engine_class(engine_spec(self.config, context)), agree=agree)
-        self.rows = RowsUnderWay(self.engine, text_decoder(self.tokenizer))
+        self.rows = RowsUnderWay(self.engine, detokenizer(self.tokenizer))
         """Those of `submit`."""
         self.num_calls = 0
         """Of `generate` and `submit` in this step."""
@@ -127,7 +127,7 @@ class RolloutWorker(Worker):
             >>> greedy = dataclasses.replace(training_sampling(config), temperature=0.0)
             >>> sampled, best = rollout.generate(rows), rollout.generate(rows, sampling=greedy)
         """
-        rows = RowsUnderWay(self.engine, self.rows.decode)
+        rows = RowsUnderWay(self.engine, self.rows.detokenize)
         rows.version = self.rows.version
         rows.submit(self._rows(batch, sampling))
         has_log_probs = sampling is None or sampling.log_probs

@@ -16,7 +16,7 @@ from hybridflow.checkpoint.arrays import load_arrays, save_arrays
 from hybridflow.errors import CheckpointError, EngineError
 from hybridflow.rollout.base import EngineSpec, Response, Sampling
 from hybridflow.rollout.step_thread import EngineThread
-from hybridflow.rollout.stopping import text_decoder
+from hybridflow.rollout.stopping import detokenizer
 from hybridflow.rollout.torch_engine import TorchEngine
 from hybridflow.rollout.under_way import RowsUnderWay, RowUnderWay
 from hybridflow.workers.rollout import nothing_said, rows_of, started_columns
@@ -26,7 +26,7 @@ from tests.unit.test_engine_contract import forward_log_probs, spec_of, weights_
 LENGTH = 24
 SAMPLING = Sampling(temperature=0.8, max_tokens=LENGTH, ignore_eos=True)
 TOKENIZER = make_tiny_tokenizer()
-DECODE = text_decoder(TOKENIZER)
+DECODE = detokenizer(TOKENIZER)
 
 
 class SteppedEngine(TorchEngine):
