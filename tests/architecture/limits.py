@@ -311,3 +311,10 @@ def unexplained_fields(source: Source, class_name: str) -> list[Violation]:
                 Violation(source.path, statement.lineno, f"{class_name}.{name} has no string under it that explains it")
             )
     return found
+
+
+def lines_of(folder: str) -> int:
+    """Lines of all Python files below a folder of the repository, or of one file."""
+    path = ROOT / folder
+    files = [path] if path.is_file() else [file for file in path.rglob("*.py") if "__pycache__" not in file.parts]
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
