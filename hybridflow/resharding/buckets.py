@@ -118,7 +118,13 @@ def plan_buckets(
 ) -> Plan:
     """Tensors in their order, as many to a bucket as fit `bucket_bytes` of an engine rank; a larger one gets its own.
 
-    `parts` has one entry for each engine rank.
+    `parts` has one item for each engine rank.
+
+    Example:
+        >>> shapes = [("a", (4, 2)), ("b", (4, 2)), ("c", (4, 2))]
+        >>> plan = plan_buckets(shapes, [{}], num_shards=2, dtype="float32", bucket_bytes=64)
+        >>> [[entry.name for entry in bucket] for bucket in plan.buckets]  # 32 bytes each
+        [['a', 'b'], ['c']]
     """
     distinct = list({tuple(sorted(part.items())): part for part in parts}.values())
     buckets: list[list[Entry]] = [[]]

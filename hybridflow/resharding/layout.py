@@ -6,13 +6,6 @@ from dataclasses import dataclass
 from math import prod
 
 
-def chunk(size: int, num_parts: int, index: int) -> tuple[int, int]:
-    """Start and stop of part `index` of `size` rows, as torch.chunk and FSDP2 cut: parts of equal, rounded-up size,
-    the last ones short or empty."""
-    per_part = -(-size // num_parts)
-    return min(index * per_part, size), min((index + 1) * per_part, size)
-
-
 @dataclass(frozen=True)
 class Box:
     """A block of a tensor: from `start` up to `stop` in every dim."""
@@ -44,11 +37,6 @@ class Box:
         start = (*self.start[:dim], low, *self.start[dim + 1 :])
         return Box(start, (*self.stop[:dim], high, *self.stop[dim + 1 :]))
 
-    def part(self, dim: int, num_parts: int, index: int) -> Box:
-        """Chunk `index` of this box along `dim`."""
-        low, high = chunk(self.stop[dim] - self.start[dim], num_parts, index)
-        return self.between(dim, self.start[dim] + low, self.start[dim] + high)
-
     def within(self, outer: Box) -> Box:
         """The same block, counted from the start of `outer`."""
         return Box(
@@ -66,5 +54,6 @@ def shard_box(shape: tuple[int, ...], num_shards: int, shard: int) -> Box | None
     """What FSDP2 gives shard number `shard`: rows of dim 0, or None for none. A number without dims is the first shard's."""
     if not shape:
         return Box((), ()) if shard == 0 else None
-    box = Box.whole(shape).part(0, num_shards, shard)
+    per_shard = -(-shape[0] // num_shards)  # as torch.chunk: rounded up, the last ones are short or empty
+    box = Box.whole(shape).between(0, min(shard * per_shard, shape[0]), min((shard + 1) * per_shard, shape[0]))
     return box if box.num_elements else None

@@ -110,7 +110,10 @@ class Assembler:
         self.received = flat_runs(lengths, turns=2, dtype=plan.dtype, device=device)
         """By bucket: where each shard's segment goes."""
         wholes = [plan.assembled(bucket, part) for bucket in range(len(plan.buckets))]
-        in_order = [_is_in_order(whole, sum(runs), len(runs)) for whole, runs in zip(wholes, lengths, strict=True)]
+        in_order = [  # segments side by side are the tensors as they are: one shard, or one tensor without gaps
+            plan.num_shards == 1 or (len(whole.blocks) == 1 and whole.blocks[0].box.num_elements == sum(runs))
+            for whole, runs in zip(wholes, lengths, strict=True)
+        ]
         sizes = [[0 if stays else whole.num_elements] for whole, stays in zip(wholes, in_order, strict=True)]
         assembled = flat_runs(sizes, turns=1, dtype=plan.dtype, device=device)
         self.buffer_bytes = storage_bytes(self.received) + storage_bytes(assembled)
@@ -149,11 +152,6 @@ class Assembler:
 def segment_views(segment: Segment, run: torch.Tensor) -> list[torch.Tensor]:
     """The blocks of a segment in its memory."""
     return [run[block.offset : block.offset + block.box.num_elements].view(block.box.shape) for block in segment.blocks]
-
-
-def _is_in_order(whole: Segment, num_received: int, num_shards: int) -> bool:
-    """Whether segments side by side are the tensors as they are: one shard, or one tensor without gaps."""
-    return num_shards == 1 or (len(whole.blocks) == 1 and whole.blocks[0].box.num_elements == num_received)
 
 
 def _view(tensor: torch.Tensor, whole: Box, block: Box) -> torch.Tensor:

@@ -43,6 +43,7 @@ class CudaRecording:
             torch.cuda.set_stream(self._stream)
 
     def replay(self) -> None:
+        """Make the launches."""
         self._graph.replay()
 
 
@@ -74,18 +75,18 @@ class Loads:
     def __init__(self, num_buckets: int, new_recording: Callable[[], CudaRecording] | None):
         """Without `new_recording` nothing is recorded."""
         self._num_buckets, self.new_recording = num_buckets, new_recording
-        self._recordings: list[CudaRecording] = []
+        self.recordings: list[CudaRecording] = []
         self._current: CudaRecording | None = None
         self._addresses: tuple[int, ...] = ()
         self._is_watched = False
 
     def are_recorded(self, target: Engine) -> bool:
-        """Whether `replay` does what the engine's loading would: its weights are where they were recorded."""
-        if len(self._recordings) < self._num_buckets:
+        """Whether replaying does what the engine's loading would: its weights are where they were recorded."""
+        if len(self.recordings) < self._num_buckets:
             return False
         if self._addresses == _addresses(target):
             return True
-        self._recordings.clear()
+        self.recordings.clear()
         return False
 
     def run(self, target: Engine, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -99,7 +100,7 @@ class Loads:
                 self.new_recording = None
                 logger.info("the engine's loading is not recorded, since it calls %s", watch.obstacle)
             return
-        self._recordings.clear()  # a load that failed has left those of its first buckets
+        self.recordings.clear()  # a load that failed has left those of its first buckets
         self._addresses = _addresses(target)
         try:
             target.load_weights(tensors)
@@ -119,12 +120,8 @@ class Loads:
         if self._current is not None:
             self._current.end()
             self._current.replay()
-            self._recordings.append(self._current)
+            self.recordings.append(self._current)
             self._current = None
-
-    def replay(self, bucket: int) -> None:
-        """Load a bucket that has come as it was recorded."""
-        self._recordings[bucket].replay()
 
 
 def _addresses(target: Engine) -> tuple[int, ...]:

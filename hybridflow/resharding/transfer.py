@@ -322,7 +322,7 @@ class Delivery:
         """Start each bucket, wait for it, and load it."""
         if loads.are_recorded(target):
             for bucket, _ in self._arrived(start):
-                loads.replay(bucket)
+                loads.recordings[bucket].replay()
                 self.timeline.mark("load")
             target.reset_prefix_cache()
             self.timeline.mark("reset")

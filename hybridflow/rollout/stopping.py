@@ -36,7 +36,13 @@ def detokenizer(tokenizer: PreTrainedTokenizerBase) -> Detokenize:
 
 
 class StopStrings:
-    """Watches the text of one response grow, token by token."""
+    """Watches the text of one response grow, token by token.
+
+    Example:
+        >>> watch = StopStrings(["ab"], lambda ids: "".join(map(chr, ids)))
+        >>> [watch.ends_with(token) for token in (97, 97, 98)]  # a, a, b
+        [False, False, True]
+    """
 
     def __init__(self, stop: Sequence[str], detokenize: Detokenize):
         self.stop, self.detokenize = tuple(stop), detokenize

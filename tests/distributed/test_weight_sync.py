@@ -26,7 +26,7 @@ from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.rollout import RolloutWorker
 from tests.reference.reshard_schedule import schedule
-from tests.reference.weight_layouts import FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout
+from tests.reference.weight_layouts import FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout, chunk_box
 from tests.toy import make_tiny_model
 
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ class Halves:
     def box(self, tensor: TensorSpec, rank: int) -> Box | None:
         dim = TensorParallelEngine.DIMS.get(tensor.name)
         whole = Box.whole(tensor.shape)
-        return whole if dim is None else whole.part(dim, 2, self.tensor_rank_of[rank])
+        return whole if dim is None else chunk_box(whole, dim, 2, self.tensor_rank_of[rank])
 
     def replica(self, rank: int) -> int:
         return rank

@@ -28,6 +28,19 @@ class TensorSpec:
     """Position in the model, from 0; decides the pipeline stage."""
 
 
+def chunk(size: int, num_parts: int, index: int) -> tuple[int, int]:
+    """Start and stop of part `index` of `size` rows, as torch.chunk cuts: of equal, rounded-up size, the last ones short or
+    empty."""
+    per_part = -(-size // num_parts)
+    return min(index * per_part, size), min((index + 1) * per_part, size)
+
+
+def chunk_box(box: Box, dim: int, num_parts: int, index: int) -> Box:
+    """Chunk `index` of a box along `dim`."""
+    low, high = chunk(box.stop[dim] - box.start[dim], num_parts, index)
+    return box.between(dim, box.start[dim] + low, box.start[dim] + high)
+
+
 class WeightLayout(Protocol):
     """How a list of weights is cut over ranks."""
 
@@ -162,5 +175,5 @@ def _cut(tensor: TensorSpec, pipeline: tuple[int, int, int], along_tensor: tuple
     if tensor.tensor_dim is None:
         return whole
     index, parts = along_tensor
-    box = whole.part(tensor.tensor_dim, parts, index)
+    box = chunk_box(whole, tensor.tensor_dim, parts, index)
     return box if box.num_elements else None

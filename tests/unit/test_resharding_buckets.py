@@ -13,7 +13,7 @@ from hybridflow.resharding.layout import Box
 from hybridflow.resharding.pack import Assembler, Packer, flat_runs
 from hybridflow.resharding.timeline import Timeline
 from tests.reference.reshard_schedule import schedule
-from tests.reference.weight_layouts import FsdpLayout, TensorSpec
+from tests.reference.weight_layouts import FsdpLayout, TensorSpec, chunk_box
 
 CPU = torch.device("cpu")
 WHOLE: Part = {}
@@ -49,7 +49,7 @@ def random_case(draw: random.Random) -> tuple[dict[str, torch.Tensor], list[Part
         if dims and draw.random() < 0.7:
             dim = draw.choice(dims)
             for index, part in enumerate(parts):
-                box = Box.whole(tuple(tensor.shape)).part(dim, num_tensor_ranks, index)
+                box = chunk_box(Box.whole(tuple(tensor.shape)), dim, num_tensor_ranks, index)
                 part[name] = box
     num_shards = draw.randint(1, 5)
     return tensors, [parts[rank % num_tensor_ranks] for rank in range(num_shards)], num_shards

@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from hybridflow.resharding.layout import chunk
 from tests.reference.reshard_schedule import Schedule, schedule
 from tests.reference.transition_cost import deepspeed_chat_cost, hybridflow_cost, vanilla_cost
-from tests.reference.weight_layouts import FsdpLayout, GenerationLayout, Grouping, TensorSpec, TrainingLayout, WeightLayout
+from tests.reference.weight_layouts import (
+    FsdpLayout,
+    GenerationLayout,
+    Grouping,
+    TensorSpec,
+    TrainingLayout,
+    WeightLayout,
+    chunk,
+)
 
 PAPER = GenerationLayout(training=TrainingLayout(pipeline=1, tensor=4, data=2, first_rank=1), tensor=2)
 """Section 5.3: training 1-4-2, generation 1-2-2-2, GPUs 1 to 8."""
