@@ -73,7 +73,13 @@ class RolloutWorker(Worker):
 
     answers_row_by_row: ClassVar[bool] = True
     """Whether rows may be had one by one as they finish (`submit`, `take_finished`). A class of your own whose `generate` does
-    something else sets this to False, and is then asked for whole batches only."""
+    something else sets this to False, and is then asked for whole batches only. A class that replaces it has to say."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "generate" in vars(cls) and "answers_row_by_row" not in vars(cls):
+            problem = f"{cls.__name__} replaces `generate` and does not say whether rows may be had by `submit`"
+            raise ConfigError([FieldError("placement.workers", f"{problem}. Set answers_row_by_row on it")])
 
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)

@@ -33,6 +33,7 @@ def pause(config: Config, step: int) -> None:
 class PausesInCollect(RewardWorker):
     """Stops when responses are there and not yet scored."""
 
+    scores_whole_batches = False
     step = 0
 
     @remote("one_to_all")

@@ -54,6 +54,7 @@ class FixedResponses(RolloutWorker):
 class LengthAsReward(RewardWorker):
     """Scores a response by its number of tokens."""
 
+    scores_whole_batches = False
     __init__ = Worker.__init__
 
     @remote("split_by_data_rank")

@@ -12,7 +12,7 @@ import torch
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
-from hybridflow.errors import RewardError
+from hybridflow.errors import ConfigError, RewardError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
 from hybridflow.workers.base import RankContext
@@ -33,7 +33,7 @@ def compute_score(reward_inputs):
     return [len(reward_inputs) + position / 100 for position, _ in enumerate(reward_inputs)]
 """
 REFUSES_ONE = """
-from hybridflow.errors import RewardError
+from hybridflow.errors import ConfigError, RewardError
 def compute_score(reward_input):
     if len(reward_input["response"]) == 1: raise RewardError("one character is too short to judge")
     return 1.0
@@ -228,3 +228,17 @@ def test_no_call_follows_one_that_failed(start: Start) -> None:
     with pytest.raises(RewardError, match="one character is too short"):
         respond(rows(SHUFFLED), rollout, reward)
     assert called(reward, "score") == 1
+
+
+def test_a_class_that_replaces_score_or_generate_says_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match="Set scores_whole_batches on it"):
+
+        class Forgetful(RewardWorker):
+            def score(self, batch: Batch) -> Batch:  # type: ignore[override]
+                return batch
+
+    with pytest.raises(ConfigError, match="Set answers_row_by_row on it"):
+
+        class AlsoForgetful(RolloutWorker):
+            def generate(self, batch: Batch) -> Batch:  # type: ignore[override]
+                return batch
