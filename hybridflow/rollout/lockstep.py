@@ -15,7 +15,7 @@ def lockstep(layout: Layout, rank: int) -> Agree | None:
 
     Every rank of the pool calls this at the same time.
     """
-    if layout.tensor == 1 or not dist.is_initialized() or dist.get_world_size() < layout.num_ranks:
+    if layout.tensor == 1 or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     first, own = rank, None
     for data_rank in range(layout.data):
