@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybridflow.batch import Batch
-from hybridflow.config.schema import Config, TrainingConfig
+from hybridflow.config.schema import Config, LoopConfig, TrainingConfig
 from hybridflow.errors import BatchError, CheckpointError
 from hybridflow.metrics import Metrics
 from hybridflow.ops.losses import NextTokenLoss, PolicyLoss, ValueLoss
@@ -250,3 +250,11 @@ def test_a_cosine_schedule_is_half_way_in_the_middle() -> None:
 
 def test_a_constant_schedule_has_no_floor() -> None:
     assert rates(3, min_learning_rate_ratio=0.1) == [1.0, 1.0, 1.0]
+
+
+def test_present_log_probs_are_not_taken_for_those_of_older_weights(model_path: str) -> None:
+    stale = dataclasses.replace(training_config(model_path), loop=LoopConfig(max_staleness=1))
+    batch = random_batch([(3, 5), (1, 1)], seed=0)
+    with pytest.raises(BatchError, match=r"loop\.max_staleness=1 older weights have sampled"):
+        actor_of(stale).update(batch, loss=dataclasses.replace(LOSS, old_log_probs="current"))
+    assert "actor/loss" in actor_of(stale).update(batch, loss=LOSS), "those of before the updates are taken"
