@@ -84,7 +84,7 @@ $(VENV)/.has-package: setup.py $(VENV)/.has-python
 
 $(VENV)/.has-dev: $(VENV)/.has-package
 	@echo "installing the development tools into $(VENV)"
-	@$(PIP) install -e ".[dev,lora,hub]"
+	@$(PIP) install -e ".[dev,lora,hub,wandb,mlflow]"
 	@touch $@
 
 $(VENV)/.has-vllm: $(VENV)/.has-package

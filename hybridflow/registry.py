@@ -45,6 +45,7 @@ TRACKERS = {
     "jsonl": "hybridflow.trackers.jsonl:JsonlTracker",
     "tensorboard": "hybridflow.trackers.tensorboard:TensorboardTracker",
     "wandb": "hybridflow.trackers.wandb:WandbTracker",
+    "mlflow": "hybridflow.trackers.mlflow:MlflowTracker",
 }
 
 PROTOCOLS = {

@@ -40,7 +40,8 @@ PACKAGES = {
     ),
     ("rollout.engine", "sglang"): ("sglang", "pip install 'hybridflow[sglang]', or set rollout.engine=torch"),
     ("model.attention", "flash_attn"): ("flash_attn", "pip install 'hybridflow[flash-attn]', or set model.attention=auto"),
-    ("trackers.names", "wandb"): ("wandb", "pip install wandb, or leave it out of trackers.names"),
+    ("trackers.names", "wandb"): ("wandb", "pip install 'hybridflow[wandb]', or leave it out of trackers.names"),
+    ("trackers.names", "mlflow"): ("mlflow", "pip install 'hybridflow[mlflow]', or leave it out of trackers.names"),
     ("trackers.names", "tensorboard"): ("tensorboard", "pip install tensorboard, or leave it out of trackers.names"),
 }
 """The optional package that a value of a key needs, and what to do where it is not installed."""

@@ -308,7 +308,7 @@ class TrackerConfig:
     """Where metrics go. `metrics.jsonl` in the run's folder is always written."""
 
     names: tuple[str, ...] = ("console", "tensorboard")
-    """console, tensorboard, wandb, or `my_package.module:Class`."""
+    """console, tensorboard, wandb, mlflow, or `my_package.module:Class`."""
     project: str = "hybridflow"
     """For trackers that group runs."""
     run_name: str | None = None

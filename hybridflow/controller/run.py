@@ -14,6 +14,7 @@ from hybridflow.controller.launch import algorithm_class, all_roles, launched
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import device_type, placement_lines
 from hybridflow.controller.run_folder import reserved
+from hybridflow.trackers.trial import try_trackers
 
 logger = logging.getLogger("hybridflow")
 
@@ -27,6 +28,7 @@ def run(config: Config) -> None:
     started = time.perf_counter()
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
+    try_trackers(config)
     with interrupts.noticed(), cluster(config):
         interrupts.heed_sigterm()
         for line in placement_lines(config, all_roles(config)):

@@ -1,1 +1,1 @@
-"""Where metrics go: console, jsonl, tensorboard, wandb; and the clock and the plots that belong to them."""
+"""Where metrics go: console, jsonl, tensorboard, wandb, mlflow; and the clock and the plots that belong to them."""

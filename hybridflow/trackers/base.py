@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hybridflow.config.schema import Config
 from hybridflow.errors import ConfigError, FieldError
@@ -36,6 +37,12 @@ class Tracker(ABC):
         self.resume_step = resume_step
         """The step of the checkpoint that the run continues from; 0 for a new run. Later steps will be logged again."""
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Try what may fail when one is built, before Ray starts. By default one is built in a temporary folder and closed."""
+        with TemporaryDirectory(prefix="hybridflow_") as folder:
+            cls(replace(config, run=replace(config.run, folder=folder)), 1, 0).close()
+
     @abstractmethod
     def log(self, step: int, metrics: Metrics) -> None:
         """Take the metrics of a step, validation among them as `validation/...`. Called once per step.
@@ -64,7 +71,14 @@ class Trackers(Tracker):
         self.trackers: dict[str, Tracker] = {}
         self._reported: set[str] = set()
         for name in dict.fromkeys(("jsonl", *config.trackers.names)):
-            self.trackers[name] = _tracker_class(name)(config, total_steps, resume_step)
+            try:
+                self.trackers[name] = tracker_class(name)(config, total_steps, resume_step)
+            except ConfigError:
+                raise
+            except Exception as error:
+                if name == "jsonl":
+                    raise
+                self._report(name, error)  # its trial went well: a server that went down since then is not worth the run
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._to_all(lambda tracker: tracker.log(step, metrics))
@@ -98,7 +112,12 @@ class Trackers(Tracker):
         )
 
 
-def _tracker_class(name: str) -> type[Tracker]:
+def tracker_class(name: str) -> type[Tracker]:
+    """The class that an entry of `trackers.names` stands for.
+
+    Raises:
+        ConfigError: it is unknown, is no Tracker, or needs a package that is not installed.
+    """
     found = load(name, TRACKERS, key="trackers.names")
     if not (isinstance(found, type) and issubclass(found, Tracker)):
         raise ConfigError(

@@ -38,13 +38,14 @@ HOMES = {
     "math_verify": ("rewards/",),
     "peft": ("models/",),
     "wandb": ("trackers/wandb.py",),
+    "mlflow": ("trackers/mlflow.py",),
     "torch.utils.tensorboard": ("trackers/tensorboard.py",),
     "tensorboard": ("trackers/tensorboard.py",),
     "matplotlib": ("trackers/plots.py",),
 }
 """Each dependency and the only places below hybridflow/ that may import it."""
 
-OPTIONAL_PACKAGES = {"vllm", "sglang", "flash_attn", "wandb", "peft"}
+OPTIONAL_PACKAGES = {"vllm", "sglang", "flash_attn", "wandb", "mlflow", "peft"}
 
 WITHOUT_TORCH = (
     "hybridflow.errors",

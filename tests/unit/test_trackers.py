@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import logging
@@ -125,12 +124,6 @@ def test_an_unknown_tracker_is_a_mistake_in_the_configuration(tmp_path: Path):
 def test_a_class_that_is_no_tracker_is_a_mistake_in_the_configuration(tmp_path: Path):
     with pytest.raises(ConfigError, match="not a subclass of"):
         Trackers(config(tmp_path, "pathlib:Path"), 10, 0)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
-def test_a_tracker_without_its_package_says_what_to_install(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"pip install 'hybridflow\[wandb\]'"):
-        Trackers(config(tmp_path, "wandb"), 10, 0)
 
 
 def test_tensorboard_has_every_scalar_at_its_step(tmp_path: Path):
