@@ -155,6 +155,9 @@ def test_wandb_takes_a_run_offline_and_goes_on_with_it(tmp_path: Path, monkeypat
         trackers.close()
     run_id = (tmp_path / "wandb_run_id").read_text()
     written = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    deadline = time.monotonic() + 30  # wandb's own process may write a moment longer
+    while not all(b"reward/mean" in path.read_bytes() for path in written) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert written and all(b"reward/mean" in path.read_bytes() for path in written)
 
 
