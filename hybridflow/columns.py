@@ -30,6 +30,9 @@ COLUMNS = {
     # From the dataset: one row per prompt.
     "prompt": Column("prompt token", "int32", "data.loader", "Token ids of the prompt, chat template applied."),
     "prompt_text": Column("row", "object", "data.loader", "The prompt as text, chat template applied."),
+    "messages": Column(
+        "row", "object", "data.loader", "The prompt as chat messages; a prompt that is a string is one of role user."
+    ),
     "ground_truth": Column("row", "object", "data.loader", "`reward_model.ground_truth` of the dataset."),
     "data_source": Column("row", "object", "data.loader", "`data_source` of the dataset."),
     "extra_info": Column("row", "object", "data.loader", "`extra_info` of the dataset, a dict."),

@@ -19,6 +19,7 @@ from hybridflow.data.parquet import ColumnSpec, is_messages, read_batches
 from hybridflow.errors import DataError
 
 PROMPT_TEXT = "prompt_text"
+PROMPT = "prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Chunk:
     rows: npt.NDArray[np.int64]
     """Of each prompt kept, among the rows read."""
     stored: dict[str, pa.Array]
-    """`prompt_text` and every column asked for; nulls where the file lacks it."""
+    """`prompt_text`, `prompt` as the file has it, and every column asked for; nulls where the file lacks it."""
     num_rows: int
     """Read, that is before filtering."""
     num_overlong: int
@@ -67,7 +68,7 @@ class ChunkReader:
             start, kept = start + batch.num_rows, kept + len(chunk)
 
     def _chunk(self, batch: pa.RecordBatch, max_prompts: int | None) -> Chunk:
-        texts, tokens = self._tokenised(batch.column("prompt"))
+        texts, tokens = self._tokenised(batch.column(PROMPT))
         lengths = np.array([len(row) for row in tokens], np.int64)
         if (empty := np.flatnonzero(lengths == 0)).size:
             raise RowError(int(empty[0]), f"the prompt has no tokens: {texts[int(empty[0])]!r:.200}")
@@ -97,7 +98,7 @@ class ChunkReader:
         if not is_templated(self.tokenizer, has_messages=has_messages, use=self.data.apply_chat_template):
             texts = cast(list[str], values)
             return texts, encode(self.tokenizer, texts, add_special_tokens=True)
-        texts = prompt_texts(self.tokenizer, [_conversation(value) for value in values])
+        texts = prompt_texts(self.tokenizer, [conversation(value) for value in values])
         return texts, encode(self.tokenizer, texts, add_special_tokens=False)  # the template writes them itself
 
     def _treat_overlong(
@@ -122,10 +123,10 @@ class ChunkReader:
                 return np.arange(len(tokens))
 
     def _others(self, batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
-        """The columns other than the prompt, for the rows that stay."""
+        """The columns as the file has them, for the rows that stay."""
         everything = len(rows) == batch.num_rows
         others = {}
-        for name in (spec.name for spec in self.columns if spec.name != "prompt"):
+        for name in (spec.name for spec in self.columns):
             if name not in batch.schema.names:
                 others[name] = pa.nulls(len(rows))
             else:
@@ -133,7 +134,7 @@ class ChunkReader:
         return others
 
 
-def _conversation(prompt: str | list[Message]) -> list[Message]:
+def conversation(prompt: str | list[Message]) -> list[Message]:
     """Chat messages, without the fields that only other rows of the file have."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hybridflow.batch import Array, Heavy, Ragged
 from hybridflow.config.schema import DataConfig
-from hybridflow.data.chat import Tokenizer
-from hybridflow.data.chunks import PROMPT_TEXT, Chunk, ChunkReader
+from hybridflow.data.chat import Message, Tokenizer
+from hybridflow.data.chunks import PROMPT_TEXT, Chunk, ChunkReader, conversation
 from hybridflow.data.parquet import ColumnSpec, StoredColumn, has_fields, is_integer, is_messages, is_text, open_parquet
 from hybridflow.data.progress import Progress
 from hybridflow.errors import DataError
@@ -96,6 +97,7 @@ class Prompts:
             **limits,
             "prompt": tokens,
             "prompt_text": self.stored[PROMPT_TEXT].take(rows),
+            "messages": [conversation(cast("str | list[Message]", prompt)) for prompt in self.stored[PROMPT.name].take(rows)],
             "ground_truth": self.stored["reward_model"].take_field("ground_truth", rows),
             "data_source": self.stored["data_source"].take(rows),
             "extra_info": [info or {} for info in self.stored["extra_info"].take(rows)],
@@ -133,7 +135,7 @@ def read_prompts(
                 progress.advance(chunk.num_rows)
                 chunks[-1].append(chunk)
                 room = None if room is None else room - len(chunk)
-    prompts = _assemble(chunks, [spec.name for spec in columns if spec is not PROMPT], data.max_prompt_tokens)
+    prompts = _assemble(chunks, [spec.name for spec in columns], data.max_prompt_tokens)
     if not len(prompts):
         raise DataError(f"{key}: {_nothing_left(prompts.summary)}")
     logger.info("%s: %s", key, prompts.summary)

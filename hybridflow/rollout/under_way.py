@@ -41,10 +41,22 @@ class RowUnderWay:
     versions: list[tuple[int, int]] = field(default_factory=list)
     """(policy version, number of tokens) in the order of the tokens."""
     finish_reason: Literal["stop", "length"] | None = None
+    is_away: bool = False
+    """Waiting for something else than the engine."""
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.tokens))
+
+    @property
+    def num_tokens_left(self) -> int:
+        """That the next request may say."""
+        return self.sampling.max_tokens - self.num_tokens
+
+    @property
+    def present(self) -> Sequence[npt.NDArray[np.int32]]:
+        """Parts of what a stop string is looked for in."""
+        return self.tokens
 
     @staticmethod
     def joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -68,10 +80,10 @@ class RowUnderWay:
     def request(self, number: int) -> Request:
         """For what is left to say. The seed depends on how much has been said, so that no random number is used twice."""
         so_far = self.num_tokens
+        left = replace(self.sampling, max_tokens=self.num_tokens_left)
         if not so_far:
-            return Request(id=number, prompt=self.prompt, sampling=self.sampling, seed=self.seed)
+            return Request(id=number, prompt=self.prompt, sampling=left, seed=self.seed)
         (seed,) = mixed_seed(np.array([self.seed]), np.array([so_far])).tolist()
-        left = replace(self.sampling, max_tokens=self.sampling.max_tokens - so_far)
         return Request(id=number, prompt=np.concatenate([self.prompt, *self.tokens]), sampling=left, seed=seed)
 
     def take_in(self, response: Response, version: int, detokenize: Detokenize) -> None:
@@ -80,8 +92,8 @@ class RowUnderWay:
         kept = len(response.tokens)
         if response.finish_reason != "interrupted":
             self.finish_reason = response.finish_reason
-        if self.tokens and self.sampling.stop:
-            so_far, whole = self.num_tokens, np.concatenate([*self.tokens, response.tokens]).tolist()
+        if self.present and self.sampling.stop:
+            so_far, whole = sum(map(len, self.present)), np.concatenate([*self.present, response.tokens]).tolist()
             if (end := end_across(so_far, whole, self.sampling.stop, detokenize)) is not None:
                 kept, self.finish_reason = end - so_far, "stop"
         if not kept:
@@ -105,6 +117,9 @@ class RowsUnderWay:
         self.version = 0
         """Of the policy whose weights the engine has."""
         self._changed = threading.Condition()
+        self._starting = threading.RLock()
+        """Held by whoever starts rows, from the look at `is_held` until the engine has them: an interruption comes before or
+        after. Never taken by the engine's thread."""
         self._rows: dict[int, RowUnderWay] = {}
         self._finished: list[RowUnderWay] = []
         self._failure: BaseException | None = None
@@ -118,16 +133,19 @@ class RowsUnderWay:
 
     def submit(self, rows: Sequence[RowUnderWay]) -> None:
         """Start rows, or let them go on; those that have ended already are there to be taken at once."""
+        with self._starting:
+            self._start(self._add(rows))
+
+    def _add(self, rows: Sequence[RowUnderWay]) -> list[RowUnderWay]:
+        """Note rows as under way; those of them that the engine is to be given."""
         with self._changed:
             fresh = [row for row in rows if row.finish_reason is None]
             self._finished += [row for row in rows if row.finish_reason is not None]
             known = [row.number for row in fresh if row.number in self._rows]
             assert not known, f"rows {known[:5]} are under way already"
             self._rows |= {row.number: row for row in fresh}
-            is_held = self._is_held
             self._changed.notify_all()
-        if not is_held:
-            self._start(fresh)
+        return fresh
 
     def take(self, at_least: int, timeout_s: float | None = None) -> list[RowUnderWay]:
         """Rows that have finished, once there are `at_least` of them, or all that are left, or after `timeout_s`.
@@ -153,18 +171,19 @@ class RowsUnderWay:
 
     def interrupt(self) -> None:
         """Stop all rows between two steps of the engine; they keep what they have said, and wait for `resume`."""
-        with self._changed:
+        with self._starting, self._changed:
             self._is_held = True
         self.engine.interrupt()
 
     def resume(self) -> None:
         """Let interrupted rows go on, with the weights that the engine has now."""
-        with self._changed:
-            if not self._is_held:
-                return
-            self._is_held = False
-            waiting = list(self._rows.values())
-        self._start(waiting)
+        with self._starting:
+            with self._changed:
+                if not self._is_held:
+                    return
+                self._is_held = False
+                waiting = [row for row in self._rows.values() if not row.is_away]
+            self._start(waiting)
 
     def unfinished(self) -> list[RowUnderWay]:
         """The rows that have not ended, while they are interrupted."""
@@ -178,9 +197,11 @@ class RowsUnderWay:
         return self._is_held
 
     def _start(self, rows: Sequence[RowUnderWay]) -> None:
-        if not rows:
-            return
-        futures = self.engine.submit([row.request(index) for index, row in enumerate(rows)])
+        """Give rows to the engine, or leave them to `resume`."""
+        with self._starting:
+            if self._is_held or not rows:
+                return
+            futures = self.engine.submit([row.request(index) for index, row in enumerate(rows)])
         for row, future in zip(rows, futures, strict=True):
             future.add_done_callback(partial(self._note, row, self.version))
 
@@ -192,6 +213,10 @@ class RowsUnderWay:
             else:
                 row.take_in(future.result(), version, self.detokenize)
                 if row.finish_reason is not None:
-                    del self._rows[row.number]
-                    self._finished.append(row)
+                    self._end(row)
             self._changed.notify_all()
+
+    def _end(self, row: RowUnderWay) -> None:
+        """The engine has ended a row. Called with the lock, on the engine's thread."""
+        del self._rows[row.number]
+        self._finished.append(row)
