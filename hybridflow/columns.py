@@ -82,6 +82,13 @@ COLUMNS = {
         "1: sampled by the policy; 0: context only. None means all ones.",
     ),
     "loss_tokens": Column("row", "int64", "whoever writes loss_mask", "Number of tokens whose loss_mask is 1.", light=True),
+    # From generation with an environment: one row per episode, whose `prompt` is that of `reset`.
+    "conversation": Column("row", "object", "rollout.generate", "The episode's chat messages, of both sides."),
+    "episode_reward": Column("row", "float32", "rollout.generate", "Sum of the environment's rewards.", light=True),
+    "episode_failed": Column("row", "bool", "rollout.generate", "True where the environment failed.", light=True),
+    "token_rewards": Column(
+        "response token", "float32", "rollout.generate", "The environment's reward of each turn, at the turn's last token."
+    ),
     # From scoring.
     "reward": Column("row", "float32", "reward.score", "The reward of the whole response.", light=True),
     "reward_failed": Column("row", "bool", "reward.score", "True where the reward function raised or timed out.", light=True),

@@ -70,6 +70,10 @@ class RewardError(HybridflowError):
     """A reward function cannot be loaded or called."""
 
 
+class EpisodeError(HybridflowError):
+    """An environment cannot be loaded, or none of its episodes comes to an end."""
+
+
 class BatchError(HybridflowError):
     """A column is missing or does not fit the rows of a batch."""
 

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import ClassVar, Protocol
 
 from hybridflow import registry
-from hybridflow.config import rules_engine, rules_files, rules_hub, rules_placement, rules_reward
+from hybridflow.config import rules_engine, rules_environment, rules_files, rules_hub, rules_placement, rules_reward
 from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError, FieldReport
 
@@ -79,6 +79,8 @@ def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldErr
     named = [("rollout.engine", config.rollout.engine, registry.ENGINES)]
     if config.reward.path is None:
         named.append(("reward.name", config.reward.name, registry.REWARDS))
+    if config.environment.name is not None:
+        named.append(("environment.name", config.environment.name, {}))
     named += [("trackers.names", name, registry.TRACKERS) for name in config.trackers.names]
     named += [(f"placement.workers.{role}", name, registry.ROLES) for role, name in config.placement.workers.items()]
     for key, name, table in named:
@@ -142,6 +144,8 @@ RULES: tuple[Rule, ...] = (
     rules_files.prompts_leave_room_for_a_response,
     rules_files.heads_divide,
     rules_reward.reward_function_can_be_called,
+    rules_environment.environment_can_be_found,
+    rules_environment.episodes_can_be_generated,
     rules_placement.pools_are_used,
     rules_placement.roles_have_pools,
     rules_placement.roles_have_workers,

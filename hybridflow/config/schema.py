@@ -275,6 +275,42 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnvironmentConfig:
+    """Episodes of several turns with an environment or tools; none where neither `path` nor `name` is set."""
+
+    path: FilePath | None = None
+    """Python file with an environment of your own: a class with reset and step."""
+    class_name: str | None = None
+    """Its name in that file; null means the only one."""
+    name: str | None = None
+    """`my_package.module:Class`, in place of `path`."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Keyword arguments of the class, of which each episode has an object."""
+    max_turns: Annotated[int, COUNT] = 10
+    """Turns of the policy in an episode. All tokens of an episode behind its prompt, of both sides, are at most
+    `data.max_response_tokens`."""
+    max_turn_tokens: Annotated[int, COUNT] | None = None
+    """Tokens of one turn of the policy; null means as many as the episode has left."""
+    rewards: Literal["episode", "turn"] = "episode"
+    """Whether an episode has one reward, the sum over its turns, or each turn has its own, at its last token."""
+    add_reward: bool = False
+    """Also score the last message by the reward role, and add that."""
+    tool_format: str = "auto"
+    """How the model writes calls of tools: hermes, llama3 or mistral; auto is found out from its chat template."""
+    num_processes: Annotated[int, COUNT] = 1
+    """Processes in which environments run, beside each engine; each holds many episodes."""
+    timeout_s: Annotated[float, POSITIVE] = 60.0
+    """For one call of reset or step. An episode that takes longer fails."""
+    failure_reward: float = 0.0
+    """Of an episode whose environment raised, timed out or died; its tokens are not learned from."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether rows are episodes."""
+        return self.path is not None or self.name is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlacementConfig:
     """Which role runs where."""
 
@@ -330,6 +366,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trackers: TrackerConfig = field(default_factory=TrackerConfig)

@@ -9,7 +9,8 @@ from hybridflow.metrics import Metric, Metrics
 
 
 def reward_metrics(batch: Batch) -> Metrics:
-    """`reward/...`: mean and standard deviation, failures, and the mean of each metric of the user's function."""
+    """`reward/...`: mean and standard deviation, failures, and the mean of each metric of the user's function or, under
+    `environment/...`, environment."""
     if "reward" not in batch:
         return Metrics()
     reward = batch["reward"].astype(np.float64)
@@ -17,7 +18,7 @@ def reward_metrics(batch: Batch) -> Metrics:
     if "reward_failed" in batch:
         metrics["reward/failed"] = Metric(float(batch["reward_failed"].sum()), kind="sum")
     for name in batch.light:
-        if name.startswith("reward/"):
+        if name.startswith(("reward/", "environment/")):
             metrics[name] = _mean(batch[name].astype(np.float64))
     return Metrics(metrics)
 

@@ -22,7 +22,7 @@ from hybridflow.workers.remote import Dispatcher
 from hybridflow.workers.remote import Future as CallFuture
 from hybridflow.workers.respond import COLUMNS_GENERATED, COLUMNS_SCORED, with_numbers, without_position
 from hybridflow.workers.reward import RewardWorker
-from hybridflow.workers.rollout import RolloutWorker, nothing_said
+from hybridflow.workers.rollout import STARTED, RolloutWorker, nothing_said
 
 W = TypeVar("W", bound=Worker)
 
@@ -30,7 +30,7 @@ CLOSING_TIMEOUT_S = 5.0
 """For the call that a thread may be in when the run ends."""
 POLL_S = 0.1
 """The longest that ranks look out for finished rows in one call: other calls to them wait meanwhile."""
-STARTED = ("response", "rollout_log_probs", "policy_versions")
+KEPT = (*STARTED, "loss_mask", "ended")
 """Columns of what a row has said so far."""
 
 
@@ -221,7 +221,8 @@ class Generation:
             begun = self.begun.pop((call.group, call.number), None)
             parts.append(placed if begun is None else placed.select(begun["place"]).join(with_numbers(begun, ("ended",))))
         if any("ended" in part for part in parts):
-            parts = [part if "ended" in part else part.join(nothing_said(len(part))) for part in parts]
+            names = next([name for name in KEPT if name in part and name != "ended"] for part in parts if "ended" in part)
+            parts = [part if "ended" in part else part.join(nothing_said(len(part), names)) for part in parts]
         return Batch.concatenate(parts)
 
     def _hand_out(self, finished: Batch) -> None:
@@ -250,7 +251,7 @@ class Generation:
 def _as_started(call: GenerateCall, part: Batch) -> Batch:
     """What rows of a call have said, by the names that a checkpoint and `submit` know."""
     said = with_numbers(part, ("ended",))
-    names = [name for name in said.names if name not in (*STARTED, "ended")]
+    names = [name for name in said.names if name not in KEPT]
     same = np.full(len(part), 0)
     return said.without(names).with_columns(
         group=same + call.group, call=same + call.number, place=part["position"] - call.first

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from hybridflow.batch import Array, Batch, Heavy
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import Tokenizer
-from hybridflow.data.prompts import read_prompts
+from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS, read_prompts
 from hybridflow.data.responses import read_responses
 from hybridflow.errors import DataError
 
@@ -197,11 +197,12 @@ def build_loaders(
         DataError: a file or column is missing or malformed, or nothing is left after filtering.
     """
     data = config.data
+    columns = EPISODE_COLUMNS if config.environment.is_set else PROMPT_COLUMNS
     dataset: Dataset
     if rows == "responses":
         dataset = read_responses(data.train_files, tokenizer, data=data)
     else:
-        dataset = read_prompts(data.train_files, tokenizer, data=data)
+        dataset = read_prompts(data.train_files, tokenizer, data=data, columns=columns)
     train = PromptLoader(
         dataset,
         prompts_per_step=data.prompts_per_step,
@@ -212,6 +213,11 @@ def build_loaders(
     if not data.validation_files:
         return train, None
     prompts = read_prompts(
-        data.validation_files, tokenizer, data=data, key="data.validation_files", max_prompts=config.validation.max_prompts
+        data.validation_files,
+        tokenizer,
+        data=data,
+        key="data.validation_files",
+        columns=columns,
+        max_prompts=config.validation.max_prompts,
     )
     return train, PromptLoader(prompts, prompts_per_step=len(prompts), seed=config.run.seed, shuffle=False)

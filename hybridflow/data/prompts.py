@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import cast
 
@@ -38,6 +38,14 @@ MAX_RESPONSE_TOKENS = ColumnSpec(
     name="max_response_tokens", expected="an integer", fits=lambda kind: is_integer(kind), is_required=False
 )
 PROMPT_COLUMNS = (PROMPT, GROUND_TRUTH, DATA_SOURCE, EXTRA_INFO, MAX_RESPONSE_TOKENS)
+EPISODE_COLUMNS = (
+    PROMPT,
+    replace(GROUND_TRUTH, is_required=False),
+    replace(DATA_SOURCE, is_required=False),
+    EXTRA_INFO,
+    MAX_RESPONSE_TOKENS,
+)
+"""An environment may know by itself what is right."""
 
 
 @dataclass(frozen=True, kw_only=True)

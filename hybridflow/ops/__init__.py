@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hybridflow.ops.reduce import TokenMetric as TokenMetric
     from hybridflow.ops.reduce import accumulate as accumulate
     from hybridflow.ops.reduce import row_means as row_means
+    from hybridflow.ops.reduce import row_sums as row_sums
     from hybridflow.ops.reduce import to_metrics as to_metrics
     from hybridflow.ops.reduce import token_weights as token_weights
 
@@ -45,7 +46,7 @@ _NAMES = {
     "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_controller", "kl_estimate"),
     "log_probs": ("LinearLogProbs", "linear_log_probs"),
     "losses": ("Loss", "NextTokenLoss", "PolicyLoss", "TokenBatch", "ValueLoss", "explained_variance"),
-    "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "to_metrics", "token_weights"),
+    "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "row_sums", "to_metrics", "token_weights"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

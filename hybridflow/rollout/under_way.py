@@ -63,6 +63,16 @@ class RowUnderWay:
         """Parts end to end; there may be none."""
         return np.concatenate(parts) if parts else np.empty(0, dtype)
 
+    @property
+    def ended_by(self) -> Literal["stop", "length"] | None:
+        """For a row that is to go on elsewhere: whether what it has said last is whole."""
+        return self.finish_reason
+
+    def recorded(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """What it has said, as `go_on_from` takes it: tokens, log-probabilities, versions."""
+        versions = np.array(self.versions, np.int64).reshape(-1)
+        return self.joined(self.tokens, np.int32), self.joined(self.log_probs, np.float32), versions
+
     def go_on_from(
         self,
         tokens: npt.NDArray[np.int32],

@@ -39,7 +39,9 @@ class RewardWorker(Worker):
 
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)
-        self.pool = RewardPool(config.reward)
+        environment = config.environment
+        self.pool = RewardPool(config.reward) if environment.add_reward or not environment.is_set else None
+        """None where an environment gives all rewards."""
         self.has_logged = False
         """Whether a failure of this step has been logged."""
 
@@ -51,7 +53,7 @@ class RewardWorker(Worker):
     @remote("rank_zero")
     def scores_rows_alone(self) -> bool:
         """Whether the score of a row depends on that row alone, so that some rows of a step may be scored before others."""
-        return self.pool.function.kind == "sequential"
+        return self.pool is None or self.pool.function.kind == "sequential"
 
     @remote("split_by_data_rank")
     def score(self, batch: Batch) -> Batch:
@@ -63,6 +65,8 @@ class RewardWorker(Worker):
         Raises:
             RewardError: the function cannot score at all, for example because it does not know the data source.
         """
+        if self.pool is None:
+            return Batch({"reward": batch["episode_reward"], "reward_failed": batch["episode_failed"]})
         results = self.pool.score(_reward_inputs(batch))
         scores = [result if isinstance(result, Score) else Score(self.config.reward.failure_reward) for result in results]
         failures = [result for result in results if isinstance(result, Failure)]
@@ -76,10 +80,14 @@ class RewardWorker(Worker):
         }
         for name in names:
             columns[f"reward/{name}"] = np.array([score.metrics.get(name, np.nan) for score in scores], np.float32)
+        if "episode_reward" in batch:
+            columns["reward"] = np.where(batch["episode_failed"], 0, columns["reward"]) + batch["episode_reward"]
+            columns["reward_failed"] |= batch["episode_failed"]
         return Batch(columns)
 
     def _log(self, failures: Sequence[Failure], num_rows: int) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(f.reason for f in failures).items())
+        assert self.pool is not None, "who scores has processes"
         logger.warning(
             "reward %r: %d of %d responses failed (%s) and get reward.failure_reward=%s. The first:\n%s",
             self.pool.function.name,
@@ -93,11 +101,13 @@ class RewardWorker(Worker):
     @remote("one_to_all")
     def close(self) -> None:
         """End the scoring processes."""
-        self.pool.close()
+        if self.pool is not None:
+            self.pool.close()
 
 
 def _reward_inputs(batch: Batch) -> list[RewardInput]:
-    columns = (batch.objects(name) for name in ("response_text", "ground_truth", "data_source", "extra_info", "prompt_text"))
+    names = ("ground_truth", "data_source", "extra_info", "prompt_text")
+    columns = (_responses(batch), *(batch.objects(name) for name in names))
     return [
         RewardInput(
             response=cast(str, response),
@@ -108,3 +118,12 @@ def _reward_inputs(batch: Batch) -> list[RewardInput]:
         )
         for response, ground_truth, data_source, extra_info, prompt in zip(*columns, strict=True)
     ]
+
+
+def _responses(batch: Batch) -> list[object]:
+    """What is scored: the text of a response, of an episode the last message of the policy."""
+    if "conversation" not in batch:
+        return batch.objects("response_text")
+    conversations = cast(list[list[Mapping[str, object]]], batch.objects("conversation"))
+    turns = ([message["content"] for message in said if message["role"] == "assistant"] for said in conversations)
+    return [contents[-1] if contents else "" for contents in turns]

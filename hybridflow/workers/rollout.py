@@ -13,10 +13,15 @@ import numpy.typing as npt
 
 from hybridflow import registry
 from hybridflow.batch import Array, Batch, Heavy, Ragged
+from hybridflow.columns import COLUMNS
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import tokenizer_at
+from hybridflow.environments.columns import episode_columns, episodes_of
+from hybridflow.environments.episode import Episode
+from hybridflow.environments.processes import EnvironmentProcesses
+from hybridflow.environments.under_way import EpisodesUnderWay, Surroundings
 from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.parallel.layout import Layout
@@ -37,6 +42,8 @@ logger = logging.getLogger("hybridflow")
 
 ENDED: tuple[Literal["stop", "length"] | None, ...] = (None, "stop", "length")
 """How a row has ended, by the number in column `ended`."""
+STARTED = ("response", "rollout_log_probs", "policy_versions")
+"""Columns of what a row has said so far, in the order of `go_on_from`; of an episode there is `loss_mask` too."""
 
 
 def training_sampling(config: Config) -> Sampling:
@@ -94,7 +101,11 @@ class RolloutWorker(Worker):
             raise ConfigError([FieldError("rollout.engine", problem)])
         agree = lockstep(context.layout, context.rank)
         self.engine = EngineThread(engine_class(engine_spec(self.config, context)), agree=agree)
-        self.rows = RowsUnderWay(self.engine, detokenizer(self.tokenizer))
+        self.environment: Surroundings | None = None
+        """Of episodes, where rows are such."""
+        if config.environment.is_set:
+            self.environment = Surroundings(config, self.tokenizer, EnvironmentProcesses(config.environment))
+        self.rows = self._no_rows()
         """Those of `submit`."""
         self.num_calls = 0
         """Of `generate` and `submit` in this step."""
@@ -117,8 +128,10 @@ class RolloutWorker(Worker):
 
     @remote("one_to_all")
     def begin_step(self, step: int, total_steps: int) -> None:
-        """Calls of `generate` are counted anew."""
+        """Calls of `generate` are counted anew, and failures of episodes may be logged again."""
         self.num_calls = 0
+        if self.environment is not None:
+            self.environment.has_logged = False
 
     @remote("split_by_data_rank")
     def generate(self, batch: Batch, *, sampling: Sampling | None = None) -> Batch:
@@ -133,7 +146,7 @@ class RolloutWorker(Worker):
             >>> greedy = dataclasses.replace(training_sampling(config), temperature=0.0)
             >>> sampled, best = rollout.generate(rows), rollout.generate(rows, sampling=greedy)
         """
-        rows = RowsUnderWay(self.engine, self.rows.detokenize)
+        rows = self._no_rows()
         rows.version = self.rows.version
         rows.submit(self._rows(batch, sampling))
         has_log_probs = sampling is None or sampling.log_probs
@@ -176,11 +189,17 @@ class RolloutWorker(Worker):
         `rollout_log_probs`, `policy_versions`), and `ended`: 0 where they go on, 1 where they stopped, 2 at the limit."""
         return started_columns(self.rows.unfinished())
 
+    def _no_rows(self) -> RowsUnderWay:
+        if self.environment is not None:
+            return EpisodesUnderWay(self.engine, self.environment)
+        return RowsUnderWay(self.engine, detokenizer(self.tokenizer))
+
     def _rows(self, batch: Batch, sampling: Sampling | None) -> list[RowUnderWay]:
         if "call" not in batch:
             batch = batch.with_columns(call=np.full(len(batch), self.num_calls, np.int64))
             self.num_calls += 1
-        return rows_of(batch, sampling or training_sampling(self.config))
+        rows = rows_of(batch, sampling or training_sampling(self.config))
+        return episodes_of(batch, rows, self.config.environment) if self.environment is not None else go_on(batch, rows)
 
     def _columns(self, rows: Sequence[RowUnderWay], *, has_log_probs: bool) -> Batch:
         said = started_columns(rows)
@@ -194,11 +213,14 @@ class RolloutWorker(Worker):
             is_asked = np.array([row.sampling.log_probs for row in rows], np.bool_)
             is_whole = log_probs.lengths == response.lengths
             assert is_whole[is_asked].all(), "the engine left out log-probabilities that were asked for"
-        return Batch.from_columns(columns).with_columns(
+        answered = Batch.from_columns(columns).with_columns(
             response_tokens=response.lengths,
             truncated=np.array([row.finish_reason == "length" for row in rows], np.bool_),
             temperature=np.array([row.sampling.temperature for row in rows], np.float64),
         )
+        if self.environment is None:
+            return answered
+        return answered.join(episode_columns([row for row in rows if isinstance(row, Episode)], self.config.environment))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the engine's weights by full tensors under their Hugging Face names. Waits until the engine is idle."""
@@ -252,7 +274,9 @@ class RolloutWorker(Worker):
 
     @remote("one_to_all")
     def close(self) -> None:
-        """End the engine and its thread."""
+        """End the engine and its thread, and the processes of environments."""
+        if self.environment is not None:
+            self.environment.processes.close()
         self.engine.close()
 
 
@@ -285,34 +309,38 @@ def rows_of(batch: Batch, sampling: Sampling) -> list[RowUnderWay]:
     limits = batch["max_response_tokens"] if "max_response_tokens" in batch else np.full(len(batch), sampling.max_tokens)
     samplings = {limit: replace(sampling, max_tokens=min(limit, sampling.max_tokens)) for limit in set(limits.tolist())}
     columns = zip(numbers.tolist(), batch.tokens("prompt"), limits.tolist(), _seeds(batch).tolist(), strict=True)
-    rows = [
+    return [
         RowUnderWay(number, prompt.astype(np.int32, copy=False), samplings[limit], seed)
         for number, prompt, limit, seed in columns
     ]
+
+
+def go_on(batch: Batch, rows: list[RowUnderWay]) -> list[RowUnderWay]:
+    """The rows, with what they have said before where the batch has it."""
     if "ended" in batch:
-        names = ("response", "rollout_log_probs", "policy_versions")
-        for row, ended, *said in zip(rows, batch["ended"].tolist(), *map(batch.tokens, names), strict=True):
+        for row, ended, *said in zip(rows, batch["ended"].tolist(), *map(batch.tokens, STARTED), strict=True):
             row.go_on_from(*said, finish_reason=ENDED[ended])
     return rows
 
 
-def nothing_said(num_rows: int) -> Batch:
-    """What `started_columns` gives of rows that have not begun."""
+def nothing_said(num_rows: int, names: Iterable[str] = STARTED) -> Batch:
+    """What `started_columns` gives of rows that have not begun; `names` are those of its columns of tokens."""
     said: dict[str, Array | Heavy] = {
-        name: Ragged(np.empty(0, dtype), np.zeros(num_rows + 1, np.int64))
-        for name, dtype in (("response", np.int32), ("rollout_log_probs", np.float32), ("policy_versions", np.int64))
+        name: Ragged(np.empty(0, COLUMNS[name].dtype), np.zeros(num_rows + 1, np.int64)) for name in names
     }
     return Batch.from_columns(said).with_columns(ended=np.zeros(num_rows, np.int64))
 
 
 def started_columns(rows: Sequence[RowUnderWay]) -> Batch:
     """`position`, what the rows have said so far, and whether they have ended, as `rows_of` reads it back."""
+    recorded = [row.recorded() for row in rows]
     said = {
-        "response": Ragged.from_rows([row.joined(row.tokens, np.int32) for row in rows], np.int32),
-        "rollout_log_probs": Ragged.from_rows([row.joined(row.log_probs, np.float32) for row in rows], np.float32),
-        "policy_versions": Ragged.from_rows([np.array(row.versions, np.int64).reshape(-1) for row in rows], np.int64),
+        name: Ragged.from_rows([columns[place] for columns in recorded], COLUMNS[name].dtype)
+        for place, name in enumerate(STARTED)
     }
-    ended = np.array([ENDED.index(row.finish_reason) for row in rows], np.int64)
+    if any(isinstance(row, Episode) for row in rows):
+        said["loss_mask"] = Ragged.from_rows([row.mask for row in rows if isinstance(row, Episode)], np.bool_)
+    ended = np.array([ENDED.index(row.ended_by) for row in rows], np.int64)
     return Batch.from_columns(said).with_columns(position=_numbers(rows), ended=ended)
 
 

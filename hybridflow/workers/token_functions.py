@@ -44,6 +44,10 @@ class TokenAdvantages:
         values = sampled_tokens(batch, batch.tokens("values"))
         offsets_B1 = torch.tensor(values.offsets)
         rewards_T = ops.token_rewards(torch.tensor(batch["reward"]), offsets_B1)
+        if "token_rewards" in batch:  # of turns; what the reward role has added to their sum stays at the last token
+            turns_T = _tensor(batch, "token_rewards")
+            rewards_T = ops.token_rewards(torch.tensor(batch["reward"]) - ops.row_sums(turns_T, offsets_B1.diff()), offsets_B1)
+            rewards_T = rewards_T + turns_T
         light = {}
         if "reference_log_probs" in batch:
             log_probs_T, reference_T = (_tensor(batch, name) for name in (self.log_probs, "reference_log_probs"))

@@ -18,7 +18,7 @@ LEVELS = (
     ("__init__", "errors", "orphan", "registry"),
     ("config", "batch", "columns", "metrics"),
     ("ops", "planner", "parallel", "rewards", "trackers", "data"),
-    ("models", "rollout", "resharding", "checkpoint"),
+    ("models", "rollout", "resharding", "checkpoint", "environments"),
     ("workers",),
     ("algorithms",),
     ("controller",),

@@ -1,0 +1,62 @@
+"""Rules about environments. Their source is read, and nothing of it is executed."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hybridflow.config.rules_files import missing
+from hybridflow.config.schema import Config
+from hybridflow.errors import FieldError
+from hybridflow.registry import nearest
+
+TOOL_FORMATS = ("auto", "hermes", "llama3", "mistral")
+
+
+def environment_can_be_found(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+    """The user's file is there and parses, and has the class; only one of file and name is given."""
+    environment = config.environment
+    if environment.path is None:
+        if environment.class_name is not None:
+            problem = f"found {environment.class_name!r}, but environment.path is not set. Name the file of the class there"
+            yield FieldError("environment.class_name", problem, related=("environment.path",))
+        return
+    if environment.name is not None:
+        problem = f"found {environment.name!r} beside environment.path={environment.path!r}. Leave out one of them"
+        yield FieldError("environment.name", problem, related=("environment.path",))
+    if not os.path.isfile(environment.path):
+        yield FieldError("environment.path", missing(environment.path, "file"), is_local=True)
+        return
+    try:
+        tree = ast.parse(Path(environment.path).read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        yield FieldError("environment.path", f"{environment.path} is not Python: {error}")
+        return
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    has_others = any(isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.If | ast.Try) for node in tree.body)
+    if environment.class_name is None and not classes:
+        problem = f"{environment.path} defines no class; an environment is a class with reset and step"
+        yield FieldError("environment.path", problem)
+    elif environment.class_name is not None and environment.class_name not in classes and not has_others:
+        problem = f"{environment.path} has no class {environment.class_name!r}{nearest(environment.class_name, classes) or '.'}"
+        yield FieldError("environment.class_name", problem, related=("environment.path",))
+
+
+def episodes_can_be_generated(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+    """The algorithm generates, by engines of one rank each, and calls of tools can be read."""
+    environment = config.environment
+    if environment.tool_format not in TOOL_FORMATS:
+        near = nearest(environment.tool_format, TOOL_FORMATS) or "."
+        problem = f"{environment.tool_format!r} is not known{near} Known: {', '.join(TOOL_FORMATS)}"
+        yield FieldError("environment.tool_format", problem)
+    if not environment.is_set:
+        return
+    if "rollout" not in roles:
+        problem = f"{config.algorithm.name} generates nothing, so that an environment has nothing to answer. Leave it out"
+        key = "environment.path" if environment.path is not None else "environment.name"
+        yield FieldError(key, problem, related=("algorithm.name",))
+    if config.rollout.tensor_parallel > 1:
+        problem = f"found {config.rollout.tensor_parallel}: episodes need engines of one rank each. Set it to 1"
+        yield FieldError("rollout.tensor_parallel", problem, related=("environment.path", "environment.name"))

@@ -1,0 +1,184 @@
+"""What an environment is, and how a user's class is found.
+
+An environment is an ordinary class; one object of it is one episode. Its methods are plain or `async`:
+
+    reset(row) -> (messages, info)
+    step(message) -> (messages, reward, terminated, truncated, info)
+    close()                                    if it has one
+
+Imports no torch: the processes that environments run in load it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import SupportsFloat, TypedDict
+
+from hybridflow import registry
+from hybridflow.config.schema import EnvironmentConfig
+from hybridflow.errors import EpisodeError
+
+Message = Mapping[str, object]
+"""As in chat templates: `role`, `content`, and `tool_calls` where a model calls tools."""
+
+
+class Row(TypedDict):
+    """What `reset` is given of the dataset's row."""
+
+    messages: list[Message]
+    """The prompt as chat messages."""
+    ground_truth: object
+    data_source: str
+    extra_info: Mapping[str, object]
+    seed: int
+    """The same for all episodes of a prompt in a step, another in the next step."""
+    sample: int
+    """Number of the episode among those of its prompt."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What `reset` has given."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, object], ...] = ()
+    """JSON schemas of tools, for the chat template: `info["tools"]`."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `step` has given."""
+
+    messages: tuple[Message, ...]
+    reward: float
+    terminated: bool
+    truncated: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The numbers in `info`."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.terminated or self.truncated
+
+
+def opening_of(result: object) -> Opening:
+    """What `reset` returned, checked.
+
+    Raises:
+        TypeError, ValueError: it is something else than (messages, info) with at least one message.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"reset returned {_kind(result)}; expected (messages, info)")
+    messages, info = result
+    tools = info.get("tools") if isinstance(info, Mapping) else None
+    if not (found := _messages(messages, "reset")):
+        raise ValueError("reset returned no messages; an episode begins with at least one")
+    return Opening(found, tuple(tools or ()))
+
+
+def outcome_of(result: object) -> Outcome:
+    """What `step` returned, checked.
+
+    Raises:
+        TypeError, ValueError: it is something else than (messages, reward, terminated, truncated, info), the reward is not
+            finite, or the episode goes on without a message.
+    """
+    if not isinstance(result, tuple) or len(result) != 5:
+        raise TypeError(f"step returned {_kind(result)}; expected (messages, reward, terminated, truncated, info)")
+    messages, reward, terminated, truncated, info = result
+    if reward is not None and (isinstance(reward, str) or not isinstance(reward, SupportsFloat)):
+        raise TypeError(f"step returned the reward {reward!r:.80}; expected a number, or None for 0")
+    number = 0.0 if reward is None else float(reward)
+    if not math.isfinite(number):
+        raise ValueError(f"step returned the reward {number}; it must be finite")
+    found = _messages(messages, "step")
+    if not found and not (terminated or truncated):
+        raise ValueError("step returned no messages and neither terminated nor truncated: the policy has nothing to answer")
+    known = info if isinstance(info, Mapping) else {}
+    metrics = {str(name): float(value) for name, value in known.items() if isinstance(value, SupportsFloat)}
+    return Outcome(found, number, bool(terminated), bool(truncated), metrics)
+
+
+def _messages(messages: object, method: str) -> tuple[Message, ...]:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise TypeError(f"{method} returned {_kind(messages)} as messages; expected a list of dicts with role and content")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise TypeError(f"{method} returned the message {message!r:.120}; expected a dict with role and content")
+    return tuple(dict(message) for message in messages)
+
+
+def load_environment(config: EnvironmentConfig) -> Callable[[], object]:
+    """What makes the environment of one episode: the class that the configuration names, with its options.
+
+    Raises:
+        EpisodeError: there is no such file or class, it does not import, or it lacks a method.
+        ConfigError: `environment.name` cannot be imported.
+    """
+    if config.path is not None:
+        asked = f"environment.path={config.path!r}"
+        found = _class_in(import_file(config.path, key="environment.path"), config.class_name, asked)
+    else:
+        assert config.name is not None, "config/rules asks for one of the two"
+        asked = f"environment.name={config.name!r}"
+        found = registry.load(config.name, {}, key="environment.name")
+    if not callable(found):
+        raise EpisodeError(f"{asked}: is {_kind(found)}; expected a class with reset and step")
+    missing = [name for name in ("reset", "step") if not callable(getattr(found, name, None))]
+    if missing and inspect.isclass(found):
+        raise EpisodeError(f"{asked}: class {found.__name__} has no method {' and no '.join(missing)}")
+    make, options = found, dict(config.options)
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise EpisodeError(f"{asked}: environment.options do not fit: {error}") from error
+    return lambda: make(**options)
+
+
+def _class_in(module: ModuleType, name: str | None, asked: str) -> object:
+    """The class of that name, or the only environment that the file itself defines."""
+    own = {key: value for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__}
+    if name is not None:
+        if name not in vars(module):
+            raise EpisodeError(f"{asked}: the file has no class {name!r}{registry.nearest(name, own)}")
+        return vars(module)[name]
+    fitting = [key for key, value in own.items() if callable(getattr(value, "step", None))]
+    if len(fitting) != 1:
+        listed = f"has {', '.join(fitting)}" if fitting else "has no class with reset and step"
+        raise EpisodeError(f"{asked}: the file {listed}. Name one in environment.class_name")
+    return own[fitting[0]]
+
+
+def import_file(path: str, *, key: str) -> ModuleType:
+    """The module in a user's file, which `key` of the configuration named; files beside it can be imported by it.
+
+    Raises:
+        EpisodeError: there is no such file, or it does not import.
+    """
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise EpisodeError(f"{key}={path!r}: there is no such file")
+    name = f"hybridflow_user_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise EpisodeError(f"{key}={path!r}: is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look the module up by its name
+    sys.path.append(str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        found = f"the file does not import: {type(error).__name__}: {error}"
+        raise EpisodeError(f"{key}={path!r}: {found}") from error
+    return module
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__} ({value!r:.80})"

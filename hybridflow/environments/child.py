@@ -1,0 +1,214 @@
+"""The process in which episodes live: many at once, each an object of the user's class.
+
+`processes.py` starts it with the number of a socket as the first argument. Methods that are `async` share one event loop, plain
+ones run on threads. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Literal, cast
+
+from hybridflow.config.schema import EnvironmentConfig
+from hybridflow.environments.base import Message, Opening, Outcome, Row, load_environment, opening_of, outcome_of
+from hybridflow.errors import HybridflowError
+from hybridflow.orphan import end_with_parent
+
+MAX_THREADS = 64
+"""Plain methods that run at once; others wait, and their time has not begun."""
+ALIVE_EVERY_S = 1.0
+"""The event loop says so: one that a method blocks falls silent."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Call a method for an episode."""
+
+    episode: int
+    method: Literal["reset", "step", "close"]
+    given: Row | Message | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An episode that cannot go on."""
+
+    reason: Literal["raised", "timed out", "died"]
+    detail: str
+    """Traceback, or what happened to the process."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method of an episode has given."""
+
+    episode: int
+    result: Opening | Outcome | Failure
+    is_stuck: bool = False
+    """A thread was left behind in it: the process ends when its other episodes have ended."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The class is loaded."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The event loop turns."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """No episode can begin: a mistake of the configuration."""
+
+    problem: str
+
+
+class LateError(Exception):
+    """A method has not returned in time."""
+
+    def __init__(self, is_stuck: bool):
+        super().__init__(is_stuck)
+        self.is_stuck = is_stuck
+        """Whether its thread was left behind."""
+
+
+class Episodes:
+    """The episodes of this process."""
+
+    def __init__(self, connection: Connection, config: EnvironmentConfig, make: Callable[[], object]):
+        self.connection, self.config, self.make = connection, config, make
+        self.environments: dict[int, object] = {}
+        self.threads = asyncio.Semaphore(MAX_THREADS)
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Answer until the other end closes the socket."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def read() -> None:
+            try:
+                while True:
+                    ask = self.connection.recv()
+                    loop.call_soon_threadsafe(self.begin, ask)
+            except (EOFError, OSError):
+                loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=read, daemon=True).start()
+        while not ended.is_set():
+            self.connection.send(Alive())
+            try:
+                await asyncio.wait_for(ended.wait(), ALIVE_EVERY_S)
+            except TimeoutError:
+                continue
+
+    def begin(self, ask: Ask) -> None:
+        """Have an ask answered when its method has ended."""
+        task = asyncio.get_running_loop().create_task(self.answer(ask))
+        self.tasks.add(task)  # the loop keeps none alive
+        task.add_done_callback(self.tasks.discard)
+
+    async def answer(self, ask: Ask) -> None:
+        """Call the method and say what came of it."""
+        is_stuck = False
+        result: Opening | Outcome | Failure
+        try:
+            result = await self.call(ask)
+        except LateError as late:
+            is_stuck = late.is_stuck
+            allowed = f"environment.timeout_s={self.config.timeout_s:g}"
+            result = Failure("timed out", f"{ask.method} has not returned within {allowed}")
+        except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError):
+            result = Failure("raised", traceback.format_exc())
+        if ask.method != "close":
+            self.connection.send(Answer(ask.episode, result, is_stuck))
+
+    async def call(self, ask: Ask) -> Opening | Outcome:
+        """The checked result of a method."""
+        if ask.method == "reset":
+            self.environments[ask.episode] = await self.limited(self.make)
+        environment = self.environments[ask.episode]
+        if ask.method == "close":
+            del self.environments[ask.episode]
+            if callable(close := getattr(environment, "close", None)):
+                await self.limited(close)
+            return Outcome((), 0.0, True, False)
+        method = cast(Callable[..., object], getattr(environment, ask.method))
+        result = await self.limited(method, ask.given)
+        return opening_of(result) if ask.method == "reset" else outcome_of(result)
+
+    async def limited(self, method: Callable[..., object], *given: object) -> object:
+        """What a method returns within the time limit; a plain one on a thread, which is left behind."""
+        if inspect.iscoroutinefunction(method):
+            return await self.within(method(*given), is_thread=False)
+        async with self.threads:
+            result = await self.within(on_thread(method, *given), is_thread=True)
+        return await self.within(result, is_thread=False) if inspect.isawaitable(result) else result
+
+    async def within(self, awaitable: Awaitable[object], *, is_thread: bool) -> object:
+        """The result of an awaitable within the time limit. `asyncio.wait_for` would not tell its limit from those of the
+        user's own."""
+        task = asyncio.ensure_future(awaitable)
+        done, _ = await asyncio.wait({task}, timeout=self.config.timeout_s)
+        if not done:
+            task.cancel()
+            raise LateError(is_thread)
+        return task.result()
+
+
+def on_thread(method: Callable[..., object], *given: object) -> asyncio.Future[object]:
+    """The result of a call on a daemon thread."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[object] = loop.create_future()
+
+    def settle(result: object, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        try:
+            result = method(*given)
+        except BaseException as error:
+            if isinstance(error, StopIteration | KeyboardInterrupt | SystemExit):  # which no future can hold
+                error = RuntimeError(f"raised {type(error).__name__}: {error}")
+            loop.call_soon_threadsafe(settle, None, error)
+        else:
+            loop.call_soon_threadsafe(settle, result, None)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def main() -> None:
+    """Serve until the other end closes the socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    end_with_parent()
+    connection = Connection(int(sys.argv[1]))
+    config = connection.recv()
+    try:
+        make = load_environment(config)
+    except HybridflowError as error:
+        connection.send(Stop(str(error)))
+        return
+    except Exception:
+        connection.send(Stop(f"the environment does not load:\n{traceback.format_exc()}"))
+        return
+    connection.send(Ready())
+
+    async def serve() -> None:
+        await Episodes(connection, config, make).serve()
+
+    asyncio.run(serve())
