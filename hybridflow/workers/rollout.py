@@ -198,8 +198,10 @@ class RolloutWorker(Worker):
         if "call" not in batch:
             batch = batch.with_columns(call=np.full(len(batch), self.num_calls, np.int64))
             self.num_calls += 1
-        rows = rows_of(batch, sampling or training_sampling(self.config))
-        return episodes_of(batch, rows, self.config.environment) if self.environment is not None else go_on(batch, rows)
+        sampling = sampling or training_sampling(self.config)
+        if self.environment is not None:
+            return episodes_of(batch, fresh_rows(batch, sampling), self.config.environment)
+        return rows_of(batch, sampling)
 
     def _columns(self, rows: Sequence[RowUnderWay], *, has_log_probs: bool) -> Batch:
         said = started_columns(rows)
@@ -303,8 +305,8 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
     )
 
 
-def rows_of(batch: Batch, sampling: Sampling) -> list[RowUnderWay]:
-    """What is to be generated for each row of a batch with `prompt`, `seed` and `call`."""
+def fresh_rows(batch: Batch, sampling: Sampling) -> list[RowUnderWay]:
+    """What is to be generated for each row of a batch with `prompt`, `seed` and `call`, from the beginning."""
     numbers = batch["position"] if "position" in batch else np.arange(len(batch))
     limits = batch["max_response_tokens"] if "max_response_tokens" in batch else np.full(len(batch), sampling.max_tokens)
     samplings = {limit: replace(sampling, max_tokens=min(limit, sampling.max_tokens)) for limit in set(limits.tolist())}
@@ -315,8 +317,9 @@ def rows_of(batch: Batch, sampling: Sampling) -> list[RowUnderWay]:
     ]
 
 
-def go_on(batch: Batch, rows: list[RowUnderWay]) -> list[RowUnderWay]:
-    """The rows, with what they have said before where the batch has it."""
+def rows_of(batch: Batch, sampling: Sampling) -> list[RowUnderWay]:
+    """The same, from where the rows are where the batch has columns of `started_columns`."""
+    rows = fresh_rows(batch, sampling)
     if "ended" in batch:
         for row, ended, *said in zip(rows, batch["ended"].tolist(), *map(batch.tokens, STARTED), strict=True):
             row.go_on_from(*said, finish_reason=ENDED[ended])

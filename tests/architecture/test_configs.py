@@ -17,7 +17,7 @@ from tests.architecture import limits
 MAX_LEAVES = 220
 MAX_DEPTH = 3
 YAML_FILES = sorted((limits.ROOT / "configs").rglob("*.yaml"))
-KEYS_OF_FILES = {"model.path", "model.tokenizer", "data.train_files", "data.validation_files"}
+KEYS_OF_FILES = {"model.path", "model.tokenizer", "data.train_files", "data.validation_files", "environment.path"}
 """What a configuration names is not there before it has been prepared."""
 
 
