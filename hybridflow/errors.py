@@ -99,7 +99,12 @@ class WorkerError(HybridflowError):
 
     def __init__(self, *, role: str, rank: int, node: str, method: str, cause: str):
         self.role, self.rank, self.node, self.method, self.cause = role, rank, node, method, cause
-        super().__init__(f"{role}.{method} failed on rank {rank} (node {node}):\n{cause}")
+        super().__init__(f"{self.place}:\n{cause}")
+
+    @property
+    def place(self) -> str:
+        """Which call failed where."""
+        return f"{self.role}.{self.method} failed on rank {self.rank} (node {self.node})"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _worker_error, (type(self), self.role, self.rank, self.node, self.method, self.cause)

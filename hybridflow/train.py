@@ -11,7 +11,7 @@ from pathlib import Path
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import Config
-from hybridflow.errors import ConfigError, HybridflowError
+from hybridflow.controller.boundary import ended_by, leave
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -28,31 +28,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 done, 1 the run failed, 2 the configuration has errors, 130 Ctrl-C, 143 SIGTERM."""
+    """Run the command; returns 0 done, 1 it failed, 2 the configuration has errors, 128 + n where signal n has stopped it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     options = parse(arguments)
+    config: Config | None = None
     try:
-        config = load_config(options.config, options.overrides, is_dry_run=options.dry_run, asks_hub=True)
+        checked = load_config(options.config, options.overrides, is_dry_run=options.dry_run, asks_hub=True)
         if options.dry_run:
-            sys.stdout.write(plan(config))
+            sys.stdout.write(plan(checked))
             return 0
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    # Imported here, so that an error in the configuration or --help waits for neither Ray nor torch.
-    from hybridflow.controller.run import run
+        # Imported here, so that an error in the configuration or --help waits for neither Ray nor torch.
+        from hybridflow.controller.run import run
 
-    try:
+        config = checked
         run(config)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except HybridflowError as error:
-        sys.stderr.write(f"\nThe run failed.\n{error}\n")
-        return 1
-    except KeyboardInterrupt as error:
-        sys.stderr.write(f"\nStopped. {how_to_go_on(config)}\n")
-        return 128 + (error.args[0] if error.args else 2)  # the number of the signal; 2 is Ctrl-C
+    except BaseException as error:  # the one place where whatever ends a run is told
+        return ended_by(error, config)
     return 0
 
 
@@ -64,17 +55,5 @@ def plan(config: Config) -> str:
     return "\n".join([resolved_yaml(config), *placement_lines(config, all_roles(config)), ""])
 
 
-def how_to_go_on(config: Config) -> str:
-    """What the same command would do after a run was stopped."""
-    from hybridflow.checkpoint.store import CheckpointStore
-
-    newest = CheckpointStore(config.run.folder).latest()
-    if newest is None:
-        return "There is no checkpoint yet: the same command starts anew."
-    if config.checkpoint.resume == "auto":
-        return f"The same command continues after {newest}."
-    return f"checkpoint.resume={config.checkpoint.resume}: add checkpoint.resume=auto to continue after {newest}."
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -55,7 +55,13 @@ class RunConfig:
     ray_address: str | None = None
     """Cluster to join; null starts one on this machine, or joins the one that `ray job submit` runs in."""
     timeout_s: Annotated[float, POSITIVE] = 1800.0
-    """A call on a group that takes longer ends the run with the names of the ranks that have not answered."""
+    """A call on a group that takes longer ends the run with the names of the ranks that are stuck, and what they do."""
+
+    @property
+    def peer_timeout_s(self) -> float:
+        """For waits of ranks on each other. Longer than those of the controller: a rank that notices one blames whoever waits.
+        It only counts where the controller has gone without its ranks."""
+        return 2 * self.timeout_s + 600.0
 
 
 @dataclass(frozen=True, kw_only=True)

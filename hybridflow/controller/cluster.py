@@ -6,18 +6,29 @@ import logging
 import os
 import platform
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import ray
+from ray._private import ray_constants
 
 from hybridflow.config.pools import cpu_slots_of_this_machine
 from hybridflow.config.schema import Config
-from hybridflow.errors import PlacementError
+from hybridflow.controller import interrupts
+from hybridflow.controller.waiting import wait_for_thread
+from hybridflow.errors import CallTimeoutError, HybridflowError, PlacementError
 
 logger = logging.getLogger("hybridflow")
 
 JOIN_TIMEOUT_S = 10.0
+"""For something to be said at the address of a cluster."""
+CONNECT_TIMEOUT_S = 180.0
+"""For a connection to Ray. It has limits of its own of up to two minutes."""
+SHUTDOWN_TIMEOUT_S = 30.0
+HTTP2_SETTINGS = b"\x04"
+"""The kind of the first frame on a connection."""
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In the environment of what `ray job submit` runs."""
 
@@ -36,20 +47,73 @@ def cluster(config: Config) -> Iterator[None]:
         return
     address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
     logger.info(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
+    doing = f"join the Ray cluster at {address!r}" if address else "start Ray on this machine"
     try:
         if address:
             _check_reachable(address)
-            ray.init(address, runtime_env=_search_path(), log_to_driver=True, logging_level=logging.ERROR)
-        else:
-            num_cpus = cpu_slots_of_this_machine(config.placement.cpu_slots)
-            ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.ERROR)
-    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-        doing = f"join the Ray cluster at {address!r}" if address else "start Ray on this machine"
+        end = _begun(partial(_join, address) if address else partial(_start, config))
+    except HybridflowError:
+        raise
+    except Exception as error:  # Ray raises plain ones, too
         raise PlacementError(f"could not {doing}: {error}. {_advice(address)}") from error
     try:
         yield
+    except BaseException:
+        interrupts.seen()
+        raise
     finally:
+        end()
+
+
+def _join(address: str) -> None:
+    ray.init(address, runtime_env=_search_path(), log_to_driver=True, logging_level=logging.ERROR)
+
+
+def _start(config: Config) -> None:
+    """On the loopback interface alone: the cluster is this machine. Ray has no setting for that on Linux, only a constant."""
+    num_cpus, before = cpu_slots_of_this_machine(config.placement.cpu_slots), ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.ERROR)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _begun(begin: Callable[[], None]) -> Callable[[], None]:
+    """Begin with Ray on a thread that stays until what is returned is called: Ray may not answer at all, and processes that it
+    starts end with the thread that has started them.
+
+    Raises:
+        CallTimeoutError: it does not come up within `CONNECT_TIMEOUT_S`.
+    """
+    # A process that has lost Ray's head ends itself after this time, without a word. What has to be said is said here.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
+    has_begun, leaves = threading.Event(), threading.Event()
+    raised: list[BaseException] = []
+
+    def live() -> None:
+        try:
+            begin()
+        except BaseException as error:  # raised again by whoever waits
+            raised.append(error)
+        has_begun.set()
+        if not raised:
+            leaves.wait()
         ray.shutdown()
+
+    def end() -> None:
+        leaves.set()
+        try:
+            wait_for_thread(thread, thread.join, lambda: not thread.is_alive(), SHUTDOWN_TIMEOUT_S, "ending Ray")
+        except CallTimeoutError as error:
+            logger.warning("%s. Its processes end with this one", error)
+
+    thread = threading.Thread(target=live, name="hybridflow-ray", daemon=True)
+    thread.start()
+    wait_for_thread(thread, has_begun.wait, has_begun.is_set, CONNECT_TIMEOUT_S, "connecting to Ray")
+    if raised:
+        raise raised[0]
+    return end
 
 
 def is_in_copied_folder() -> bool:
@@ -63,12 +127,26 @@ def _check_reachable(address: str) -> None:
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_S) as connection:
+            answer = b"" if os.environ.get("RAY_USE_TLS", "0") == "1" else _answer_to_http2(connection)
     except (OSError, OverflowError) as error:
-        raise PlacementError(
-            f"no Ray cluster answers at {address}: {error}. Check run.ray_address (or RAY_ADDRESS), start the cluster with "
-            "`ray start --head`, or leave the address out to start one on this machine"
-        ) from error
+        found = "it accepts connections and says nothing" if isinstance(error, TimeoutError) else str(error)
+        raise _no_cluster(address, found) from error
+    if answer and answer[3:4] != HTTP2_SETTINGS:
+        raise _no_cluster(address, f"what listens there is something else, it says {answer[:40]!r}")
+
+
+def _answer_to_http2(connection: socket.socket) -> bytes:
+    """What is said first to the greeting of HTTP/2, which Ray speaks: a frame of settings."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0")
+    return connection.recv(1024) or b"nothing, and closes the connection"
+
+
+def _no_cluster(address: str, found: str) -> PlacementError:
+    return PlacementError(
+        f"no Ray cluster answers at {address}: {found}. Check run.ray_address (or RAY_ADDRESS), start the cluster with "
+        "`ray start --head`, or leave the address out to start one on this machine"
+    )
 
 
 def _search_path() -> dict[str, dict[str, str]] | None:

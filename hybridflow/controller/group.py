@@ -2,63 +2,53 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 from hybridflow import registry
 from hybridflow.batch import Batch, Heavy, LocalShard, Source
-from hybridflow.controller import interrupts
 from hybridflow.controller.cost import CallLog, pickled_size
 from hybridflow.controller.protocols import Arguments, Protocol
-from hybridflow.controller.rank_process import Answer, RankProcess, StoredShard
-from hybridflow.errors import CallTimeoutError, WorkerDiedError, WorkerError
+from hybridflow.controller.rank_process import Answer, StoredShard
+from hybridflow.controller.waiting import Job, Ranks, results_of
+from hybridflow.errors import CallTimeoutError
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.remote import CombinedFuture
 
-logger = logging.getLogger("hybridflow")
-
 Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, Heavy]]"]
-DEATHS_SHOW_S = 5.0
-"""The time in which a process that has ended is found out, after a partner of it has failed."""
-STRAGGLERS_SHOW_S = 30.0
-"""After this ranks that have not answered are named where others have; again after twice the time, and so on."""
+ARGUMENTS_LATE_S = 120.0
+"""Whoever waits for the arguments of a call is to say which call is late, and has longer than its limit for that."""
 
 
-@dataclass
-class Pool:
-    """The processes of one pool, one per rank."""
+@dataclass(eq=False)
+class Pool(Ranks):
+    """The processes of one pool, one per rank, and the calls that wait to be sent to them."""
 
-    name: str
-    processes: list[ActorHandle[RankProcess]]
-    nodes: list[str]
-    """Machine of each rank."""
-    queue: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
+    queue: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "hybridflow-calls"))
     """Calls that wait for the results of others wait here; those behind them keep their order."""
     waiting: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def end(self) -> None:
         """Kill the processes. Calls that wait are not sent any more."""
+        self.queue.shutdown(wait=False, cancel_futures=True)
         for process in self.processes:
             ray.kill(process)
-        self.queue.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
 class Call:
     """A call that is under way on every rank."""
 
-    name: str
+    method: str
     replies: dict[int, Reply]
     """By rank; a protocol may leave ranks out."""
     protocol: Protocol
@@ -77,9 +67,8 @@ class GroupFuture:
 
         Raises:
             WorkerError: a rank failed; the first one to fail, however long the others take.
-            WorkerDiedError: the process of a rank has ended. To tell this from what it does to the other ranks, those that
-                have not answered are given `DEATHS_SHOW_S` after the first failure.
-            CallTimeoutError: a rank has not answered in time (`run.timeout_s` where `timeout_s` is None).
+            WorkerDiedError: the process of a rank has ended.
+            CallTimeoutError: a rank has not answered in time (`run.timeout_s` where `timeout_s` is None); with what it does.
         """
         with self._lock:
             if not self._result:
@@ -91,7 +80,7 @@ class GroupFuture:
             return self._call
         limit_s = timeout_s if timeout_s is not None else self._dispatcher.timeout_s
         try:
-            return self._call.result(limit_s)
+            return self._call.result(limit_s + ARGUMENTS_LATE_S)
         except TimeoutError:
             waiting = f"a call of {self._dispatcher.role} still waits for its arguments after {limit_s:g} s"
             raise CallTimeoutError(f"{waiting}; they are results of calls that have not ended. Raise run.timeout_s?") from None
@@ -166,11 +155,13 @@ class GroupDispatcher:
         }
         num_bytes = sum(_sizes(per_rank))
         self.log.sent(num_bytes, time.perf_counter() - started)
-        return Call(f"{self.role}.{method}", replies, protocol)
+        return Call(method, replies, protocol)
 
     def collect(self, call: Call, timeout_s: float | None) -> object:
         """Wait for all ranks of a call and make their answers one result."""
-        answers = self._wait(call, timeout_s if timeout_s is not None else self.timeout_s)
+        jobs = {answer: Job(self.pool, rank, self.role, call.method) for rank, (answer, _) in call.replies.items()}
+        found = results_of(jobs, timeout_s if timeout_s is not None else self.timeout_s)
+        answers: dict[int, Answer] = dict(zip(call.replies, found, strict=True))
         started = time.perf_counter()
         results: list[object] = [None] * self.layout.num_ranks
         for rank, answer in answers.items():
@@ -182,83 +173,9 @@ class GroupDispatcher:
             if answer.memory:
                 self.log.used(allocated_gib=answer.memory.allocated_gib, reserved_gib=answer.memory.reserved_gib)
         reported = [answers[rank].reported for rank in call.protocol.answering if rank in answers]
-        self.log.answered(call.name, slowest, num_bytes, time.perf_counter() - started)
+        self.log.answered(f"{self.role}.{call.method}", slowest, num_bytes, time.perf_counter() - started)
         self.log.reported(Metrics.merged(reported))
         return collected
-
-    def _wait(self, call: Call, timeout_s: float) -> dict[int, Answer]:
-        references = {rank: answer for rank, (answer, _) in call.replies.items()}
-        interrupts.raise_if_lost()
-        try:
-            answers = self._answers(call, references, timeout_s)
-        except ray.exceptions.RayTaskError as error:
-            # What a rank says whose partner has gone, such as a closed connection, hides the cause.
-            ray.wait(list(references.values()), num_returns=len(references), timeout=DEATHS_SHOW_S, fetch_local=False)
-            cause = error.cause if isinstance(error.cause, WorkerError) else error
-            raise self._death(call, references) or cause from None
-        except ray.exceptions.RayActorError as error:
-            raise self._death(call, references) or error from None
-        return dict(zip(references, answers, strict=True))
-
-    def _answers(self, call: Call, references: Mapping[int, ray.ObjectRef[Answer]], timeout_s: float) -> list[Answer]:
-        """Of all ranks. Raises as soon as one has failed, however long the others take."""
-        asked, waited_s, patience_s = list(references.values()), 0.0, STRAGGLERS_SHOW_S
-        while True:
-            limit_s = min(patience_s, timeout_s - waited_s)
-            try:
-                answers: list[Answer] = ray.get(asked, timeout=limit_s)
-            except ray.exceptions.GetTimeoutError:
-                done = set(ray.wait(asked, num_returns=len(asked), timeout=0, fetch_local=False)[0])
-                late = [rank for rank, answer in references.items() if answer not in done]
-                waited_s += limit_s
-                if waited_s >= timeout_s:
-                    raise self._timed_out(call, late, timeout_s) from None
-                if late and done:
-                    logger.info(
-                        "%s: %d of %d ranks are done; after %.0f s still waiting for %s",
-                        call.name,
-                        len(done),
-                        len(asked),
-                        waited_s,
-                        self._places(late),
-                    )
-                patience_s = waited_s
-            else:
-                return answers
-
-    def _places(self, ranks: Sequence[int]) -> str:
-        return ", ".join(f"rank {rank} (node {self.pool.nodes[rank]})" for rank in sorted(ranks))
-
-    def _death(self, call: Call, references: Mapping[int, ray.ObjectRef[Answer]]) -> WorkerDiedError | None:
-        """The first rank whose process has ended, as an error."""
-        for rank, reference in references.items():
-            if error := _death_of(reference):
-                died = "The process died before it answered (killed, out of memory, or its node was lost)"
-                return WorkerDiedError(
-                    role=self.role,
-                    rank=rank,
-                    node=self.pool.nodes[rank],
-                    method=call.name.partition(".")[2],
-                    cause=f"{died}. Ray says: {error}",
-                )
-        return None
-
-    def _timed_out(self, call: Call, ranks: Sequence[int], timeout_s: float) -> CallTimeoutError:
-        return CallTimeoutError(
-            f"{call.name} has not ended after {timeout_s:g} s on {len(ranks)} of {self.layout.num_ranks} ranks: "
-            f"{self._places(ranks)}. "
-            "Look at what they do with `ray stack` on that node, or raise run.timeout_s."
-        )
-
-
-def _death_of(reference: ray.ObjectRef[Answer]) -> ray.exceptions.RayActorError | None:
-    try:
-        ray.get(reference, timeout=0)
-    except ray.exceptions.RayActorError as error:
-        return error
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError):
-        return None
-    return None
 
 
 def _resolved(arguments: Arguments) -> Arguments:

@@ -8,19 +8,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from hybridflow import registry
 from hybridflow.algorithms.base import Algorithm
-from hybridflow.config.schema import Config
+from hybridflow.config.schema import Config, RunConfig
 from hybridflow.controller import interrupts, planning
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
-from hybridflow.controller.placement import RolePlace, device_type, places, start_pool
-from hybridflow.errors import CallTimeoutError, HybridflowError, PlacementError, WorkerError
+from hybridflow.controller.placement import RolePlace, device_type, introduce, places, start_pool
+from hybridflow.controller.waiting import Jobs, bounded, jobs_of, results_of
+from hybridflow.errors import HybridflowError
 from hybridflow.workers.base import Worker
 
 if TYPE_CHECKING:
@@ -33,10 +34,8 @@ logger = logging.getLogger("hybridflow")
 
 CLOSING_TIMEOUT_S = 5.0
 """For what ranks do before they are killed, when the run has failed."""
-SECONDS_OF_SILENCE = 30.0
-"""After which the log says again what a launch waits for."""
-Jobs = dict["ray.ObjectRef[Any]", str]
-"""Calls that are under way, with words for what is being done where."""
+ENDING_TIMEOUT_S = 20.0
+"""For Ray to kill them."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +111,24 @@ def launched(config: Config) -> Iterator[Launched]:
             members = [place for place in placed.values() if place.pool == name]
             pools[name], group = start_pool(name, members[0].size, device, _environment(config))
             reserved.append(group)
-            _connect(pools[name], members, config.run.timeout_s)
+        introduce(list(pools.values()), config.run.timeout_s)
+        for name, pool in pools.items():
+            _connect(pool, [place for place in placed.values() if place.pool == name], config.run)
         # Pools build at the same time; within one, roles follow each other in this order.
         building = {"data": _start_building(config, placed["data"], pools[placed["data"].pool])}  # needs no plan
         asked = planning.ask(config, placed, pools, device)
         for name, references in asked.items():
             logger.info("finding out what the GPUs of pool '%s' hold", name)
-            _wait_for(_named("finding out what its GPU holds", pools[name], references), config.run.timeout_s)
+            results_of(jobs_of(pools[name], f"pool '{name}'", "hardware_info", references), config.run.timeout_s)
         plan = planning.decide(config, placed, asked)
         for place in placed.values():
             if place.role not in building:
                 building[place.role] = _start_building(plan.config_of(place.role), place, pools[place.pool])
         groups = {place.role: _group(config, place, pools[place.pool], log) for place in placed.values()}
-        _wait_for(building.pop("data"), config.run.timeout_s)
+        results_of(building.pop("data"), config.run.timeout_s)
         # Mistakes in the data are told while models still load.
         dataset = _opened(groups["data"], algorithm_class(config))
-        _wait_for({reference: doing for jobs in building.values() for reference, doing in jobs.items()}, config.run.timeout_s)
+        results_of({reference: job for jobs in building.values() for reference, job in jobs.items()}, config.run.timeout_s)
         try:
             yield Launched(groups, placed, log, dataset, engine_sleeps=plan.engine_sleeps)
         except BaseException:
@@ -136,30 +137,46 @@ def launched(config: Config) -> Iterator[Launched]:
             raise
         for worker in groups.values():
             worker.close()
+    except BaseException:
+        interrupts.seen()
+        raise
     finally:
-        for pool in pools.values():
-            pool.end()
-        for group in reserved:
-            remove_placement_group(group)
+        _end(list(pools.values()), reserved)
 
 
 def _close_quickly(groups: Mapping[str, Worker]) -> None:
     """Close the workers that answer soon; what went wrong before is what the user is to read."""
     deadline = time.monotonic() + CLOSING_TIMEOUT_S
-    with suppress(HybridflowError, ray.exceptions.RayError):
+    with suppress(HybridflowError, ray.exceptions.RayError, RuntimeError):
         calls = [worker.close.start() for worker in groups.values()]
-        for call in calls:
-            with suppress(HybridflowError, ray.exceptions.RayError):
-                call.result(max(0.0, deadline - time.monotonic()))
+        while time.monotonic() < deadline and not interrupts.is_urgent() and not all(call.done() for call in calls):
+            time.sleep(0.05)
 
 
-def _connect(pool: Pool, members: list[RolePlace], timeout_s: float) -> None:
+def _end(pools: Sequence[Pool], reserved: Sequence[PlacementGroup]) -> None:
+    """Kill the processes and give back their places. Where Ray does not answer any more there is nothing to give back."""
+
+    def give_back() -> None:
+        for pool in pools:
+            pool.end()
+        for group in reserved:
+            remove_placement_group(group)
+
+    try:
+        bounded(give_back, ENDING_TIMEOUT_S, "ending the processes of the run")
+    except (HybridflowError, ray.exceptions.RayError, RuntimeError) as error:
+        logger.warning("the processes of the run were not ended in order: %s", str(error).partition("\n")[0])
+
+
+def _connect(pool: Pool, members: list[RolePlace], run: RunConfig) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
         logger.info("the ranks of pool '%s' import their libraries and join", pool.name)
-        rendezvous_address: str = ray.get([process.rendezvous_address.remote() for process in pool.processes[:1]])[0]
-        joining = [process.connect.remote(rendezvous_address, timeout_s) for process in pool.processes]
-        _wait_for(_named(f"joining the ranks of pool '{pool.name}'", pool, joining), timeout_s)
+        name = f"pool '{pool.name}'"
+        first = [process.rendezvous_address.remote() for process in pool.processes[:1]]
+        address: str = results_of(jobs_of(pool, name, "rendezvous_address", first), run.timeout_s)[0]
+        joining = [process.connect.remote(address, run.peer_timeout_s) for process in pool.processes]
+        results_of(jobs_of(pool, name, "connect", joining), run.timeout_s)
 
 
 def _start_building(config: Config, place: RolePlace, pool: Pool) -> Jobs:
@@ -167,11 +184,7 @@ def _start_building(config: Config, place: RolePlace, pool: Pool) -> Jobs:
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
     logger.info("building %s on pool '%s' (%d rank(s))", place.role, place.pool, place.size.num_ranks)
     started = [process.create.remote(place.role, place.class_name, config, layout) for process in pool.processes]
-    return _named(f"building role '{place.role}'", pool, started)
-
-
-def _named(doing: str, pool: Pool, references: Sequence[ray.ObjectRef[Any]]) -> Jobs:
-    return {ref: f"{doing} on rank {rank} (node {pool.nodes[rank]})" for rank, ref in enumerate(references)}
+    return jobs_of(pool, place.role, "__init__", started)
 
 
 def _opened(data: Worker, algorithm: type[Algorithm]) -> DataSummary:
@@ -185,29 +198,6 @@ def _group(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker
     """The controller's stand-in for the workers of a role."""
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
     return place.worker_class.group(GroupDispatcher(place.role, pool, layout, timeout_s=config.run.timeout_s, log=log))
-
-
-def _wait_for(jobs: Jobs, timeout_s: float) -> None:
-    """Wait for all; the first failure is raised at once, not when the slowest rank is done. What takes long is said."""
-    pending, started = list(jobs), time.monotonic()
-    while pending:
-        interrupts.raise_if_lost()
-        left = max(0.0, started + timeout_s - time.monotonic())
-        ready, pending = ray.wait(pending, num_returns=1, timeout=min(left, SECONDS_OF_SILENCE))
-        if not ready and left > SECONDS_OF_SILENCE:
-            more = f", and {len(pending) - 1} more" if len(pending) > 1 else ""
-            logger.info("not done after %.0f s: %s%s", time.monotonic() - started, jobs[pending[0]], more)
-            continue
-        if not ready:
-            late = "; ".join(jobs[reference] for reference in pending)
-            raise CallTimeoutError(f"not done after run.timeout_s={timeout_s:g}: {late}")
-        try:
-            ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, WorkerError) else error) from None
-        except ray.exceptions.RayActorError as error:
-            died = "the process died (killed, out of memory, or its node was lost)"
-            raise PlacementError(f"{jobs[ready[0]]}: {died}. Ray says: {error}") from None
 
 
 def _environment(config: Config) -> dict[str, str]:

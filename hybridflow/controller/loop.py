@@ -14,6 +14,7 @@ from hybridflow.checkpoint.changes import changes
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.config.schema import Config
 from hybridflow.controller.batch_metrics import length_metrics, num_tokens, reward_metrics
+from hybridflow.controller.boundary import phase
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.row_source import RowSource
 from hybridflow.controller.validation import validate
@@ -37,19 +38,23 @@ class Loop:
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step."""
-        last_step = self.resume()
+        with phase("the run was resumed"):
+            last_step = self.resume()
         trackers = Trackers(self.config, total_steps=self.total_steps, resume_step=last_step)
         try:
             if last_step == 0 and self.config.validation.before_training:
                 trackers.log(0, self.validate(0, trackers))
             for step in range(last_step + 1, self.total_steps + 1):
-                metrics = self.seconds_saving + self.step(step)
+                with phase(f"step {step} was taken"):
+                    metrics = self.seconds_saving + self.step(step)
                 self.seconds_saving = Metrics()
                 if self.is_due(step, self.config.validation.every_steps, and_last=self.config.validation.every_steps > 0):
                     metrics += self.validate(step, trackers)
-                trackers.log(step, metrics)
+                with phase(f"the metrics of step {step} were written"):
+                    trackers.log(step, metrics)
                 if self.is_due(step, self.config.checkpoint.every_steps, and_last=self.config.checkpoint.save_last):
-                    self.save(step)
+                    with phase(f"the checkpoint of step {step} was written"):
+                        self.save(step)
         finally:
             self.rows.close()
             trackers.close()
@@ -76,8 +81,9 @@ class Loop:
         if not self.config.data.validation_files or self.launched.rollout is None:
             return Metrics()
         started = time.perf_counter()
-        self.weights.sync(version=step)
-        metrics, samples = validate(self.config, self.launched)
+        with phase(f"the validation after step {step} was made"):
+            self.weights.sync(version=step)
+            metrics, samples = validate(self.config, self.launched)
         trackers.log_samples(step, samples)
         return metrics + Metrics({"seconds/validation": time.perf_counter() - started})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +19,9 @@ from hybridflow.config.pools import PoolSize, parse_pool
 from hybridflow.config.schema import Config
 from hybridflow.controller.group import Pool
 from hybridflow.controller.rank_process import RankPlace, RankProcess
+from hybridflow.controller.waiting import bounded, jobs_of, results_of
 from hybridflow.errors import PlacementError
+from hybridflow.parallel.addresses import environment_of_one_machine
 from hybridflow.workers.base import Worker
 
 logger = logging.getLogger("hybridflow")
@@ -27,6 +29,8 @@ logger = logging.getLogger("hybridflow")
 QUICK_PLACEMENT_S = 5.0
 # Long enough for a cluster that adds nodes on demand, short enough to say what is missing.
 PLACEMENT_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 60.0
+"""For Ray's own services, which answer in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,9 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
     resources = {"CPU": 1.0} if size.is_cpu or device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
     bundles = [{kind: amount * size.ranks_per_node for kind, amount in resources.items()} for _ in range(size.nodes)]
     group = placement_group(bundles, strategy="STRICT_SPREAD" if size.nodes > 1 else "PACK", name=f"hybridflow-{name}")
-    if not group.wait(QUICK_PLACEMENT_S):
+    if not _given(group, QUICK_PLACEMENT_S):
         logger.info("pool '%s' waits for %s on %d node(s) of the cluster", name, _amounts(size, resources), size.nodes)
-    if not group.wait(PLACEMENT_TIMEOUT_S):
+    if not _given(group, PLACEMENT_TIMEOUT_S):
         remove_placement_group(group)
         raise PlacementError(_shortage(name, size, resources))
     processes = []
@@ -101,13 +105,27 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
             folder=os.getcwd(),
         )
         processes.append(_start_rank(place, group, resources))
-    try:
-        nodes: list[str] = ray.get([process.node.remote() for process in processes])
-    except ray.exceptions.RayError as error:
-        remove_placement_group(group)
-        raise PlacementError(f"the processes of pool '{name}' could not be started: {error}") from error
-    logger.info("pool '%s': %s", name, ", ".join(f"{count} rank(s) on {node}" for node, count in Counter(nodes).items()))
-    return Pool(name, processes, nodes), group
+    return Pool(name, processes), group
+
+
+def introduce(pools: Sequence[Pool], timeout_s: float) -> None:
+    """Wait until the processes of all pools have come up, and let ranks that are all on one machine meet on it alone."""
+    asked = [jobs_of(pool, f"pool '{pool.name}'", "start", [p.identity.remote() for p in pool.processes]) for pool in pools]
+    for pool in pools:
+        pool.others = list(pools)
+    results_of({reference: job for jobs in asked for reference, job in jobs.items()}, timeout_s)
+    for pool, jobs in zip(pools, asked, strict=True):
+        pool.identities = ray.get(list(jobs))
+        counts = Counter(pool.nodes).items()
+        logger.info("pool '%s': %s", pool.name, ", ".join(f"{count} rank(s) on {node}" for node, count in counts))
+    if len({identity.node_id for pool in pools for identity in pool.identities}) == 1:
+        for process in (process for pool in pools for process in pool.processes):
+            process.set_environment.remote(environment_of_one_machine())
+
+
+def _given(group: PlacementGroup, limit_s: float) -> bool:
+    """Whether the cluster gives the places within this time; it may not answer at all."""
+    return bounded(lambda: bool(group.wait(limit_s)), limit_s + ANSWER_TIMEOUT_S, "waiting for places in the cluster")
 
 
 def _start_rank(place: RankPlace, group: PlacementGroup, resources: Mapping[str, float]) -> ActorHandle[RankProcess]:
@@ -130,6 +148,13 @@ def _shortage(name: str, size: PoolSize, resources: Mapping[str, float]) -> str:
     found = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
     return (
         f"pool '{name}' asks for {size.nodes} node(s) with {_amounts(size, resources)} each. After {PLACEMENT_TIMEOUT_S:g} s "
-        f"the cluster had not given them; it has {len(nodes)} node(s): {found} (some may be in use). Make "
-        f"placement.pools.{name} smaller, add nodes, or raise placement.cpu_slots where the cluster is started on this machine."
+        f"the cluster had not given them; it has {len(nodes)} node(s): {found} (some may be in use). {_remedy(name, size)}"
     )
+
+
+def _remedy(name: str, size: PoolSize) -> str:
+    """What can be done about a pool that does not fit: of one rank there is no smaller one."""
+    ways = [f"make placement.pools.{name} smaller"] if size.num_ranks > 1 else []
+    ways += ["end what else runs on the cluster", "add nodes", "or share a pool between roles (placement.roles)"]
+    text = ", ".join(ways)
+    return text[0].upper() + text[1:]

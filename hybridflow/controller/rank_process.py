@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import pickle
@@ -10,6 +11,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import ray
@@ -17,9 +19,11 @@ import ray
 from hybridflow import registry
 from hybridflow.batch import Batch, Heavy, LocalShard, Source
 from hybridflow.config.schema import Config
+from hybridflow.controller.stacks import DUMP_SIGNAL, RankIdentity
 from hybridflow.errors import HybridflowError, WorkerError
 from hybridflow.metrics import Metrics
 from hybridflow.orphan import end_with_parent
+from hybridflow.parallel.addresses import own_host
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.hardware import HardwareInfo
@@ -99,7 +103,7 @@ class RankProcess:
         prepare_console(logging.INFO if place.rank == 0 else logging.WARNING)
         if os.path.isdir(place.folder):
             os.chdir(place.folder)
-        self.place = place
+        self.place, self.dump_file = place, _heed_dump_signal()
         self.workers: dict[str, Worker] = {}
         self.listening: socket.socket | None = None
         self.has_process_group = False
@@ -108,17 +112,32 @@ class RankProcess:
         """What Ray puts before each line that this process writes, in place of the name of the class."""
         return f"{self.place.pool} rank {self.place.rank}"
 
+    def set_environment(self, variables: Mapping[str, str]) -> None:
+        """What is known only when all ranks have places; libraries that read it are imported later."""
+        os.environ.update(variables)
+
     def rendezvous_address(self) -> str:
-        """`host:port` of this rank, for the ranks of the pool to meet at. The port is this rank's from here on."""
-        self.listening = socket.create_server(("", 0))
-        return f"{ray.util.get_node_ip_address()}:{self.listening.getsockname()[1]}"
+        """`host:port` of this rank, for the ranks of the pool to meet at. The port is this rank's from here on; where all ranks
+        are on one machine it is open to that machine alone."""
+        self.listening = socket.create_server((own_host(), 0))
+        return f"{own_host()}:{self.listening.getsockname()[1]}"
 
     def node(self) -> str:
         """Name and address of the machine."""
         return f"{socket.gethostname()} {ray.util.get_node_ip_address()}"
 
+    def identity(self) -> RankIdentity:
+        """Which process this is, and how its stack is read while it is busy."""
+        return RankIdentity(self.node(), ray.get_runtime_context().get_node_id(), os.getpid(), self.dump_file)
+
     def connect(self, rendezvous_address: str, timeout_s: float) -> None:
         """Join torch.distributed's group of the pool; returns when all ranks have. Collectives may take `timeout_s`."""
+        try:
+            self._connect(rendezvous_address, timeout_s)
+        except BaseException as error:
+            raise self._named(f"pool '{self.place.pool}'", "connect", error) from None
+
+    def _connect(self, rendezvous_address: str, timeout_s: float) -> None:
         import torch
 
         from hybridflow.parallel.mesh import init_process_group, rendezvous_store
@@ -143,7 +162,7 @@ class RankProcess:
 
         try:
             return hardware_info(config, roles)
-        except Exception as error:
+        except BaseException as error:
             raise self._named(" and ".join(sorted(roles)), "hardware_info", error) from None
 
     def create(self, role: str, class_name: str, config: Config, layout: Layout) -> None:
@@ -164,7 +183,7 @@ class RankProcess:
         torch.manual_seed(config.run.seed)  # torch's own start value differs from process to process
         try:
             self.workers[role] = worker_class(config, context)
-        except Exception as error:
+        except BaseException as error:
             raise self._named(role, "__init__", error) from None
 
     def call(self, invocation: Invocation) -> tuple[Answer, dict[str, Heavy]]:
@@ -176,9 +195,9 @@ class RankProcess:
         worker.context.take_reported()  # outside of calls, as where a sync probes the actor, nobody asked for it
         try:
             result = marked.function(worker, *args, **kwargs)
-        except Exception as error:
+            answer, heavy = _answer(result, time.perf_counter() - started, self._memory())
+        except BaseException as error:  # also SystemExit, which would end the process without a word
             raise self._named(role, method, error) from None
-        answer, heavy = _answer(result, time.perf_counter() - started, self._memory())
         reported = worker.context.take_reported()
         return (replace(answer, reported=reported) if reported else answer), heavy
 
@@ -189,7 +208,7 @@ class RankProcess:
 
         return Memory(torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30)
 
-    def _named(self, role: str, method: str, error: Exception) -> WorkerError:
+    def _named(self, role: str, method: str, error: BaseException) -> WorkerError:
         cause = str(error) if isinstance(error, HybridflowError) else "".join(traceback.format_exception(error)[1:])
         named = f"{type(error).__name__}: {cause}" if isinstance(error, HybridflowError) else cause
         return WorkerError(role=role, rank=self.place.rank, node=self.node(), method=method, cause=named)
@@ -204,6 +223,15 @@ def prepare_console(level: int) -> None:
     log.handlers = [handler]
     log.propagate = False  # libraries that a role imports may have given the root logger a handler
     warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled", category=UserWarning)  # torch's compiler
+
+
+def _heed_dump_signal() -> str | None:
+    """Have all stacks written to a file in memory at `DUMP_SIGNAL`, from C, whatever Python is busy with; returns its name."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    file = os.fdopen(os.memfd_create("hybridflow-stacks"), "w")
+    faulthandler.register(DUMP_SIGNAL, file=file, all_threads=True)
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def _marked_method(worker_class: type[Worker], name: str) -> RemoteMethod[Worker, ..., object]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 
 from hybridflow.config.schema import Config
 from hybridflow.controller import interrupts
+from hybridflow.controller.boundary import phase, what_happened
 from hybridflow.controller.cluster import cluster
 from hybridflow.controller.launch import algorithm_class, all_roles, launched
 from hybridflow.controller.loop import Loop
@@ -22,18 +24,31 @@ logger = logging.getLogger("hybridflow")
 def run(config: Config) -> None:
     """Launch the roles, train, and end every process that was started.
 
+    Once the last step is taken and saved the run is done: what fails in ending its processes is a warning.
+
     Raises:
         HybridflowError: what went wrong, where, and what to do.
     """
-    started = time.perf_counter()
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
     try_trackers(config)
-    with interrupts.noticed(), cluster(config):
+    is_finished = threading.Event()
+    try:
+        _run(config, is_finished)
+    except (Exception, KeyboardInterrupt) as error:
+        if not is_finished.is_set():
+            raise
+        logger.warning("the run is finished; in ending its processes: %s", what_happened(error))
+    logger.info("done: everything is in %s", config.run.folder)
+
+
+def _run(config: Config, is_finished: threading.Event) -> None:
+    started = time.perf_counter()
+    with interrupts.noticed(), phase("the run was prepared"), cluster(config):
         interrupts.heed_sigterm()
         for line in placement_lines(config, all_roles(config)):
             logger.info(line)
-        with reserved(config) as folder, launched(config) as groups:
+        with reserved(config), launched(config) as groups:
             algorithm = algorithm_class(config)(config, groups.groups)
             data = groups.dataset
             total_steps = config.run.total_steps or config.run.total_epochs * data.steps_per_epoch
@@ -44,4 +59,4 @@ def run(config: Config) -> None:
             if device_type(config) == "cuda":
                 logger.info("the first step compiles kernels: it may take half a minute more than the following ones")
             Loop(config, groups, algorithm, total_steps=total_steps).run()
-    logger.info("done: everything is in %s", folder)
+            is_finished.set()

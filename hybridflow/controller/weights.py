@@ -5,8 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import TypeVar
 
-from hybridflow.controller.group import DEATHS_SHOW_S
 from hybridflow.controller.launch import Launched
+from hybridflow.controller.waiting import DEATHS_SHOW_S
 from hybridflow.errors import HybridflowError, WorkerDiedError
 from hybridflow.metrics import Metrics
 from hybridflow.workers.remote import Future

@@ -3,6 +3,7 @@ generate, or by broadcasts from a pool that trains to a pool that generates."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +19,7 @@ except ImportError:  # torch before 2.13 knows the same function by its older na
     from torch.distributed import all_gather_into_tensor as all_gather_single
 
 from hybridflow.errors import EngineError
+from hybridflow.parallel.addresses import own_host
 
 
 @dataclass
@@ -99,10 +101,13 @@ class TransferStore:
 
 
 def host_transfer(*, device: torch.device, timeout_s: float) -> tuple[TransferStore, int]:
-    """Open the rendezvous in this process; the second value is its port."""
-    timeout = timedelta(seconds=timeout_s)
-    store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
-    return TransferStore(store, device, timeout), store.port
+    """Open the rendezvous in this process, at `own_host`; the second value is its port."""
+    timeout, listening = timedelta(seconds=timeout_s), socket.create_server((own_host(), 0))
+    port = listening.getsockname()[1]
+    store = TCPStore(
+        own_host(), port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listening.detach()
+    )
+    return TransferStore(store, device, timeout), port
 
 
 def join_transfer(address: str, *, device: torch.device, timeout_s: float) -> TransferStore:

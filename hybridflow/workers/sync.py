@@ -7,7 +7,6 @@ Colocated: `rollout.sync_weights()`. On separate pools, once `address = actor.tr
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -16,6 +15,7 @@ import torch
 
 from hybridflow.config.schema import Config
 from hybridflow.metrics import Metric, Metrics
+from hybridflow.parallel.addresses import own_host
 from hybridflow.resharding.links import TransferStore, host_transfer, join_transfer
 from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings, WeightReceiver, WeightSender
 from hybridflow.resharding.verify import Place
@@ -83,7 +83,7 @@ class RolloutSync:
 
     def open(self, address: str) -> None:
         """Meet the actors' pool at `host:port`."""
-        store = join_transfer(address, device=self.context.device, timeout_s=self.config.run.timeout_s)
+        store = join_transfer(address, device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
         self.receiver = WeightReceiver(
             sync_settings(self.config, self.context),
             store,
@@ -112,12 +112,12 @@ class ActorSync:
 
     def address(self) -> str:
         """Open the rendezvous on this rank: `host:port`."""
-        self.store, port = host_transfer(device=self.context.device, timeout_s=self.config.run.timeout_s)
-        return f"{_own_host()}:{port}"
+        self.store, port = host_transfer(device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
+        return f"{own_host()}:{port}"
 
     def open(self, address: str) -> None:
         """Meet the pool of the engines at `host:port`."""
-        store = self.store or join_transfer(address, device=self.context.device, timeout_s=self.config.run.timeout_s)
+        store = self.store or join_transfer(address, device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
         self.sender = WeightSender(
             sync_settings(self.config, self.context),
             store,
@@ -151,13 +151,3 @@ def as_metrics(report: SyncReport, *, prefix: str = "sync/") -> Metrics:
     metrics[f"{prefix}buffer_gib"] = Metric(report.buffer_bytes / 2**30, kind="max")
     metrics[f"{prefix}tensors_unreadable"] = Metric(float(len(report.unreadable)), kind="max")
     return Metrics(metrics)
-
-
-def _own_host() -> str:
-    """The address by which other machines reach this one. Nothing is sent: connecting UDP only picks an interface."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probing:
-        try:
-            probing.connect(("192.0.2.1", 9))  # TEST-NET-1, RFC 5737: routed like any other address
-        except OSError:
-            return "127.0.0.1"
-        return str(probing.getsockname()[0])

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, PlacementConfig, RolloutConfig
 from hybridflow.errors import WeightMismatchError
+from hybridflow.parallel.addresses import own_host
 from hybridflow.resharding.layout import Box
 from hybridflow.resharding.links import host_transfer, join_transfer
 from hybridflow.resharding.transfer import ColocatedSync, SyncSettings, WeightReceiver, WeightSender
@@ -319,7 +320,7 @@ def _train(rank: int, num_trainers: int, folder: str) -> None:
     address = Path(folder, "address")
     if rank == 0:
         store, port = host_transfer(device=CPU, timeout_s=60)
-        address.with_suffix(".tmp").write_text(f"127.0.0.1:{port}")
+        address.with_suffix(".tmp").write_text(f"{own_host()}:{port}")
         address.with_suffix(".tmp").rename(address)
     else:
         store = join_transfer(_wait_for(address), device=CPU, timeout_s=60)

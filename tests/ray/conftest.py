@@ -9,7 +9,7 @@ from hybridflow.config.pools import parse_pool
 from hybridflow.config.schema import Config
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
-from hybridflow.controller.placement import start_pool
+from hybridflow.controller.placement import introduce, start_pool
 from hybridflow.parallel.layout import Layout
 from tests.ray.fake_workers import EchoWorker
 from tests.ray.runs import Toy, make_toy
@@ -34,6 +34,7 @@ def toy(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def pool(cluster: None) -> Iterator[Pool]:
     """Two ranks without torch.distributed."""
     started, group = start_pool("main", parse_pool("1x2 cpu"), "cpu", {})
+    introduce([started], 60.0)
     yield started
     started.end()
     ray.util.remove_placement_group(group)

@@ -190,12 +190,12 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
 
 @pytest.mark.parametrize("worker", ["SaysGoodbye", "NeverCloses"])
 def test_a_failed_run_closes_the_workers_that_answer_and_tells_what_failed_first(
-    toy: Toy, cluster: None, tmp_path: Path, worker: str
+    toy: Toy, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], worker: str
 ) -> None:
     algorithm, reward = (f"tests.ray.failing_parts:{name}" for name in ("DividesByZero", worker))
-    overrides = [f"run.folder={tmp_path}", f"algorithm={algorithm}", f"placement.workers.reward={reward}"]
-    with pytest.raises(ZeroDivisionError, match="one response to no prompts"):
-        train.main([str(toy.config), *overrides])
+    code, text = said(toy, tmp_path, [f"algorithm={algorithm}", f"placement.workers.reward={reward}"], capsys)
+    assert code == 1 and is_short(text)
+    assert "ZeroDivisionError: one response to no prompts" in text
     assert (tmp_path / "closed").exists() == (worker == "SaysGoodbye")
 
 

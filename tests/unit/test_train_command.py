@@ -8,7 +8,8 @@ import pytest
 
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.config.schema import CheckpointConfig, Config, RunConfig
-from hybridflow.train import how_to_go_on, main
+from hybridflow.controller.boundary import how_to_go_on
+from hybridflow.train import main
 from tests.unit.config_cases import CUTTING_ENGINE, right_run
 
 ELSEWHERE = [
