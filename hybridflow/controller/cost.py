@@ -44,6 +44,8 @@ class CallLog:
     holds since it last reset its count, as a weight sync does to measure its own peak."""
     of_workers: Metrics = field(default_factory=Metrics)
     """What workers have reported."""
+    num_events: int = 0
+    """Calls and answers since the run began: while it rises, the run gets on."""
     own_seconds: float = 0.0
     """Spent distributing arguments and collecting results."""
 
@@ -51,12 +53,14 @@ class CallLog:
         """Note a call that went out."""
         with self.lock:
             self.num_calls += 1
+            self.num_events += 1
             self.num_bytes += num_bytes
             self.own_seconds += own_seconds
 
     def answered(self, name: str, seconds: float, num_bytes: int, own_seconds: float) -> None:
         """Note its answers."""
         with self.lock:
+            self.num_events += 1
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
             self.num_bytes += num_bytes
             self.own_seconds += own_seconds

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import ray
@@ -20,7 +21,7 @@ from hybridflow.controller import interrupts, planning
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import RolePlace, device_type, introduce, places, start_pool
-from hybridflow.controller.waiting import Jobs, bounded, jobs_of, results_of
+from hybridflow.controller.waiting import Jobs, all_stacks, bounded, jobs_of, results_of
 from hybridflow.errors import HybridflowError
 from hybridflow.workers.base import Worker
 
@@ -48,6 +49,8 @@ class Launched:
     dataset: DataSummary
     engine_sleeps: bool
     """Whether engines give their memory to training: as configured, or as the plan decided."""
+    all_stacks: Callable[[], str] = lambda: ""
+    """What every rank does now, for people."""
 
     @property
     def data(self) -> DataWorker:
@@ -130,7 +133,8 @@ def launched(config: Config) -> Iterator[Launched]:
         dataset = _opened(groups["data"], algorithm_class(config))
         results_of({reference: job for jobs in building.values() for reference, job in jobs.items()}, config.run.timeout_s)
         try:
-            yield Launched(groups, placed, log, dataset, engine_sleeps=plan.engine_sleeps)
+            stacks = partial(all_stacks, list(pools.values()))
+            yield Launched(groups, placed, log, dataset, engine_sleeps=plan.engine_sleeps, all_stacks=stacks)
         except BaseException:
             interrupts.seen()
             _close_quickly(groups)

@@ -27,7 +27,10 @@ class RowSource:
     def __init__(self, config: Config, launched: Launched, algorithm: Algorithm, *, total_steps: int):
         self.config, self.launched, self.algorithm = config, launched, algorithm
         settings = StreamSettings(
-            prompts_per_step=config.data.prompts_per_step, max_staleness=config.loop.max_staleness, total_steps=total_steps
+            prompts_per_step=config.data.prompts_per_step,
+            max_staleness=config.loop.max_staleness,
+            total_steps=total_steps,
+            timeout_s=config.run.timeout_s,
         )
         self.stream = Stream(settings, launched.data.next_batch, algorithm.collect, algorithm.keep)
         self.generation: Generation | None = None
@@ -51,6 +54,7 @@ class RowSource:
         for role, handle in handles.items():
             self.algorithm.use(role, handle)
         self.stream.forget = self.generation.forget
+        self.stream.all_stacks = self.launched.all_stacks
 
     @property
     def shares_pool(self) -> bool:
@@ -118,8 +122,7 @@ class RowSource:
         self.stream.load_state_dict(state, each)
 
     def close(self) -> None:
-        """End the threads."""
-        self.stream.close()
+        """End the threads; collects that wait for results end when whoever gives them fails them."""
         for part in (self.generation, self.scoring):
             if part is not None:
                 part.close()

@@ -16,6 +16,7 @@ from hybridflow.controller.launch import algorithm_class, all_roles, launched
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import device_type, placement_lines
 from hybridflow.controller.run_folder import reserved
+from hybridflow.controller.watch import watched
 from hybridflow.trackers.trial import try_trackers
 
 logger = logging.getLogger("hybridflow")
@@ -48,7 +49,7 @@ def _run(config: Config, is_finished: threading.Event) -> None:
         interrupts.heed_sigterm()
         for line in placement_lines(config, all_roles(config)):
             logger.info(line)
-        with reserved(config), launched(config) as groups:
+        with reserved(config), launched(config) as groups, watched(config, groups.log):
             algorithm = algorithm_class(config)(config, groups.groups)
             data = groups.dataset
             total_steps = config.run.total_steps or config.run.total_epochs * data.steps_per_epoch

@@ -35,6 +35,7 @@ WAITING_FOR_RANKS = ("torch/distributed/", "hybridflow/resharding/", "hybridflow
 """Files in which a rank waits until others do their part."""
 WAITING_FOR_THREAD = ("/threading.py", "/queue.py", "/concurrent/futures/")
 CALLS = "hybridflow/controller/rank_process.py"
+LEADING = ("/ray/", "<frozen", "/runpy.py", "/pluggy/", CALLS)
 ENGINE_THREAD = "hybridflow-engine"
 State = Literal["busy", "waits for other ranks", "idle", "stopped", "gone", "unknown"]
 
@@ -64,6 +65,12 @@ class Frame:
         return f"{self.function} ({Path(self.file).name}:{self.line})"
 
 
+def in_one_line(frames: Sequence[Frame]) -> str:
+    """The innermost functions, without what leads to them in every thread."""
+    own = [frame for frame in frames if not any(part in frame.file for part in LEADING)] or frames
+    return " < ".join(map(str, own[:SHOWN_FRAMES]))
+
+
 @dataclass(frozen=True)
 class Stack:
     """What one process does."""
@@ -76,8 +83,7 @@ class Stack:
 
     def __str__(self) -> str:
         """One line."""
-        own = [frame for frame in self.frames if "/ray/" not in frame.file][:-1] or self.frames  # the last one is our `call`
-        shown = " < ".join(map(str, own[:SHOWN_FRAMES])) or self.text.strip().partition("\n")[0]
+        shown = in_one_line(self.frames) or self.text.strip().partition("\n")[0]
         return {"stopped": "stopped by a signal (SIGSTOP), in ", "gone": "has ended", "idle": "waits for a call"}.get(
             self.state, ""
         ) + (shown if self.state not in ("gone", "idle") else "")

@@ -9,21 +9,21 @@ nothing is thrown away, and long responses are neither starved nor favoured.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hybridflow.batch import Batch
 from hybridflow.controller import interrupts
+from hybridflow.controller.waiting import SECONDS_OF_SILENCE, thread_line
+from hybridflow.errors import CallTimeoutError
 
 logger = logging.getLogger("hybridflow")
 
-SECONDS_OF_SILENCE = 30.0
-"""After which the log says what a step waits for."""
 Draw = Callable[[int, int], Batch]
 """`draw(step, count)`: the next prompts, one row each."""
 Collect = Callable[[Batch], Batch]
@@ -60,6 +60,8 @@ class StreamSettings:
     prompts_per_step: int
     max_staleness: int
     total_steps: int
+    timeout_s: float = math.inf
+    """Within which one of the groups under way is to be completed."""
 
 
 @dataclass
@@ -76,6 +78,8 @@ class Stream:
     keep: Keep
     forget: Callable[[int], None] = lambda number: None
     """Called with the number of a group that nobody needs any more."""
+    all_stacks: Callable[[], str] = lambda: ""
+    """What all ranks do, for people."""
     outstanding: dict[int, Group] = field(default_factory=dict)
     """Admitted, and neither learned from nor refused."""
     num_admitted: int = 0
@@ -84,9 +88,9 @@ class Stream:
 
     def __post_init__(self) -> None:
         self._done = threading.Condition()
-        self._complete: dict[int, Future[Batch]] = {}
+        self._complete: dict[int, Batch] = {}
         """By number, in the order of completion."""
-        self._threads = ThreadPoolExecutor(self.capacity, thread_name_prefix="hybridflow-collect")
+        self._threads: dict[int, threading.Thread] = {}
         self._failure: BaseException | None = None
 
     @property
@@ -156,36 +160,53 @@ class Stream:
         """Begin to collect a group."""
         self.num_admitted = max(self.num_admitted, group.number + 1)
         self.outstanding[group.number] = group
-        future = self._threads.submit(self.collect, group.prompts)
-        future.add_done_callback(lambda done: self._note(group.number, done))
-
-    def _note(self, number: int, future: Future[Batch]) -> None:
+        thread = threading.Thread(target=self._collect, args=(group,), name="hybridflow-collect", daemon=True)  # may never end
         with self._done:
-            self._complete[number] = future
-            if not future.cancelled() and future.exception() is not None:
-                self._failure = self._failure or future.exception()
+            self._threads[group.number] = thread
+        thread.start()
+
+    def _collect(self, group: Group) -> None:
+        try:
+            rows = self.collect(group.prompts)
+        except BaseException as error:  # whatever it is, `take` raises it
+            self.fail(error)
+            return
+        with self._done:
+            del self._threads[group.number]
+            self._complete[group.number] = rows
             self._done.notify_all()
 
     def _next(self, step: int, *, num_left: int) -> tuple[int, Batch]:
         """Wait for the first complete group that this step may take, where it takes `num_left` more."""
-        started = said = time.monotonic()
+        started = said = since = time.monotonic()
+        num_complete = -1
         with self._done:
             while True:
                 if self._failure is not None:
                     raise self._failure
                 interrupts.raise_if_lost()
-                for number, future in self._complete.items():
+                for number, rows in self._complete.items():
                     if self._may_take(number, step, num_left):
                         del self._complete[number]
-                        return number, future.result()
+                        return number, rows
                 self._done.wait(1.0)
-                if time.monotonic() - said > SECONDS_OF_SILENCE:
-                    said = time.monotonic()
-                    num_running = len(self.outstanding) - len(self._complete)
-                    logger.info(
-                        "step %d waits for %d more prompts, after %.0f s; %d are under way, group %d the oldest",
-                        *(step, num_left, said - started, num_running, min(self.outstanding)),
-                    )
+                now = time.monotonic()
+                num_complete, since = len(self._complete), since if num_complete == len(self._complete) else now
+                if now - since >= self.settings.timeout_s:
+                    raise self._overdue(self._waiting_for(step, num_left))
+                if now - said > SECONDS_OF_SILENCE:
+                    said = now
+                    logger.info("%s, after %.0f s", self._waiting_for(step, num_left), now - started)
+
+    def _waiting_for(self, step: int, num_left: int) -> str:
+        oldest, thread = min(self._threads.items(), default=(-1, threading.current_thread()))
+        under_way = f"{len(self._threads)} are under way, group {oldest} the oldest, in {thread_line(thread.ident)}"
+        return f"step {step} waits for {num_left} more prompts; {under_way}"
+
+    def _overdue(self, waiting: str) -> CallTimeoutError:
+        error = CallTimeoutError(f"{waiting}; none was completed within run.timeout_s={self.settings.timeout_s:g} s")
+        error.add_note(f"What every rank was doing:\n{self.all_stacks()}")
+        return error
 
     def _may_take(self, number: int, step: int, num_left: int) -> bool:
         """Whether all other groups can still be taken in time: for each later step, those that are due by then must fit into
@@ -202,10 +223,6 @@ class Stream:
         with self._done:
             self._failure = self._failure or error
             self._done.notify_all()
-
-    def close(self) -> None:
-        """Begin no further collects; those that wait for results end when whoever gives them fails them."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def state_dict(self) -> dict[str, object]:
         """Numbers of the stream and of its outstanding groups; prompts and responses are kept elsewhere."""

@@ -147,6 +147,15 @@ def _failure(jobs: Jobs) -> WorkerError | None:
     return first
 
 
+def all_stacks(pools: Sequence[Ranks]) -> str:
+    """What every rank does, for people."""
+    return "\n".join(_notes(_stacks(pools)))
+
+
+def _notes(found: Sequence[tuple[Ranks, int, Stack]]) -> list[str]:
+    return [f"pool '{ranks.name}' {ranks.place(rank)}: {stack.state}\n{stack.text}" for ranks, rank, stack in found]
+
+
 def overdue(late: Sequence[Job], limit_s: float) -> CallTimeoutError:
     """Who is stuck, found out from the stacks of all ranks of the run; all stacks are a note of the error."""
     names = " and ".join(dict.fromkeys(job.name for job in late))
@@ -164,7 +173,7 @@ def _stuck(late: Sequence[Job]) -> tuple[str, list[str]]:
     pools = list({id(ranks): ranks for job in late for ranks in (job.ranks, *job.ranks.others)}.values())
     starting = [ranks for ranks in pools if not ranks.identities]
     found = _stacks([ranks for ranks in pools if ranks.identities])
-    notes = [f"pool '{ranks.name}' {ranks.place(rank)}: {stack.state}\n{stack.text}" for ranks, rank, stack in found]
+    notes = _notes(found)
     is_late = {(id(job.ranks), job.rank) for job in late}
     mine = [entry for entry in found if (id(entry[0]), entry[1]) in is_late]
     others = [entry for entry in found if (id(entry[0]), entry[1]) not in is_late]
@@ -246,7 +255,7 @@ def wait_for_thread(
         now = time.monotonic()
         if not is_done() and now - started >= limit_s:
             error = CallTimeoutError(f"{doing} has not ended after {limit_s:g} s: {thread_line(thread.ident)}")
-            error.add_note(f"The thread of it:\n{_thread_text(thread.ident)}")
+            error.add_note(f"The thread of it:\n{thread_text(thread.ident)}")
             raise error
         if now - said >= SECONDS_OF_SILENCE:
             said = now
@@ -258,10 +267,11 @@ def thread_line(ident: int | None) -> str:
     frame = sys._current_frames().get(ident or 0)
     if frame is None:
         return "its thread has ended"
-    frames = traceback.extract_stack(frame)[::-1][: stacks.SHOWN_FRAMES]
-    return " < ".join(str(stacks.Frame(entry.name, entry.filename, entry.lineno or 0)) for entry in frames)
+    entries = traceback.extract_stack(frame)[::-1]
+    return stacks.in_one_line([stacks.Frame(entry.name, entry.filename, entry.lineno or 0) for entry in entries])
 
 
-def _thread_text(ident: int | None) -> str:
+def thread_text(ident: int | None) -> str:
+    """What a thread of this process does, with the lines of code."""
     frame = sys._current_frames().get(ident or 0)
     return "".join(traceback.format_stack(frame)) if frame is not None else "it has ended"

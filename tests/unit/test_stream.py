@@ -12,6 +12,7 @@ import pytest
 
 from hybridflow.batch import Batch
 from hybridflow.controller.stream import Stream, StreamSettings, Taken
+from hybridflow.errors import CallTimeoutError
 
 P = 4
 STEPS = 12
@@ -57,7 +58,6 @@ def train(stream: Stream, source: Source, *, steps: int = STEPS) -> list[Taken]:
         taken.append(stream.take(step))
         assert len(stream.outstanding) <= stream.settings.max_staleness * P, "more is under way than may be"
         time.sleep(float(source.rng.exponential(0.003)))
-    stream.close()
     return taken
 
 
@@ -136,7 +136,6 @@ def test_a_restored_stream_learns_from_what_was_under_way() -> None:
         before += first.take(step).rows["prompt_id"].tolist()
     state = first.state_dict()
     prompts = [group.prompts for group in first.outstanding.values()]
-    first.close()
     again = stream_of(source, staleness=2, steps=6)
     assert again.load_state_dict(state, prompts)
     after = []
@@ -151,8 +150,25 @@ def test_with_another_staleness_what_was_under_way_begins_anew() -> None:
     first = stream_of(source, staleness=2, steps=5)
     before = first.take(1).rows["prompt_id"].tolist()
     state, prompts = first.state_dict(), [group.prompts for group in first.outstanding.values()]
-    first.close()
     again = stream_of(source, staleness=0, steps=5)
     assert not again.load_state_dict(state, prompts)
     after = [number for step in range(2, 6) for number in again.take(step).rows["prompt_id"].tolist()]
     assert sorted(before + after) == list(range(5 * P)), "no prompt is lost and none is drawn twice"
+
+
+def test_collects_that_never_return_end_the_stream_with_what_they_do() -> None:
+    settings = StreamSettings(prompts_per_step=P, max_staleness=1, total_steps=STEPS, timeout_s=1.5)
+    source, never = Source(np.random.default_rng(0)), threading.Event()
+
+    def hangs_on_odd_prompts(prompts: Batch) -> Batch:
+        if prompts["prompt_id"][0] % 2:
+            never.wait(60)
+        return source.collect(prompts)
+
+    stream = Stream(settings, source.draw, hangs_on_odd_prompts, lambda rows: True)
+    started = time.monotonic()
+    with pytest.raises(CallTimeoutError, match=r"6 are under way, group 1 the oldest, in wait .*hangs_on_odd_prompts"):
+        stream.take(1)
+        stream.take(2)
+    assert time.monotonic() - started < 30
+    never.set()
