@@ -1,7 +1,7 @@
 """Causal attention within the rows of a packed sequence, registered with transformers under the name `NAME`.
 
 The spans of the rows reach it through the keyword `row_spans` of the model's forward. B rows, T tokens, Hq query and
-Hk key-value heads, D channels of a head, P tokens with padding.
+Hk key-value heads, D channels of a head, P tokens with padding. Values may have other channels than queries and keys.
 """
 
 from __future__ import annotations
@@ -63,10 +63,15 @@ def _attention_of(kernel_for: Callable[[torch.Tensor], Kernel]) -> Callable[...,
         *,
         scaling: float | None = None,
         sliding_window: int | None = None,
-        row_spans: RowSpans,
+        row_spans: RowSpans | None = None,
         sequence_group: SequenceGroup | None = None,
         **others: object,
     ) -> tuple[torch.Tensor, None]:
+        if row_spans is None:
+            raise ModelError(
+                f"{type(module).__name__} of transformers does not pass keyword arguments on to its attention, which would not "
+                "know where rows end. Use another model"
+            )
         _refuse_what_would_be_ignored(row_spans, sliding_window, others)
         assert query.shape[0] == 1, "packed attention takes one sequence that holds all rows"
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -102,12 +107,29 @@ def _padded_buckets(
     parts = [torch.split(states, sizes) for states in padded]
     outputs = []
     for bucket, *states in zip(padding.buckets, *parts, strict=True):
-        shape = (bucket.num_rows, bucket.longest, -1, query_THD.shape[-1])
-        query, key, value = (s.view(shape).transpose(1, 2) for s in states)
+        shape = (bucket.num_rows, bucket.longest, -1)
+        query, key, value = (s.view(*shape, s.shape[-1]).transpose(1, 2) for s in states)
         is_grouped = query.shape[1] != key.shape[1]
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, padding.place_T)
+
+
+def _equal_channels(kernel: Kernel) -> Kernel:
+    """A kernel that takes values with other channels than queries and keys: zeros make up for what is missing."""
+
+    def attend(
+        query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, spans: RowSpans, scale: float
+    ) -> torch.Tensor:
+        channels = value_THD.shape[-1]
+        missing = query_THD.shape[-1] - channels
+        if missing > 0:
+            value_THD = F.pad(value_THD, (0, missing))
+        elif missing < 0:
+            query_THD, key_THD = F.pad(query_THD, (0, -missing)), F.pad(key_THD, (0, -missing))
+        return kernel(query_THD, key_THD, value_THD, spans, scale)[..., :channels]
+
+    return attend
 
 
 def _torch_varlen(
@@ -138,9 +160,9 @@ def _flash_varlen(
 
 
 def _torch_kernel(query: torch.Tensor) -> Kernel:
-    return _torch_varlen if query.is_cuda and query.dtype in HALF_DTYPES else _padded_buckets
+    return _equal_channels(_torch_varlen) if query.is_cuda and query.dtype in HALF_DTYPES else _padded_buckets
 
 
 # No mask function is registered beside them: transformers then builds no mask and asks the device nothing.
 AttentionInterface.register(NAME, _attention_of(_torch_kernel))
-AttentionInterface.register(FLASH_NAME, _attention_of(lambda query: _flash_varlen))
+AttentionInterface.register(FLASH_NAME, _attention_of(lambda query: _equal_channels(_flash_varlen)))

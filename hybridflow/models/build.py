@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hybridflow.models import self_test
 from hybridflow.models.heads import ValueModel
 from hybridflow.models.load import ModelSource, load_causal_lm
 from hybridflow.models.lora import FACTOR, Adapters, add_adapters, merged_weights
@@ -40,13 +41,14 @@ def build_policy(spec: ModelSpec) -> PolicyModel:
     """A policy, sharded over all ranks, each of which calls this.
 
     Raises:
-        ModelError: the model does not load, or cannot be trained on packed rows.
+        ModelError: the model does not load, or does not compute on packed rows what it computes in transformers.
     """
     causal_lm = _load(spec)
     ranks = sequence_group(spec.layout, spec.device.type)
     kernels = compiled_kernels() if spec.compile else EAGER
     model = PolicyModel(causal_lm, chunk_tokens=spec.chunk_tokens, kernels=kernels, sequence_group=ranks)
     fsdp.shard(model, decoder_layers(model), sharding=_sharding(spec))
+    self_test.check(model, path=spec.source.path, device=spec.device, dtype=spec.compute_dtype)
     return model
 
 
@@ -57,6 +59,7 @@ def build_value_model(spec: ModelSpec) -> ValueModel:
     if dist.get_rank() == 0:  # the others take their shares from it
         model.value_head.take_from(spec.source.path)
     fsdp.shard(model, decoder_layers(model), in_float32=[model.value_head], sharding=_sharding(spec))
+    self_test.check(model, path=spec.source.path, device=spec.device, dtype=spec.compute_dtype)
     return model
 
 

@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from hybridflow.errors import ModelError
 
-_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_ALTERED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping", "attention_chunk_size")
+RANDOM_SETTINGS = ("dropout", "layerdrop", "pdrop")
+"""What settings have in their names by which training would leave out parts at random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False) -> PreTrai
     """
     config = load_config(source.path, trust_remote_code=source.trust_remote_code)
     _check_window(config, source)  # before the weights are read, which takes long
+    _switch_off_randomness(config)
     with _explained(source.path, "a causal language model"):
         if is_skeleton:
             remote_code = source.trust_remote_code
@@ -48,7 +49,9 @@ def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False) -> PreTrai
         else:
             model = _with_weights(source, config)
     _check_trainable(model, source.path)
-    _switch_off_dropout(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model
 
 
@@ -106,25 +109,13 @@ def _explained(path: str, wanted: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
         text = str(error).strip().splitlines()
         reason = " ".join(text[:2]) if text else "no further words"
+        if isinstance(error, KeyError) and "hybridflow" in reason:
+            reason = "its class does not take its attention from transformers' AttentionInterface"
         raise ModelError(f"{path!r} does not load as {wanted}: {type(error).__name__}: {reason}") from error
 
 
 def _check_trainable(model: PreTrainedModel, path: str) -> None:
-    """Refuse what would be computed wrongly instead of computing it."""
-    if not model._supports_attention_backend:
-        raise ModelError(
-            f"{path!r} ({type(model).__name__}) does not take its attention from transformers' AttentionInterface, so packed "
-            "rows would see each other. Use a model whose class in transformers supports it"
-        )
-    settings = model.config.get_text_config().to_dict()
-    if odd := set(settings.get("layer_types") or ()) - _KNOWN_LAYER_TYPES:
-        raise ModelError(
-            f"{path!r} has layers of type {', '.join(sorted(odd))}, which do not train on packed rows. Use another model"
-        )
-    if altered := [name for name in _ALTERED_LOGITS if settings.get(name) not in (None, 1, 1.0)]:
-        raise ModelError(
-            f"{path!r} sets {', '.join(altered)}, which the chunked output layer does not apply. Use another model"
-        )
+    """Refuse what has no shape of a policy; whether it computes rightly is for the self-test to find out."""
     if not isinstance(output_layer(model), nn.Linear):
         raise ModelError(f"{path!r} ({type(model).__name__}) has no linear output layer over a vocabulary, so it is no policy")
     if model.base_model is model:
@@ -156,8 +147,9 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     return layer
 
 
-def _switch_off_dropout(model: PreTrainedModel) -> None:
+def _switch_off_randomness(config: PretrainedConfig) -> None:
     """Old and new log-probabilities must come from the same network, so nothing is dropped at random."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if isinstance(value, float) and any(word in name for word in RANDOM_SETTINGS):
+                setattr(part, name, 0.0)
