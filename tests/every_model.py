@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.toy import make_tiny_tokenizer
 
 VOCABULARY = 66
 """As many tokens as the tokenizer of tests/toy.py."""
@@ -51,7 +54,9 @@ SIZES: dict[str, object] = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 16,
     "laurel_rank": 8,
-    **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "attention_window_size", "local_attention"), WINDOW),
+    **dict.fromkeys(
+        ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size", "local_attention"), WINDOW
+    ),
     "initializer_range": 0.2,
     "init_std": 0.2,
 }
@@ -84,31 +89,36 @@ def model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str, **overrides: object) -> PretrainedConfig:
+def tiny_config(model_type: str) -> PretrainedConfig:
     """The configuration of such a model, with small values wherever a setting is known. Raises where it cannot be made."""
     kind = CONFIG_MAPPING[model_type]
     names = set(kind().to_dict()) | set(getattr(kind, "attribute_map", {}))
     chosen = {name: value for name, value in SIZES.items() if name in names}
     mapped = {kind.attribute_map[name] for name in chosen if name in getattr(kind, "attribute_map", {})}
-    chosen = {name: value for name, value in chosen.items() if name not in mapped} | overrides
+    chosen = {name: value for name, value in chosen.items() if name not in mapped}
     if "qk_rope_head_dim" in chosen:
         chosen |= {"head_dim": chosen["qk_rope_head_dim"], "num_key_value_heads": chosen["num_attention_heads"]}
     return kind(**chosen | SPECIAL.get(model_type, {}))
 
 
-def make_every(model_type: str, folder: Path, **overrides: object) -> str | None:
-    """Write such a model to `folder`; None where none can be made from a small configuration."""
+def make_every(model_type: str, folder: Path) -> str | None:
+    """Write such a model and a tokenizer to `folder`; None where none can be made from a small configuration."""
     try:
-        config = tiny_config(model_type, **overrides)
+        config = tiny_config(model_type)
         with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
         if size > MOST_PARAMETERS:
-            print("TOO LARGE", model_type, size)
             return None
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.save_pretrained(folder)
-    except Exception as error:
-        print("NOT BUILT", model_type, type(error).__name__, str(error)[:150].replace("\n", " "))
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    except Exception:  # transformers has as many ways to refuse a configuration as it has architectures
         return None
+    make_tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def own_log_probs(model: PreTrainedModel, prompt: npt.NDArray[np.int32], response: npt.NDArray[np.int32]) -> torch.Tensor:
+    """Of each response token, by transformers' own forward on this row alone."""
+    tokens = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
+    log_probs_TV = torch.log_softmax(model(tokens[None], use_cache=False).logits[0], -1)
+    return log_probs_TV[len(prompt) - 1 : -1].gather(1, tokens[len(prompt) :, None])[:, 0]

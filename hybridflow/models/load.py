@@ -40,9 +40,9 @@ def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False) -> PreTrai
         ModelError: the folder or name holds no causal language model that can be trained on packed rows of that length.
     """
     config = load_config(source.path, trust_remote_code=source.trust_remote_code)
-    _check_window(config, source)  # before the weights are read, which takes long
+    _check_length(config, source)  # before the weights are read, which takes long
     _switch_off_randomness(config)
-    with _explained(source.path, "a causal language model"):
+    with explained(source.path, "a causal language model"):
         if is_skeleton:
             remote_code = source.trust_remote_code
             model = skeleton(config, dtype=source.dtype, attention=source.attention, trust_remote_code=remote_code)
@@ -92,7 +92,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     if _looks_local(path) and not (Path(path) / "config.json").is_file():
         found = "no such folder" if not Path(path).is_dir() else "no config.json in it"
         raise ModelError(f"model folder {path!r}: {found}. Give a Hugging Face model folder, or a name on the hub")
-    with _explained(path, "a model configuration"):
+    with explained(path, "a model configuration"):
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     return config
 
@@ -103,7 +103,8 @@ def _looks_local(path: str) -> bool:
 
 
 @contextmanager
-def _explained(path: str, wanted: str) -> Iterator[None]:
+def explained(path: str, wanted: str) -> Iterator[None]:
+    """A block in which a model is read; what fails in it becomes a ModelError in one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
@@ -122,23 +123,60 @@ def _check_trainable(model: PreTrainedModel, path: str) -> None:
         raise ModelError(f"{path!r} ({type(model).__name__}) does not separate its backbone from its output layer")
 
 
-def _check_window(config: PretrainedConfig, source: ModelSource) -> None:
+def _check_length(config: PretrainedConfig, source: ModelSource) -> None:
     """Refuse rows beyond a sliding window before there are any: packed attention sees a row from its beginning."""
-    window = _sliding_window(config.get_text_config().to_dict())
-    if window is not None and source.max_row_tokens is not None and source.max_row_tokens > window:
+    limit = length_limit(config)
+    if limit is not None and source.max_row_tokens is not None and source.max_row_tokens > limit.tokens:
         raise ModelError(
-            f"{source.path!r} attends to the last {window} tokens only (sliding window), which packed attention does not do, "
+            f"{source.path!r} {limit.what}, which packed attention does not do, "
             f"and rows may have {source.max_row_tokens} tokens (data.max_prompt_tokens + data.max_response_tokens). Lower "
-            f"these to {window} together, or use another model"
+            f"these to {limit.tokens} together, or use another model"
         )
 
 
-def _sliding_window(settings: Mapping[str, object]) -> int | None:
+@dataclass(frozen=True)
+class LengthLimit:
+    """Up to where a model computes a row like any other. No self-test on short rows sees what lies beyond."""
+
+    tokens: int
+    what: str
+    """What it does with longer rows, as the rest of a sentence."""
+
+
+def length_limit(config: PretrainedConfig) -> LengthLimit | None:
+    """The least of those that a configuration sets; None where it sets none."""
+    settings = config.get_text_config().to_dict()
+    found = [limit for limit in (_sliding_window(settings), _chunk(settings), *_rope_limits(settings)) if limit is not None]
+    return min(found, key=lambda limit: limit.tokens, default=None)
+
+
+def _sliding_window(settings: Mapping[str, object]) -> LengthLimit | None:
     """Tokens that a layer with a sliding window sees; None where no layer has one. Without `layer_types` all layers do."""
     layer_types, window = settings.get("layer_types"), settings.get("sliding_window")
     is_used = settings.get("use_sliding_window") is not False
     has_such_layers = not isinstance(layer_types, list) or "sliding_attention" in layer_types
-    return window if isinstance(window, int) and is_used and has_such_layers else None
+    if not (isinstance(window, int) and is_used and has_such_layers):
+        return None
+    return LengthLimit(window, f"attends to the last {window} tokens only (sliding window)")
+
+
+def _chunk(settings: Mapping[str, object]) -> LengthLimit | None:
+    size = settings.get("attention_chunk_size")
+    return LengthLimit(size, f"attends within chunks of {size} tokens") if isinstance(size, int) else None
+
+
+def _rope_limits(settings: Mapping[str, object]) -> Iterator[LengthLimit]:
+    """Where positions of all rows computed together change with the longest of them."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = settings.get(name)
+        if not isinstance(given, Mapping):
+            continue
+        for rope in (given, *(part for part in given.values() if isinstance(part, Mapping))):  # or one for each kind of layer
+            kind = rope.get("rope_type", rope.get("type"))
+            tokens = rope.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+            tokens = tokens or settings.get("max_position_embeddings")
+            if kind in ("dynamic", "longrope") and isinstance(tokens, int):
+                yield LengthLimit(tokens, f"rotates positions beyond {tokens} by the longest row at hand (rope_type {kind})")
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:

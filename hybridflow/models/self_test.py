@@ -1,8 +1,9 @@
-"""Does a model compute here what it computes in transformers? Two short rows, packed as in training, against the same weights one
-row at a time through transformers' own attention.
+"""Does a model compute here what it computes in transformers? Two short rows, packed as in training, against the same weights
+one row at a time through transformers' own attention.
 
 A model is believed by this and by no list of names: whatever a family of models does that packed rows would get wrong (states
-that run on from row to row, scaled logits, dropout that stays on) shows in its numbers. T tokens, R response tokens, V vocabulary.
+that run on from row to row, scaled logits, dropout that stays on) shows in its numbers. T tokens, R response tokens, H hidden
+channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def own_attention(model: nn.Module) -> Iterator[None]:
 
 
 def own_log_probs(causal_lm: nn.Module, tokens_T: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of every token of a row but the first, as transformers computes them: shape [T - 1], float32, in nats."""
+    """Log-probabilities, in nats, of all tokens of a row but the first, as transformers computes them: shape [T - 1], float32."""
     logits_TV = causal_lm(input_ids=tokens_T[None], use_cache=False).logits[0, :-1].float()
     return torch.log_softmax(logits_TV, -1).gather(1, tokens_T[1:, None])[:, 0]
 
@@ -74,29 +75,39 @@ def check(model: PolicyModel | ValueModel, *, path: str, device: torch.device, d
         ModelError: it is above the tolerance, or the model does not compute on packed rows at all.
     """
     part = model.causal_lm if isinstance(model, PolicyModel) else model.backbone
+    assert isinstance(part, PreTrainedModel), "policies and value models are built on models of transformers"
     rows = text_rows(part.config, tuple(sum(row) for row in ROWS))
     was_training = model.training
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), computing(path, part, "on packed rows"):
             found_R, expected_R = _both_ways(model, rows, device)
-            difference = _over_ranks(found_R, expected_R)
-    except (ModelError, torch.OutOfMemoryError, dist.DistError):
-        raise
-    except FAILURES as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ModelError(
-            f"{path!r} ({_name(part)}) does not compute on packed rows: {reason:.300}. Use another model"
-        ) from error
+        difference = _over_ranks(found_R, expected_R)
     finally:
         model.train(was_training)
         fsdp.drop_gathered(model)
     if not difference <= TOLERANCE[dtype]:  # not a number counts as different
         raise ModelError(
             f"{path!r} ({_name(part)}) computes on packed rows something else than transformers does on one row at a time: "
-            f"{difference:.3g} of difference on average, {TOLERANCE[dtype]:g} is allowed. It would be trained wrongly: its layers "
-            "carry something from row to row, or change what the output layer gives. Use another model"
+            f"{difference:.3g} of difference on average, {TOLERANCE[dtype]:g} is allowed. It would be trained wrongly: its "
+            "layers carry something from row to row, or change what the output layer gives. Use another model"
         )
     return difference
+
+
+@contextmanager
+def computing(path: str, model: nn.Module, how: str) -> Iterator[None]:
+    """A block in which a model computes in another way than transformers has it compute.
+
+    Raises:
+        ModelError: it cannot. Memory and connections that give out are no fault of the model's.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, dist.DistError):
+        raise
+    except FAILURES as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(f"{path!r} ({_name(model)}) does not compute {how}: {reason:.300}. Use another model") from error
 
 
 def _both_ways(
@@ -108,8 +119,8 @@ def _both_ways(
         for parts in ([slice(prompt) for prompt, _ in ROWS], [slice(prompt, None) for prompt, _ in ROWS])
     )
     ranks = model.sequence_group
-    place = {} if ranks is None else {"sequence_rank": ranks.rank, "sequence_size": ranks.size}
-    packed = pack(prompts, responses, device, **place)
+    number, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    packed = pack(prompts, responses, device, sequence_rank=number, sequence_size=size)
     model.train()  # as in updates: what is dropped or shaken only there shows
     found = model(packed)[0] if isinstance(model, PolicyModel) else _states(model, packed)
     model.eval()
@@ -124,8 +135,8 @@ def _both_ways(
                 states_TH = model.backbone(input_ids=tokens_T[None], use_cache=False).last_hidden_state[0]
                 expected.append(states_TH[num_prompt - 1 : -1].float())
     whole = torch.cat(expected)
-    if isinstance(model, ValueModel) and ranks is not None:  # log-probabilities are gathered by the model
-        whole = whole.split(packed.rank_sizes)[ranks.rank]
+    if isinstance(model, ValueModel):  # log-probabilities are gathered by the model
+        whole = torch.split(whole, list(packed.rank_sizes))[number]
     return found.float(), whole
 
 

@@ -51,6 +51,8 @@ class SlotCache:
     def __init__(self, num_slots: int, tokens_per_slot: int):
         self.num_slots, self.tokens_per_slot = num_slots, tokens_per_slot
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.windows: set[int | None] = set()
+        """How many tokens back the layers that have asked see."""
 
     @property
     def num_bytes(self) -> int:
@@ -62,6 +64,7 @@ class SlotCache:
         Zeros, not `empty`: what is masked is multiplied by 0, which leaves no trace of numbers but would of NaNs.
         """
         if inputs.layer not in self.layers:
+            self.windows.add(inputs.window)
             key, value = (
                 part.new_zeros(self.num_slots, part.shape[1], self.tokens_per_slot, part.shape[3])
                 for part in (inputs.key_1KTD, inputs.value_1KTD)

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import EngineError
-from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
+from hybridflow.models import self_test
+from hybridflow.models.load import explained, length_limit
+from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
 from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.running_rows import RunningRows, Slots
 from hybridflow.rollout.sampling import choose
@@ -27,6 +29,8 @@ from hybridflow.rollout.stopping import detokenizer, end_of_sequence_ids
 
 logger = logging.getLogger("hybridflow")
 
+TESTED_PROMPT_TOKENS, TESTED_RESPONSE_TOKENS = (11, 7), 4
+"""Of the responses that an engine compares when it starts."""
 PREFILL_TOKENS = 16384
 """Prompt tokens, padded to the longest, that go through attention at once."""
 
@@ -40,36 +44,65 @@ class TorchEngine(Engine):
         super().__init__(spec)
         _check(spec)
         register()
-        self.model = AutoModelForCausalLM.from_pretrained(
-            spec.model,
-            dtype=spec.torch_dtype,
-            attn_implementation=ATTENTION,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        with explained(spec.model, "a model that the torch engine can generate with"):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                spec.model,
+                dtype=spec.torch_dtype,
+                attn_implementation=ATTENTION,
+                trust_remote_code=spec.trust_remote_code,
+            )
         module: torch.nn.Module = self.model
         module.to(spec.device).eval().requires_grad_(False)
-        limit = self.model.config.get_text_config().max_position_embeddings
-        if spec.max_model_tokens > limit:
-            raise EngineError(
-                f"prompt and response may have {spec.max_model_tokens} tokens, but {spec.model} was made for {limit}. "
-                "Lower data.max_prompt_tokens or data.max_response_tokens"
-            )
         tokenizer = tokenizer_at(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
         self.expected_weights = ExpectedWeights(spec.model, trust_remote_code=spec.trust_remote_code)
         self.waiting: deque[Request] = deque()
         self.num_slots = self._num_slots()
-        self.cache = SlotCache(self.num_slots, spec.max_model_tokens)
+        # Of the self-test; so that the memory of all slots is not taken before it is needed.
+        self.cache = SlotCache(min(self.num_slots, len(TESTED_PROMPT_TOKENS)), spec.max_model_tokens)
         self.rows = RunningRows(
             self.num_slots,
             spec.max_model_tokens,
             end_ids=end_of_sequence_ids(spec.model, tokenizer, trust_remote_code=spec.trust_remote_code),
             detokenize=detokenizer(tokenizer),
         )
+        self._check_itself()
+        self.cache = SlotCache(self.num_slots, spec.max_model_tokens)
+
+    def _check_itself(self) -> None:
+        """Two short responses, against the log-probabilities that transformers gives them with its own attention.
+
+        Raises:
+            ModelError: they differ, or there are none.
+        """
+        most = self.spec.max_model_tokens
+        num_response = min(TESTED_RESPONSE_TOKENS, most - 1)
+        sampling = Sampling(max_tokens=num_response, ignore_eos=True)
+        prompts = self_test.text_rows(self.model.config, tuple(min(n, most - num_response) for n in TESTED_PROMPT_TOKENS))
+        requests = [Request(id=i, prompt=row.astype(np.int32), sampling=sampling, seed=i) for i, row in enumerate(prompts)]
+        with self_test.computing(self.spec.model, self.model, "token by token"):
+            responses = self.generate(requests)
+        differences = []
+        own = self_test.computing(self.spec.model, self.model, "one row at a time")
+        with torch.inference_mode(), self_test.own_attention(self.model), own:
+            for prompt, response in zip(prompts, responses, strict=True):
+                tokens_T = self._to_device(np.concatenate([prompt, response.tokens]))
+                own_T = self_test.own_log_probs(self.model, tokens_T)[len(prompt) - 1 :]
+                differences.append(np.abs(own_T.cpu().numpy() - response.log_probs))
+        difference, allowed = float(np.concatenate(differences).mean()), self_test.TOLERANCE[self.spec.torch_dtype]
+        if not difference <= allowed:  # not a number counts as different
+            raise EngineError(
+                f"the torch engine gives responses of {self.spec.model!r} ({type(self.model).__name__}) log-probabilities that "
+                f"differ from transformers' own by {difference:.3g} nats on average; {allowed:g} is allowed. It would generate "
+                "wrongly: layers of this model keep more than keys and values, or mask them in a way of their own. Set "
+                "rollout.engine=vllm"
+            )
 
     def _num_slots(self) -> int:
         """How many responses of full length fit the memory for the cache, `max_num_seqs` at most."""
-        probe = SlotCache(num_slots=1, tokens_per_slot=1)
-        self._prefill_logits(probe, [np.zeros(1, np.int32)], prompt_of_slot=np.zeros(1, np.int64), slots=np.zeros(1, np.int64))
+        probe, first = SlotCache(num_slots=1, tokens_per_slot=1), np.zeros(1, np.int64)
+        with self_test.computing(self.spec.model, self.model, "token by token"):
+            self._prefill_logits(probe, [np.zeros(1, np.int32)], prompt_of_slot=first, slots=first)
+        self._check_lengths(probe)
         bytes_per_row = probe.num_bytes * self.spec.max_model_tokens
         room = self.spec.cpu_cache_gib * 2**30
         if self.spec.device.type == "cuda":
@@ -88,6 +121,28 @@ class TorchEngine(Engine):
                 room / 2**30, num_slots, self.spec.max_model_tokens, self.spec.max_num_seqs,
             )  # fmt: skip
         return num_slots
+
+    def _check_lengths(self, probe: SlotCache) -> None:
+        """Raise where rows may be longer than the model can read, or than it computes like any other here.
+
+        `probe` is what its layers wrote.
+        """
+        model, most, config = self.spec.model, self.spec.max_model_tokens, self.model.config
+        if not probe.num_bytes:
+            raise EngineError(
+                f"the torch engine cannot generate with {model!r} ({type(self.model).__name__}), whose layers do not take "
+                "their attention from transformers' AttentionInterface. Set rollout.engine=vllm"
+            )
+        context, limit = config.get_text_config().to_dict().get("max_position_embeddings"), length_limit(config)
+        advice = "Lower data.max_prompt_tokens or data.max_response_tokens"
+        if isinstance(context, int) and most > context:
+            raise EngineError(f"prompt and response may have {most} tokens, but {model} was made for {context}. {advice}")
+        # A window that layers tell attention of is kept.
+        if limit is not None and most > limit.tokens and limit.tokens not in probe.windows:
+            raise EngineError(
+                f"prompt and response may have {most} tokens, but {model} {limit.what}, which the torch engine does not do for "
+                f"it. {advice} to {limit.tokens} together, or set rollout.engine=vllm"
+            )
 
     def add(self, request: Request) -> None:
         self.check_length(request)
