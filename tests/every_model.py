@@ -65,7 +65,8 @@ distributions are uneven and a wrong mask changes them."""
 
 
 SPECIAL: dict[str, dict[str, object]] = {
-    "hrm_text": {"initializer_range": 0.05},  # the larger weights amplify what float32 rounds off
+    # Larger weights amplify what float32 rounds off.
+    **{name: {"initializer_range": 0.05} for name in ("hrm_text", "granitemoe", "granitemoeshared")},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

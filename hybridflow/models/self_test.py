@@ -60,7 +60,7 @@ def own_attention(model: nn.Module) -> Iterator[None]:
 
 
 def own_log_probs(causal_lm: nn.Module, tokens_T: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities, in nats, of all tokens of a row but the first, as transformers computes them: shape [T - 1], float32."""
+    """Log-probabilities, in nats, of all tokens of a row but the first, as transformers gives them: shape [T - 1], float32."""
     logits_TV = causal_lm(input_ids=tokens_T[None], use_cache=False).logits[0, :-1].float()
     return torch.log_softmax(logits_TV, -1).gather(1, tokens_T[1:, None])[:, 0]
 
