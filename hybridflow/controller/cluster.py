@@ -24,7 +24,7 @@ logger = logging.getLogger("hybridflow")
 
 JOIN_TIMEOUT_S = 10.0
 """For something to be said at the address of a cluster."""
-CONNECT_TIMEOUT_S = 180.0
+CONNECT_TIMEOUT_S = 240.0
 """For a connection to Ray. It has limits of its own of up to two minutes."""
 SHUTDOWN_TIMEOUT_S = 30.0
 HTTP2_SETTINGS = b"\x04"
@@ -73,8 +73,17 @@ def _start(config: Config) -> None:
     """On the loopback interface alone: the cluster is this machine. Ray has no setting for that on Linux, only a constant."""
     num_cpus, before = cpu_slots_of_this_machine(config.placement.cpu_slots), ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
+    init = partial(ray.init, "local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=True)
     try:
-        ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.ERROR)
+        try:
+            init(logging_level=logging.ERROR)
+        except Exception as error:  # a plain one
+            if "timed out" not in str(error):
+                raise
+            # Its limit of 30 s cannot be set, and a busy machine may need more.
+            logger.info("Ray has not come up in its own time; once more")
+            ray.shutdown()
+            init(logging_level=logging.ERROR)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
 

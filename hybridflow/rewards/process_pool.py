@@ -7,22 +7,32 @@ that response fails, and the others of its list go to another child. No response
 
 from __future__ import annotations
 
+import math
 import os
+import socket
+import struct
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
 from hybridflow.config.schema import RewardConfig
 from hybridflow.errors import RewardError
 from hybridflow.rewards.call import RewardInput, Score
 from hybridflow.rewards.child import Failure, Ready, Stop
+from hybridflow.rewards.guardian import ENDING_S
 
 MAX_INPUTS_PER_MESSAGE = 32
+CODE = """
+import sys
+from hybridflow.rewards.guardian import guarded
+guarded(int(sys.argv[1]))
+from hybridflow.rewards.child import main
+main()
+"""
 LOAD_TIMEOUT_S = 300.0
 """A user's file may import large packages from a slow disk."""
 
@@ -37,15 +47,25 @@ class _Child:
     is_ready: bool = False
     work: deque[int] = field(default_factory=deque)
     """Inputs sent and not answered, by index; the first is being scored."""
+    num_lists: int = 0
+    """Sent so far: the number of the last one is in each answer to it."""
+    num_answers: int = 0
+    """To the last list."""
 
-    def end(self) -> int:
-        """Kill the process, unless it has ended; returns its exit code."""
+    def end(self, patience_s: float = 0.5) -> int:
+        """End the process and all that it has started, unless it is ending by itself: then it keeps its own exit code, which is
+        returned."""
         self.connection.close()
-        try:
-            return self.process.wait(timeout=0.1)  # a process that is ending by itself keeps its own exit code
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
+        for patience, act in ((patience_s, self.process.terminate), (2 * ENDING_S, self.process.kill)):
+            try:
+                return self.process.wait(timeout=patience)
+            except subprocess.TimeoutExpired:
+                act()
+        return self.process.wait()
+
+    def is_answer(self, number: int, index: int) -> bool:
+        """Whether an answer is the one that is due. Others are of copies of the process, or of no use any more."""
+        return bool(self.work) and (number, index) == (self.num_lists, self.num_answers)
 
 
 @dataclass
@@ -88,8 +108,9 @@ class RewardPool:
     def close(self) -> None:
         """End the processes."""
         for child in self._children:
-            child.process.kill()
-            child.end()
+            child.process.terminate()
+        for child in self._children:
+            child.end(0.0)
         self._children = []
 
     def _lists(self, num_inputs: int) -> list[list[int]]:
@@ -115,9 +136,9 @@ class RewardPool:
         child, indices = self._children[place], job.waiting.popleft()
         num_timed = len(indices) if self.function.kind == "batch" else 1
         child.deadline = time.monotonic() + self.config.timeout_s * num_timed
-        child.work = deque(indices)
+        child.work, child.num_answers, child.num_lists = deque(indices), 0, child.num_lists + 1
         try:
-            child.connection.send([job.inputs[index] for index in indices])
+            child.connection.send((child.num_lists, [job.inputs[index] for index in indices]))
         except OSError:  # it ended while it had nothing to do, so none of these is to blame
             child.work.clear()
             job.waiting.appendleft(indices)
@@ -143,9 +164,12 @@ class RewardPool:
                         child.is_ready, self.function = True, function
                     case Stop(problem):
                         raise RewardError(problem)
-                    case Score() | Failure() as answer:
+                    case (number, index, answer) if child.is_answer(number, index):
+                        if isinstance(answer, Stop):
+                            raise RewardError(answer.problem)
+                        child.num_answers += 1
                         job.results[child.work.popleft()] = answer
-                child.deadline = time.monotonic() + self.config.timeout_s
+                        child.deadline = time.monotonic() + self.config.timeout_s
         except (EOFError, OSError):
             exit_code = self._replace(place)
             if not child.is_ready:
@@ -157,8 +181,7 @@ class RewardPool:
         child = self._children[place]
         if not child.is_ready:
             raise RewardError(f"the reward function was not loaded within {LOAD_TIMEOUT_S:.0f} s")
-        child.process.kill()
-        self._replace(place)
+        self._replace(place, patience_s=0.0)
         self._fail(child, job, Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s}"))
 
     def _fail(self, child: _Child, job: _Job, failure: Failure) -> None:
@@ -170,19 +193,25 @@ class RewardPool:
         if child.work and self.function.kind == "sequential":
             job.waiting.appendleft(list(child.work))
 
-    def _replace(self, place: int) -> int:
+    def _replace(self, place: int, patience_s: float = 0.5) -> int:
         """Start another process in the place of one that cannot go on; returns the exit code of that one."""
-        exit_code = self._children[place].end()
+        exit_code = self._children[place].end(patience_s)
         self._children[place] = _spawn(self.config)
         return exit_code
 
 
 def _spawn(config: RewardConfig) -> _Child:
-    ours, theirs = Pipe()
+    near, far = socket.socketpair()
+    # A process that was stopped neither takes nor completes a message.
+    limit = struct.pack("ll", math.ceil(config.timeout_s), 0)
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        near.setsockopt(socket.SOL_SOCKET, option, limit)
+    ours, theirs = Connection(near.detach()), Connection(far.detach())
     # Not with -m: the classes of its messages would belong to __main__ there, and to another module here.
-    command = [sys.executable, "-P", "-c", "from hybridflow.rewards.child import main; main()", str(theirs.fileno())]
+    command = [sys.executable, "-P", "-c", CODE, str(theirs.fileno())]
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # `reward.name` may name a module that only we find
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
     theirs.close()
     ours.send(config)
     return _Child(process, ours, deadline=time.monotonic() + LOAD_TIMEOUT_S)

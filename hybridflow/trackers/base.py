@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +14,7 @@ from hybridflow.config.schema import Config
 from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metrics
 from hybridflow.registry import TRACKERS, load
+from hybridflow.trackers.behind import Behind
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,10 @@ class Tracker(ABC):
 
 
 class Trackers(Tracker):
-    """All trackers of a run as one. A failure of one is reported once and does not end the run."""
+    """All trackers of a run as one: `jsonl` at once, the others on threads of their own.
+
+    A failure of one, or one that hangs, is reported once, in one line, and does not end the run.
+    """
 
     def __init__(self, config: Config, total_steps: int, resume_step: int):
         """Builds `jsonl`, then those that `trackers.names` lists.
@@ -69,7 +74,7 @@ class Trackers(Tracker):
         """
         super().__init__(config, total_steps, resume_step)
         self.trackers: dict[str, Tracker] = {}
-        self._reported: set[str] = set()
+        self._behind: list[Behind] = []
         for name in dict.fromkeys(("jsonl", *config.trackers.names)):
             try:
                 self.trackers[name] = tracker_class(name)(config, total_steps, resume_step)
@@ -78,38 +83,33 @@ class Trackers(Tracker):
             except Exception as error:
                 if name == "jsonl":
                     raise
-                self._report(name, error)  # its trial went well: a server that went down since then is not worth the run
+                # Its trial went well: a server that went down since then is not worth the run.
+                _report(name, f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
+            else:
+                if name != "jsonl":
+                    self._behind.append(Behind(self.trackers[name], partial(_report, name)))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        self._to_all(lambda tracker: tracker.log(step, metrics))
+        # metrics.jsonl is part of what a run promises, and of what its checkpoint is to find.
+        self.trackers["jsonl"].log(step, metrics)
+        for behind in self._behind:
+            behind.call(lambda tracker: tracker.log(step, metrics))
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        self._to_all(lambda tracker: tracker.log_samples(step, samples))
+        self.trackers["jsonl"].log_samples(step, samples)
+        for behind in self._behind:
+            behind.call(lambda tracker: tracker.log_samples(step, samples))
 
     def close(self) -> None:
-        self._to_all(lambda tracker: tracker.close())
+        try:
+            self.trackers["jsonl"].close()
+        finally:
+            for behind in self._behind:
+                behind.close()
 
-    def _to_all(self, call: Callable[[Tracker], None]) -> None:
-        for name, tracker in self.trackers.items():
-            try:
-                call(tracker)
-            except Exception as error:
-                # metrics.jsonl is part of what a run promises; a dashboard that is down is not worth the run.
-                if name == "jsonl":
-                    raise
-                self._report(name, error)
 
-    def _report(self, name: str, error: Exception) -> None:
-        if name in self._reported:
-            return
-        self._reported.add(name)
-        logger.warning(
-            "tracker %r failed and may miss values from here on; metrics.jsonl has them all. %s: %s",
-            name,
-            type(error).__name__,
-            error,
-            exc_info=error,
-        )
+def _report(name: str, what: str) -> None:
+    logger.warning("tracker %r %s. It may miss values from here on; metrics.jsonl has them all", name, what)
 
 
 def tracker_class(name: str) -> type[Tracker]:

@@ -6,8 +6,11 @@ import io
 import json
 import logging
 import math
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
@@ -15,6 +18,7 @@ from rich.console import Console
 from hybridflow.config.schema import Config, RunConfig, TrackerConfig
 from hybridflow.errors import ConfigError
 from hybridflow.metrics import Metrics
+from hybridflow.trackers import behind
 from hybridflow.trackers.base import Sample, Tracker, Trackers
 from hybridflow.trackers.console import REWARD, SHOWN, SPEED, ConsoleTracker, shortened, step_line, validation_line
 from hybridflow.trackers.jsonl import JsonlTracker, read_lines
@@ -103,10 +107,71 @@ def test_a_failing_tracker_is_reported_once_and_the_run_goes_on(tmp_path: Path, 
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
             trackers.log(step, Metrics({"reward/mean": 0.5}))
-    trackers.close()
-    assert len(caplog.records) == 1
-    assert "no route to the dashboard" in caplog.records[0].getMessage()
+        trackers.close()
+    (record,) = caplog.records
+    assert "ConnectionError: no route to the dashboard [test_trackers.py:" in record.getMessage()
+    assert record.exc_info is None and "\n" not in record.getMessage(), "one line"
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 3
+
+
+class HangingTracker(Tracker):
+    """A server that accepts everything and answers nothing, until `release`."""
+
+    release = threading.Event()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if step == 2:
+            self.release.wait(60)
+
+
+class RecordingTracker(Tracker):
+    """Notes what it is given, slowly."""
+
+    taken: ClassVar[list[object]] = []
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        time.sleep(0.02)
+        self.taken.append(step)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        self.taken.append(len(samples))
+
+    def close(self) -> None:
+        self.taken.append("closed")
+
+
+def test_a_tracker_that_hangs_holds_nobody_up_and_is_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(behind, "LATE_S", 0.3)
+    monkeypatch.setattr(behind, "CLOSE_LATE_S", 0.2)
+    names = [f"{__name__}:HangingTracker", f"{__name__}:RecordingTracker"]
+    RecordingTracker.taken.clear()
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        trackers = Trackers(config(tmp_path, *names), 10, 0)
+        for step in range(1, 11):
+            trackers.log(step, Metrics({"reward/mean": 0.5}))
+            time.sleep(0.06)
+        trackers.close()
+    assert time.monotonic() - started < 10
+    (message,) = caplog.messages
+    assert names[0] in message and "busy with one call for more than" in message and "\n" not in message
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 10
+    assert RecordingTracker.taken == [*range(1, 11), "closed"]
+    HangingTracker.release.set()
+
+
+def test_what_trackers_are_given_is_off_the_path_of_a_step_and_complete_in_the_end(tmp_path: Path):
+    RecordingTracker.taken.clear()
+    trackers = Trackers(config(tmp_path, f"{__name__}:RecordingTracker"), 10, 0)
+    started = time.monotonic()
+    for step in range(1, 51):
+        trackers.log(step, Metrics({"reward/mean": 0.5}))
+    trackers.log_samples(50, [Sample(prompt="a", response="b", ground_truth="c", reward=1.0)])
+    assert time.monotonic() - started < 0.5, "50 steps of 20 ms each were waited for"
+    trackers.close()
+    assert RecordingTracker.taken == [*range(1, 51), 1, "closed"]
 
 
 def test_a_failing_metrics_file_ends_the_run(tmp_path: Path):

@@ -1,0 +1,147 @@
+"""What a reward function starts ends with its process, and its answers are its own, whatever it does to itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hybridflow.config.schema import RewardConfig
+from hybridflow.rewards.call import RewardInput, Score
+from hybridflow.rewards.child import Failure
+from hybridflow.rewards.guardian import MAX_OUTPUT_BYTES, descendants
+from hybridflow.rewards.process_pool import RewardPool
+
+MARK = "# of-this-test-"
+
+
+@contextmanager
+def scoring(folder: Path, body: str, **config: object) -> Iterator[RewardPool]:
+    source = (
+        f"import os, signal, subprocess, sys, time\nMARK = {MARK + str(folder)!r}\nSLEEP = 'import time; time.sleep(99) '\n"
+    )
+    path = folder / "reward.py"
+    path.write_text(f"{source}def compute_score(reward_input):\n    number = int(reward_input['response'])\n{body}\n")
+    pool = RewardPool(RewardConfig(path=str(path), **{"num_processes": 1, "timeout_s": 20.0, **config}))  # type: ignore[arg-type]
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def inputs(count: int) -> list[RewardInput]:
+    return [
+        RewardInput(response=str(number), ground_truth="", data_source="x", extra_info={}, prompt="") for number in range(count)
+    ]
+
+
+def started(folder: Path) -> list[int]:
+    """Processes that the function has started and that still run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (MARK + str(folder)).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+COPIES = {
+    "a fork that returns": "    os.fork()\n    return number",
+    "a fork that returns something else": "    return number if os.fork() else -1.0",
+    "a fork that returns first": "    if os.fork():\n        time.sleep(0.05)\n    return number",
+    "two forks": "    os.fork(); os.fork()\n    return number",
+}
+
+
+@pytest.mark.parametrize("body", COPIES.values(), ids=COPIES)
+def test_what_a_copy_of_the_process_says_is_nobodys_answer(body: str, tmp_path: Path) -> None:
+    with scoring(tmp_path, body) as pool:
+        results = pool.score(inputs(40)) + pool.score(inputs(7))
+    assert results == [Score(float(number)) for number in (*range(40), *range(7))]
+
+
+STARTS = {
+    "a subprocess": "subprocess.Popen([sys.executable, '-c', SLEEP + MARK])",
+    "a session of its own": "subprocess.Popen([sys.executable, '-c', SLEEP + MARK], start_new_session=True)",
+    "one whose parent has gone": (
+        "subprocess.run([sys.executable, '-c', f'import subprocess, sys; subprocess.Popen([sys.executable, \"-c\", "
+        "{SLEEP + MARK!r}], start_new_session=True)'])"
+    ),
+    "one that ignores signals": (
+        "subprocess.Popen([sys.executable, '-c', 'import signal; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 15)]; '"
+        " + SLEEP + MARK])"
+    ),
+}
+ENDS = {
+    "timed out": "time.sleep(99)",
+    "died": "os._exit(3)",
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "closed": "return number",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: sessions are left to themselves elsewhere")
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("start", STARTS)
+def test_nothing_that_a_function_started_outlives_its_process(start: str, end: str, tmp_path: Path) -> None:
+    body = f"    {STARTS[start]}\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    {ENDS[end]}\n"
+    with scoring(tmp_path, body, timeout_s=4.0) as pool:
+        (result,) = pool.score(inputs(1))
+        assert isinstance(result, Score if end == "closed" else Failure)
+        assert (tmp_path / "begun").exists(), "the test itself"
+        assert end == "closed" or started(tmp_path) == []
+    assert started(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: needs prctl")
+def test_nothing_outlives_a_killed_parent_of_the_pool(tmp_path: Path) -> None:
+    body = f"    {STARTS['a session of its own']}\n    import re; re.match('(a+)+$', 'a' * 60 + 'b')"  # keeps the GIL
+    (tmp_path / "x").mkdir()
+    code = (
+        f"import sys; sys.path.insert(0, {os.getcwd()!r}); from pathlib import Path\n"
+        "from tests.unit import test_reward_processes as t\n"
+        f"with t.scoring(Path({str(tmp_path)!r}), {body!r}) as pool: pool.score(t.inputs(1))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        deadline = time.monotonic() + 60
+        while not started(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        family = descendants(parent.pid)
+        assert started(tmp_path) and len(family) >= 3
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{number}").exists() for number in family) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [number for number in family if Path(f"/proc/{number}").exists()] and not started(tmp_path)
+
+
+def test_what_a_function_prints_is_bounded_and_does_not_hold_it_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = "    print(f'response {number}')\n    for _ in range(1280): sys.stdout.write('y' * 9999 + '\\n')\n    return number"
+    with scoring(tmp_path, body) as pool:
+        assert pool.score(inputs(3)) == [Score(0.0), Score(1.0), Score(2.0)]
+    said = capfd.readouterr().err
+    assert said.startswith("response 0\n") and said.count("the rest is dropped") == 1
+    assert len(said) < MAX_OUTPUT_BYTES + 200
+
+
+def test_a_process_that_was_stopped_holds_nobody_up(tmp_path: Path) -> None:
+    with scoring(tmp_path, "    return len(reward_input['prompt'])", timeout_s=2.0) as pool:
+        assert pool.score(inputs(1)) == [Score(0.0)]
+        (worker,) = descendants(pool._children[0].process.pid)
+        os.kill(worker, signal.SIGSTOP)
+        started_at = time.monotonic()
+        long = [RewardInput(response="0", ground_truth="", data_source="x", extra_info={}, prompt="p" * 2**20)] * 8
+        results = pool.score(long)
+        assert time.monotonic() - started_at < 30
+        assert all(result == Score(2.0**20) or isinstance(result, Failure) for result in results)
+        assert sum(result == Score(2.0**20) for result in results) >= 6
