@@ -12,6 +12,7 @@ DEVELOPMENT = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",
+    "pandas>=2",
     "types-PyYAML",
 ]
 

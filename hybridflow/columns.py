@@ -47,6 +47,14 @@ COLUMNS = {
     "sample": Column(
         "row", "int64", "data.loader, Batch.repeat", "Number of the response within its group, from 0.", light=True
     ),
+    "pair": Column(
+        "row",
+        "int64",
+        "data.loader",
+        "Rows with the same number are compared by a loss, chosen before rejected, and never divided over ranks.",
+        light=True,
+    ),
+    "margin": Column("row", "float32", "data.loader", "By how much the chosen response should win, at least.", light=True),
     "position": Column(
         "row",
         "int64",
@@ -92,6 +100,8 @@ COLUMNS = {
     # From scoring.
     "reward": Column("row", "float32", "reward.score", "The reward of the whole response.", light=True),
     "reward_failed": Column("row", "bool", "reward.score", "True where the reward function raised or timed out.", light=True),
+    "reward_model_score": Column("row", "float32", "reward_model.score", "What the reward model reads at the end.", light=True),
+    "cost_model_score": Column("row", "float32", "cost_model.score", "What the cost model reads at the end.", light=True),
     "log_probs": Column(
         "response token", "float32", "actor.log_probs", "Under the policy before this step's updates, in nats."
     ),

@@ -81,6 +81,11 @@ class Metrics(Mapping[str, float]):
         """All but those with one of the names."""
         return Metrics({name: metric for name, metric in self._metrics.items() if name not in names})
 
+    def renamed(self, old: str, new: str) -> Metrics:
+        """Those whose names begin with `old`, with `new` in its place."""
+        found = {name: metric for name, metric in self._metrics.items() if name.startswith(old)}
+        return Metrics({new + name.removeprefix(old): metric for name, metric in found.items()})
+
     def prefixed(self, prefix: str) -> Metrics:
         """The same metrics with `prefix/` before each name."""
         return Metrics({f"{prefix}/{name}": metric for name, metric in self._metrics.items()})

@@ -16,6 +16,8 @@ ALGORITHMS = {
     "ppo": "hybridflow.algorithms.ppo:PPO",
     "grpo": "hybridflow.algorithms.grpo:GRPO",
     "sft": "hybridflow.algorithms.sft:SFT",
+    "reward_model": "hybridflow.algorithms.reward_model:RewardModelling",
+    "dpo": "hybridflow.algorithms.dpo:DPO",
 }
 
 ROLES = {
@@ -25,6 +27,8 @@ ROLES = {
     "reference": "hybridflow.workers.reference:ReferenceWorker",
     "rollout": "hybridflow.workers.rollout:RolloutWorker",
     "reward": "hybridflow.workers.reward:RewardWorker",
+    "reward_model": "hybridflow.workers.reward_model:RewardModelWorker",
+    "cost_model": "hybridflow.workers.reward_model:RewardModelWorker",
 }
 
 ENGINES = {
@@ -38,6 +42,7 @@ REWARDS = {
     "gsm8k_flexible": "hybridflow.rewards.gsm8k:compute_score_flexible",
     "math": "hybridflow.rewards.math:compute_score",
     "by_data_source": "hybridflow.rewards.by_data_source:compute_score",
+    "none": "hybridflow.rewards.none:compute_score",
 }
 
 TRACKERS = {

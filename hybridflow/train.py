@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybridflow.api import TrainModule
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import Config
 from hybridflow.controller.boundary import ended_by, leave
+
+sys.modules[__name__].__class__ = TrainModule
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

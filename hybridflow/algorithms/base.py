@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 
-from hybridflow import ops, registry
+from hybridflow import ops
+from hybridflow.algorithms.annotations import is_worker
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE
 from hybridflow.errors import FieldError
@@ -104,8 +104,11 @@ class Algorithm(ABC):
 
     config_class: ClassVar[type] = NoOptions
     """The frozen dataclass of the algorithm's own options; an instance is in `self.config`."""
-    rows: ClassVar[Literal["prompts", "responses"]] = "prompts"
-    """What `collect` is given: prompts to answer, or prompts with the dataset's responses."""
+    rows: ClassVar[Literal["prompts", "responses", "preferences"]] = "prompts"
+    """What `collect` is given: prompts to answer, prompts with the dataset's responses, or two rows for each prompt, the
+    chosen response before the rejected one."""
+    trained_roles: ClassVar[tuple[str, ...]] = ("actor", "critic")
+    """Of the roles, those that have an optimizer."""
 
     def __init__(self, run: RunConfig, groups: Mapping[str, Worker]):
         self.run = run
@@ -137,6 +140,10 @@ class Algorithm(ABC):
     def learn(self, batch: Batch) -> Metrics:
         """Turn the rows of a step into updates, and say how they went."""
 
+    def measure(self, rows: Batch) -> Metrics:
+        """How well held-out rows do (`data.held_out_files`, of the kind that `collect` is given); nothing is learned."""
+        raise NotImplementedError(f"{type(self).__name__} learns from {self.rows} and has no measure of held-out ones")
+
     @classmethod
     def roles(cls, run: RunConfig) -> tuple[str, ...]:
         """The roles to be created: the attributes that are annotated with a class of worker, or with whatever
@@ -145,7 +152,9 @@ class Algorithm(ABC):
         for base in reversed(cls.__mro__):
             if issubclass(base, Algorithm) and base is not Algorithm:
                 kinds = inspect.get_annotations(base)
-                declared |= {name: None for name in kinds if name in named or _is_worker(kinds[name], base)}
+                declared |= {name: None for name in kinds if name in named or is_worker(kinds[name], base)}
+        if run.reward_model.path is not None and "reward" in declared:  # its score is part of every reward
+            declared["reward_model"] = None
         unused = cls.unused_roles(run)
         return tuple(role for role in declared if role not in unused)
 
@@ -191,19 +200,6 @@ class Algorithm(ABC):
             order = np.random.default_rng([self.run.run.seed, self.step, epoch]).permutation(len(batch))
             parts += batch.select(order).split(rows_per_update)
         return parts
-
-
-def _is_worker(annotation: object, owner: type) -> bool:
-    """Whether an annotation of an algorithm, as written or as a class, names a class of worker.
-
-    Names that are imported for type checkers only do not resolve: what is written is looked up among the built-in roles, and
-    else in the module of the algorithm.
-    """
-    if isinstance(annotation, str):
-        if annotation in {name.partition(":")[2] for name in registry.ROLES.values()}:
-            return True
-        annotation = vars(sys.modules[owner.__module__]).get(annotation)
-    return isinstance(annotation, type) and "layout_of" in {name for base in annotation.__mro__ for name in vars(base)}
 
 
 def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[FieldError]:

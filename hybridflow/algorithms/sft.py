@@ -45,9 +45,12 @@ class SFT(Algorithm):
         calls = [self.actor.update.start(part, loss=ops.NextTokenLoss()) for part in batch.split(rows_per_update)]
         return Metrics.merged(call.result() for call in calls)
 
+    def measure(self, rows: Batch) -> Metrics:
+        return self.actor.measure(rows, loss=ops.NextTokenLoss())
+
     @classmethod
     def unused_roles(cls, run: RunConfig) -> set[str]:
-        return set() if run.data.validation_files else {"rollout", "reward"}
+        return set() if run.data.validation_files else {"rollout", "reward", "reward_model"}
 
     @classmethod
     def check(cls, run: RunConfig) -> list[FieldError]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -23,11 +24,19 @@ from hybridflow.errors import ConfigError, FieldError, FieldReport
 
 logger = logging.getLogger("hybridflow")
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, IN_PYTHON = "command line", "in Python"
 
 
-def load_config(path: str | None, overrides: Sequence[str] = (), *, is_dry_run: bool = False, asks_hub: bool = False) -> Config:
-    """The configuration in the YAML file at `path` (None: the defaults alone) with `key=value` overrides on top.
+def load_config(
+    path: str | Mapping[str, object] | None,
+    overrides: Sequence[str] = (),
+    *,
+    over: Mapping[str, object] | None = None,
+    is_dry_run: bool = False,
+    asks_hub: bool = False,
+) -> Config:
+    """The configuration in the YAML file at `path` (None: the defaults alone; or the tree of one) with the tree `over` and
+    `key=value` overrides on top.
 
     Keys of verl are accepted in both, and translated (hybridflow/config/verl_keys.py). Neither torch nor Ray is imported.
     With `asks_hub`, models that are named as on the hub are asked for there. In a dry run, what this machine lacks and another
@@ -46,8 +55,11 @@ def load_config(path: str | None, overrides: Sequence[str] = (), *, is_dry_run: 
     """
     unread: list[FieldError] = []
     settings = Settings(resolve_value)
-    for layer in read_files(path, unread) if path else []:
+    for layer in read_files(path, unread) if isinstance(path, str) else []:
         settings.apply(layer)
+    for tree in (path, over):
+        if isinstance(tree, Mapping):
+            settings.apply(list(_flatten(tree, "", {})))
     settings.apply(read_overrides(overrides, settings.reports))
     values, unresolved = resolve(settings)
     settings.reports += [] if unread else unresolved  # what an interpolation refers to may be in a file that was not read
@@ -263,13 +275,13 @@ def _lines(node: yaml.Node | None, path: str) -> Iterator[tuple[str, int]]:
             yield from _lines(value, join(path, key.value))
 
 
-def _flatten(tree: Mapping[object, object], path: str, lines: Mapping[str, int], section: str = "") -> Iterator[Setting]:
+def _flatten(tree: Mapping[Any, object], path: str, lines: Mapping[str, int], section: str = "") -> Iterator[Setting]:
     for name, value in tree.items():
         key = join(section, name)
         if isinstance(value, Mapping) and value and key not in MAPPINGS:
             yield from _flatten(value, path, lines, key)
         else:
-            yield Setting(key, value, f"{path}:{lines.get(key, 1)}")
+            yield Setting(key, value, f"{path}:{lines.get(key, 1)}" if path else IN_PYTHON)
 
 
 def _resolved_child(section: DictConfig, name: str) -> object:

@@ -21,6 +21,7 @@ class AlgorithmClass(Protocol):
     """What a configuration needs of an algorithm; hybridflow.algorithms.base.Algorithm has it."""
 
     config_class: ClassVar[type]
+    rows: ClassVar[str]
 
     @classmethod
     def check(cls, run: Config) -> list[FieldError]: ...
@@ -56,7 +57,9 @@ def check(config: Config, algorithm: AlgorithmClass | None, *, asks_hub: bool = 
     roles = algorithm.roles(config) if algorithm and is_known else tuple(registry.ROLES)
     rules = (*RULES, rules_hub.hub_models_can_be_had) if asks_hub else RULES
     reports = [report for rule in rules for report in rule(config, roles)]
-    return reports + (algorithm.check(config) if algorithm and is_known else [])
+    if algorithm and is_known:
+        reports += [*held_out_rows_are_measured(config, algorithm), *algorithm.check(config)]
+    return reports
 
 
 def weights_match_files(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -72,6 +75,14 @@ def generation_runs_ahead_of_rewards(config: Config, roles: tuple[str, ...]) -> 
     if config.loop.max_staleness and not {"rollout", "reward"} <= set(roles):
         problem = f"found {config.loop.max_staleness}, but {config.algorithm.name} has no rollout and reward roles. Set it to 0"
         yield FieldError("loop.max_staleness", problem, related=("algorithm.name",))
+
+
+def held_out_rows_are_measured(config: Config, algorithm: AlgorithmClass) -> Iterator[FieldError]:
+    """Only what learns from rows of the dataset has a measure of such rows."""
+    if config.data.held_out_files and algorithm.rows == "prompts":
+        problem = f"{config.algorithm.name} learns from prompts, and has no measure of held-out rows"
+        advice = "Validate on prompts with data.validation_files"
+        yield FieldError("data.held_out_files", f"{problem}. {advice}", related=("algorithm.name",))
 
 
 def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:

@@ -26,7 +26,11 @@ def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[FieldEr
     """There is training data, and every named file is there."""
     if not config.data.train_files:
         yield FieldError("data.train_files", "is empty; name one or more Parquet files")
-    named = {"data.train_files": config.data.train_files, "data.validation_files": config.data.validation_files}
+    named = {
+        "data.train_files": config.data.train_files,
+        "data.validation_files": config.data.validation_files,
+        "data.held_out_files": config.data.held_out_files,
+    }
     for key, files in named.items():
         for file in files:
             if not os.path.isfile(file):  # False too where this user may not look
@@ -148,10 +152,9 @@ def checkpoint_exists(config: Config, roles: tuple[str, ...]) -> Iterator[FieldE
 def model_paths(config: Config, roles: tuple[str, ...]) -> dict[str, str]:
     """The models of the run by the key that names them, each path once."""
     paths = {"model.path": config.model.path}
-    own = {"actor": config.actor.path, "critic": config.critic.path, "reference": config.reference.path}
-    for role, path in own.items():
-        if path is not None and path not in paths.values() and role in roles:
-            paths[f"{role}.path"] = path
+    for role, section in config.models.items():
+        if section.path is not None and section.path not in paths.values() and role in roles:
+            paths[f"{role}.path"] = section.path
     return {key: path for key, path in paths.items() if path}
 
 

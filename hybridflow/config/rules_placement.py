@@ -10,7 +10,7 @@ from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError, FieldWarning, PlacementError
 from hybridflow.registry import nearest
 
-SEQUENCE_PARALLEL_ROLES = frozenset({"actor", "critic", "reference"})
+SEQUENCE_PARALLEL_ROLES = frozenset(Config().models)
 
 
 def pools_are_well_formed(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:

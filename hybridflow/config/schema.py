@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
+from hybridflow import registry
 from hybridflow.config.ranges import (
     BELOW_ONE,
     COUNT,
@@ -83,6 +84,13 @@ class AlgorithmConfig:
     options: object = None
     """The algorithm's own `Config`, built from the other keys of this section."""
 
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        """The roles with an optimizer, as the algorithm's class says."""
+        algorithm = registry.load(self.name, registry.ALGORITHMS, key="algorithm.name")
+        roles: tuple[str, ...] = algorithm.trained_roles  # type: ignore[attr-defined]
+        return roles
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -125,6 +133,9 @@ class DataConfig:
     """Share of each file in a step's prompts; empty means by number of rows."""
     validation_files: tuple[FilePath, ...] = ()
     """Parquet files of validation prompts; empty means no validation."""
+    held_out_files: tuple[FilePath, ...] = ()
+    """Parquet files like `train_files` of an algorithm that learns from responses or preferences: measured with each
+    validation, never learned from."""
     prompts_per_step: Annotated[int, COUNT] = 64
     """Prompts drawn for each step: the train batch, counted in prompts."""
     max_prompt_tokens: Annotated[int, COUNT] = 512
@@ -135,6 +146,9 @@ class DataConfig:
     """Prompts over `max_prompt_tokens` are left out, lose their beginning, or stop the run."""
     shuffle: bool = True
     """Draw prompts in random order, new in each epoch; else in file order."""
+    chat_template_options: Mapping[str, object] = field(default_factory=dict)
+    """Variables of the chat template, for example `{enable_thinking: false}`; a row's column `chat_template_kwargs` goes before
+    them."""
     apply_chat_template: Literal["auto", "always", "never"] = "auto"
     """Wrap string prompts in the tokenizer's chat template; auto does so where it has one. Message lists always are."""
 
@@ -180,6 +194,16 @@ class ReferenceConfig:
     """Tokens that go through a rank's model at once."""
     offload_parameters: Switch = "auto"
     """Keep weights in CPU memory while the role is idle; auto where they do not fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig(TrainingConfig):
+    """The reward model: what `algorithm: reward_model` trains, and what scores responses where `path` is set."""
+
+    learning_rate: Annotated[float, NOT_NEGATIVE] = 1e-5
+    """Peak rate of AdamW, where it is trained."""
+    weight: float = 1.0
+    """Of its score in the reward, beside what the rules of `reward` give; reward.name=none has no rules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +278,8 @@ class ValidationConfig:
     """As in `rollout`."""
     responses_per_prompt: Annotated[int, COUNT] = 1
     """Responses to each prompt; their mean reward counts."""
+    correct_reward: float = 1.0
+    """A response with at least this reward counts as correct in accuracy, pass@k and majority@k."""
     max_prompts: Annotated[int, COUNT] | None = None
     """Only the first so many validation prompts; null means all."""
     num_samples_logged: Annotated[int, NOT_NEGATIVE] = 3
@@ -351,6 +377,9 @@ class TrackerConfig:
 
     names: tuple[str, ...] = ("console", "tensorboard")
     """console, tensorboard, wandb, mlflow, or `my_package.module:Class`."""
+    save_rollouts: Literal["all", "none"] | Annotated[int, COUNT] = "all"
+    """Rows of each step that are written to `rollouts/STEP.parquet` in the run's folder, texts and numbers; a number is that of
+    rows."""
     project: str = "hybridflow"
     """For trackers that group runs."""
     run_name: str | None = None
@@ -369,6 +398,8 @@ class Config:
     actor: TrainingConfig = field(default_factory=TrainingConfig)
     critic: TrainingConfig = field(default_factory=lambda: TrainingConfig(learning_rate=1e-5))
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    cost_model: ReferenceConfig = field(default_factory=ReferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -376,6 +407,17 @@ class Config:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trackers: TrackerConfig = field(default_factory=TrackerConfig)
+
+    @property
+    def models(self) -> dict[str, TrainingConfig | ReferenceConfig]:
+        """The section of each role that has a model of its own."""
+        return {
+            "actor": self.actor,
+            "critic": self.critic,
+            "reference": self.reference,
+            "reward_model": self.reward_model,
+            "cost_model": self.cost_model,
+        }
 
     @property
     def max_model_tokens(self) -> int:

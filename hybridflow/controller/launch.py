@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.data import DataSummary, DataWorker
     from hybridflow.workers.reward import RewardWorker
+    from hybridflow.workers.reward_model import RewardModelWorker
     from hybridflow.workers.rollout import RolloutWorker
 
 logger = logging.getLogger("hybridflow")
@@ -87,6 +88,15 @@ class Launched:
         reward = self.groups.get("reward")
         assert reward is None or isinstance(reward, RewardWorker)
         return reward
+
+    @property
+    def reward_model(self) -> RewardModelWorker | None:
+        """The group whose score is part of every reward; None where there is none, or where it is what is trained."""
+        from hybridflow.workers.reward_model import RewardModelWorker
+
+        model = self.groups.get("reward_model") if "reward" in self.groups else None
+        assert model is None or isinstance(model, RewardModelWorker)
+        return model
 
 
 def algorithm_class(config: Config) -> type[Algorithm]:

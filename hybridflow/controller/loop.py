@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.batch import Batch
@@ -22,8 +24,11 @@ from hybridflow.controller.weights import WeightSync
 from hybridflow.errors import CheckpointError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.trackers.base import Trackers
+from hybridflow.workers.remote import Future
 
 logger = logging.getLogger("hybridflow")
+
+OnStep = Callable[[int, Mapping[str, float]], object]
 
 
 class Loop:
@@ -35,15 +40,20 @@ class Loop:
         self.weights = WeightSync(launched, lets_sleep=launched.engine_sleeps)
         self.rows = RowSource(config, launched, algorithm, total_steps=total_steps)
         self.seconds_saving = Metrics()
+        self.saving: Future[None] | None = None
+        """The rollouts of the last step, as they are written."""
 
-    def run(self) -> None:
-        """Train from the newest checkpoint, or from the start, to the last step."""
+    def run(self, on_step: OnStep = lambda step, metrics: None) -> None:
+        """Train from the newest checkpoint, or from the start, to the last step, or to one after which `on_step(step, metrics)`
+        returns False; 0 is the validation before the first."""
         with phase("the run was resumed"):
             last_step = self.resume()
         trackers = Trackers(self.config, total_steps=self.total_steps, resume_step=last_step)
         try:
             if last_step == 0 and self.config.validation.before_training:
-                trackers.log(0, self.validate(0, trackers))
+                validated = self.validate(0, trackers)
+                trackers.log(0, validated)
+                on_step(0, validated)
             for step in range(last_step + 1, self.total_steps + 1):
                 with phase(f"step {step} was taken"):
                     metrics = self.seconds_saving + self.step(step)
@@ -52,9 +62,15 @@ class Loop:
                     metrics += self.validate(step, trackers)
                 with phase(f"the metrics of step {step} were written"):
                     trackers.log(step, metrics)
-                if self.is_due(step, self.config.checkpoint.every_steps, and_last=self.config.checkpoint.save_last):
+                is_over = on_step(step, metrics) is False
+                save_last = self.config.checkpoint.save_last
+                if (is_over and save_last) or self.is_due(step, self.config.checkpoint.every_steps, and_last=save_last):
                     with phase(f"the checkpoint of step {step} was written"):
                         self.save(step)
+                if is_over:
+                    break
+            if self.saving is not None:
+                self.saving.result()
         finally:
             self.rows.close()
             trackers.close()
@@ -68,6 +84,7 @@ class Loop:
         synced = self.weights.sync(version=step - 1)
         batch, streamed = self.rows.take(step)
         self.weights.sleep()
+        self.save_rollouts(step, batch)
         learned = self.algorithm.learn(batch)
         for call in begun:
             call.result()  # long done; what a role raised there is raised here
@@ -76,16 +93,34 @@ class Loop:
         measured = Metrics.merged([learned, synced, measured, *batch_metrics(batch, seconds)])
         return self.rows.metrics(measured, streamed, seconds=seconds)
 
+    def save_rollouts(self, step: int, rows: Batch) -> None:
+        """Have the data role write what was answered, while the step goes on."""
+        wanted = self.config.trackers.save_rollouts
+        if wanted == "none" or self.algorithm.rows != "prompts":
+            return
+        chosen = rows if isinstance(wanted, str) else rows.select(np.arange(min(wanted, len(rows))))
+        if self.saving is not None:
+            self.saving.result()
+        self.saving = self.launched.data.write_rows.start(chosen, str(Path(self.config.run.folder, f"rollouts/{step}.parquet")))
+
     def validate(self, step: int, trackers: Trackers) -> Metrics:
         """Validate, if there is something to validate on; samples go to the trackers at once."""
+        held_out = self.measure_held_out()
         if not self.config.data.validation_files or self.launched.rollout is None:
-            return Metrics()
+            return held_out
         started = time.perf_counter()
         with phase(f"the validation after step {step} was made"):
             self.weights.sync(version=step)
             metrics, samples = validate(self.config, self.launched)
         trackers.log_samples(step, samples)
-        return metrics + Metrics({"seconds/validation": time.perf_counter() - started})
+        return held_out + metrics + Metrics({"seconds/validation": time.perf_counter() - started})
+
+    def measure_held_out(self) -> Metrics:
+        """`held_out/...`: what the algorithm measures of `data.held_out_files`."""
+        if not self.config.data.held_out_files:
+            return Metrics()
+        found = self.algorithm.measure(self.launched.data.held_out_batch())
+        return Metrics.merged(found.renamed(f"{role}/", "held_out/") for role in self.algorithm.trained_roles)
 
     def save(self, step: int) -> None:
         """Write a checkpoint: complete, or absent. What it takes is logged with the next step."""

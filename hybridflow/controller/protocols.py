@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from hybridflow.batch import Batch
-from hybridflow.data.balance import balanced_parts
+from hybridflow.data.balance import balanced_parts, divided
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 
@@ -92,7 +93,8 @@ class AllToAll(Protocol):
 
 
 class SplitByDataRank(Protocol):
-    """Rows of the first batch argument go to data ranks, balanced by tokens; further batches are cut alike.
+    """Rows of the first batch argument go to data ranks, balanced by tokens; further batches are cut alike. Rows with the same
+    number in a column `pair` go to the same one.
 
     Ranks of one data rank (its tensor and sequence ranks) get the same rows. A rank may get none. Batches come back in
     the order of the rows that went out, whatever rank computed them; metrics are merged.
@@ -105,7 +107,8 @@ class SplitByDataRank(Protocol):
     def distribute(self, arguments: Arguments) -> Sequence[Arguments | None]:
         batches = [value for value in (*arguments.args, *arguments.kwargs.values()) if isinstance(value, Batch)]
         assert batches, "split_by_data_rank needs a batch among the arguments"
-        self.parts = balanced_parts(_row_tokens(batches[0]), self.layout.data)
+        halves = partial(balanced_parts, num_parts=self.layout.data)
+        self.parts = divided(_row_tokens(batches[0]), halves, groups=batches[0].light.get("pair"))
         per_data_rank = [self._select(arguments, part) for part in self.parts]
         return [per_data_rank[self.layout.data_rank(rank)] for rank in range(self.layout.num_ranks)]
 

@@ -15,10 +15,8 @@ from hybridflow.controller.stream import Stream, StreamSettings, Taken
 from hybridflow.controller.streaming import Generation, Scoring, streaming_handle
 from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metric, Metrics
+from hybridflow.workers.respond import with_model_score
 from hybridflow.workers.token_functions import CountLossTokens, PolicyAges
-
-TRAINED = ("actor", "critic", "reference")
-"""Roles that need their processes while a step learns."""
 
 
 class RowSource:
@@ -32,7 +30,8 @@ class RowSource:
             total_steps=total_steps,
             timeout_s=config.run.timeout_s,
         )
-        self.stream = Stream(settings, launched.data.next_batch, algorithm.collect, algorithm.keep)
+        collect = algorithm.collect if config.loop.max_staleness else self._collect_all
+        self.stream = Stream(settings, launched.data.next_batch, collect, algorithm.keep)
         self.generation: Generation | None = None
         self.scoring: Scoring | None = None
         if config.loop.max_staleness:
@@ -56,11 +55,18 @@ class RowSource:
         self.stream.forget = self.generation.forget
         self.stream.all_stacks = self.launched.all_stacks
 
+    def _collect_all(self, prompts: Batch) -> Batch:
+        """The rows of a whole step, with what the reward model says of them."""
+        return self._with_model_score(self.algorithm.collect(prompts))
+
+    def _with_model_score(self, rows: Batch) -> Batch:
+        return with_model_score(rows, self.launched.reward_model, weight=self.config.reward_model.weight)
+
     @property
     def shares_pool(self) -> bool:
         """Whether the processes that generate also train."""
         places = self.launched.places
-        return any(role in places and places[role].pool == places["rollout"].pool for role in TRAINED)
+        return any(role in places and places[role].pool == places["rollout"].pool for role in self.config.models)
 
     def take(self, step: int) -> tuple[Batch, Taken]:
         """The rows that step `step` learns from. The engines have the weights of the step before."""
@@ -70,6 +76,8 @@ class RowSource:
         if self.generation is not None and self.shares_pool:
             self.generation.pause()
         rows = taken.rows
+        if self.generation is not None:  # a reward model scores the rows of a step at once, ahead of it only rules do
+            rows = self._with_model_score(rows)
         if "loss_mask" in rows and "loss_tokens" not in rows:
             rows = rows.join(self.launched.data.compute(rows, CountLossTokens()))
         if self.generation is not None and "policy_versions" in rows:

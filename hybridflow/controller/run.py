@@ -13,7 +13,7 @@ from hybridflow.controller import interrupts
 from hybridflow.controller.boundary import phase, what_happened
 from hybridflow.controller.cluster import cluster
 from hybridflow.controller.launch import algorithm_class, all_roles, launched
-from hybridflow.controller.loop import Loop
+from hybridflow.controller.loop import Loop, OnStep
 from hybridflow.controller.placement import device_type, placement_lines
 from hybridflow.controller.run_folder import reserved
 from hybridflow.controller.watch import watched
@@ -22,8 +22,8 @@ from hybridflow.trackers.trial import try_trackers
 logger = logging.getLogger("hybridflow")
 
 
-def run(config: Config) -> None:
-    """Launch the roles, train, and end every process that was started.
+def run(config: Config, *, on_step: OnStep = lambda step, metrics: None) -> None:
+    """Launch the roles, train, and end every process that was started. `on_step` is as of `Loop.run`.
 
     Once the last step is taken and saved the run is done: what fails in ending its processes is a warning.
 
@@ -35,7 +35,7 @@ def run(config: Config) -> None:
     try_trackers(config)
     is_finished = threading.Event()
     try:
-        _run(config, is_finished)
+        _run(config, is_finished, on_step)
     except (Exception, KeyboardInterrupt) as error:
         if not is_finished.is_set():
             raise
@@ -43,7 +43,7 @@ def run(config: Config) -> None:
     logger.info("done: everything is in %s", config.run.folder)
 
 
-def _run(config: Config, is_finished: threading.Event) -> None:
+def _run(config: Config, is_finished: threading.Event, on_step: OnStep) -> None:
     started = time.perf_counter()
     with interrupts.noticed(), phase("the run was prepared"), cluster(config):
         interrupts.heed_sigterm()
@@ -59,5 +59,5 @@ def _run(config: Config, is_finished: threading.Event) -> None:
             logger.info("ready for the first step after %.1f s", time.perf_counter() - started)
             if device_type(config) == "cuda":
                 logger.info("the first step compiles kernels: it may take half a minute more than the following ones")
-            Loop(config, groups, algorithm, total_steps=total_steps).run()
+            Loop(config, groups, algorithm, total_steps=total_steps).run(on_step)
             is_finished.set()

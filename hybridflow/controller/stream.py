@@ -143,7 +143,7 @@ class Stream:
         again, self.returned = self.returned[:count], self.returned[count:]
         parts = [*again, *([self.draw(step, count - len(again))] if len(again) < count else [])]
         prompts = parts[0] if len(parts) == 1 else Batch.concatenate(parts)
-        return prompts.with_columns(group=np.arange(first, first + count))
+        return prompts.with_columns(group=np.arange(first, first + count).repeat(len(prompts) // count))
 
     def _admit(self, step: int, num_chosen: int) -> None:
         """Fill up to what may be outstanding, and to what the rest of the run will learn from."""

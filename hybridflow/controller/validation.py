@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
 from hybridflow.controller.batch_metrics import length_metrics, reward_metrics
 from hybridflow.controller.launch import Launched
+from hybridflow.controller.measures import Answers, Estimate, as_metrics, powers_of_two
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample
-from hybridflow.workers.respond import respond
+from hybridflow.workers.respond import respond, with_model_score
 from hybridflow.workers.rollout import validation_sampling
-from hybridflow.workers.token_functions import CopyObjects
+from hybridflow.workers.token_functions import AnswerKeys, CopyObjects
 
 
 def validate(config: Config, launched: Launched) -> tuple[Metrics, list[Sample]]:
-    """Mean reward and the user's metrics over all validation prompts, and a few samples.
+    """Mean reward, the user's metrics and what answers are worth over all validation prompts, and a few samples."""
+    rows = answered(config, launched)
+    metrics = reward_metrics(rows) + length_metrics(rows)
+    metrics += as_metrics(estimates(config, launched, rows, powers_of_two(config.validation.responses_per_prompt)))
+    return metrics.prefixed("validation"), _samples(config, launched, rows)
+
+
+def answered(config: Config, launched: Launched) -> Batch:
+    """All validation prompts with their responses, scored.
 
     The same prompts get the same seeds each time, so two validations of the same weights agree.
     """
@@ -29,8 +40,22 @@ def validate(config: Config, launched: Launched) -> tuple[Metrics, list[Sample]]
         rows = rows.join(reward.score(rows))
     else:
         rows = respond(rows, rollout, reward, sampling=validation_sampling(config))
-    metrics = reward_metrics(rows) + length_metrics(rows)
-    return metrics.prefixed("validation"), _samples(config, launched, rows)
+    return with_model_score(rows, launched.reward_model, weight=config.reward_model.weight)
+
+
+def estimates(config: Config, launched: Launched, rows: Batch, ks: Sequence[int]) -> dict[str, dict[str, Estimate]]:
+    """What the answers are worth, over all prompts and by data source."""
+    num_responses = config.validation.responses_per_prompt
+    sources = launched.data.compute(rows, CopyObjects(("data_source",))).objects("data_source")
+    keys = launched.data.compute(rows, AnswerKeys())["answer_key"] if num_responses > 1 else np.zeros(len(rows), np.int64)
+    answers = Answers(
+        rewards=rows["reward"].astype(np.float64),
+        answers=keys,
+        sources=[str(source or "unnamed") for source in sources],
+        responses_per_prompt=num_responses,
+        correct_reward=config.validation.correct_reward,
+    )
+    return answers.estimates(ks)
 
 
 def _samples(config: Config, launched: Launched, rows: Batch) -> list[Sample]:

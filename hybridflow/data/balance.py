@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,23 @@ def balanced_parts(lengths: Lengths, num_parts: int) -> list[Rows]:
         heapq.heapreplace(heap, (tokens + int(lengths[row]), count + 1, part))
     part_of = _in_runs(part_of, lengths)
     return [np.flatnonzero(part_of == part).astype(np.int32) for part in range(num_parts)]
+
+
+def divided(
+    lengths: Lengths, divide: Callable[[Lengths], list[Rows]], *, groups: npt.NDArray[np.integer] | None = None
+) -> list[Rows]:
+    """What `divide` makes of the rows; with `groups`, one number per row, rows of the same number come into the same part.
+
+    >>> def halves(lengths: Lengths) -> list[Rows]:
+    ...     return balanced_parts(lengths, 2)
+    >>> [part.tolist() for part in divided(np.array([5, 1, 2, 2]), halves, groups=np.array([7, 7, 3, 3]))]
+    [[0, 1], [2, 3]]
+    """
+    if groups is None:
+        return divide(lengths)
+    _, of_row = np.unique(groups, return_inverse=True)
+    parts = divide(np.bincount(of_row, weights=lengths).astype(np.int64))
+    return [np.flatnonzero(np.isin(of_row, part)).astype(np.int32) for part in parts]
 
 
 def _in_runs(part_of: Rows, lengths: Lengths) -> Rows:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,10 @@ import numpy.typing as npt
 from hybridflow.batch import Array, Batch, Heavy
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import Tokenizer
+from hybridflow.data.conversations import CHAT_COLUMNS, Conversations
+from hybridflow.data.examples import read_examples
+from hybridflow.data.parquet import ColumnSpec, has_column
+from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences
 from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS, read_prompts
 from hybridflow.data.responses import read_responses
 from hybridflow.errors import DataError
@@ -26,7 +31,12 @@ from hybridflow.errors import DataError
 VALIDATION_STEP = -1
 """Stands for the step in the seeds of validation, which are the same whenever it runs."""
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Rows = npt.NDArray[np.int64]
+RowKind = Literal["prompts", "responses", "preferences"]
+"""What an algorithm's rows are: see `Algorithm.rows`."""
 
 
 class Dataset(Protocol):
@@ -113,8 +123,9 @@ class PromptLoader:
             self._seen[prompt] = self._seen.get(prompt, -1) + 1
             seeds.append(prompt_seed(self.seed, step, prompt, occurrence=self._seen[prompt]))
         columns["seed"] = np.array(seeds, np.int64)
-        columns["group"] = np.arange(len(rows))
-        columns["sample"] = np.zeros(len(rows), np.int64)
+        per_prompt = len(prompt_ids) // len(rows)  # of pairs two
+        columns["group"] = np.repeat(np.arange(len(rows)), per_prompt)
+        columns["sample"] = np.tile(np.arange(per_prompt), len(rows))
         return Batch.from_columns(columns)
 
     def prompts_again(self, keys: Batch) -> Batch:
@@ -186,38 +197,63 @@ def _check_weights(weights: Sequence[float], sizes: Sequence[int]) -> None:
             raise DataError(f"file {index} of data.train_files has no prompts left, but data.train_weights gives it a share")
 
 
-def build_loaders(
-    config: Config, tokenizer: Tokenizer, rows: Literal["prompts", "responses"]
-) -> tuple[PromptLoader, PromptLoader | None]:
-    """The loader of training rows, and that of validation prompts where there are validation files.
+@dataclass(frozen=True)
+class Loaders:
+    """Of all files of a run."""
 
-    `rows` says whether training rows carry the dataset's responses. Validation generates, so its rows never do.
+    train: PromptLoader
+    validation: PromptLoader | None
+    """Prompts: validation generates."""
+    held_out: PromptLoader | None
+    """Rows like those of `train`."""
+
+
+def build_loaders(config: Config, tokenizer: Tokenizer, rows: RowKind) -> Loaders:
+    """The loader of training rows, and those of validation prompts and held-out rows where there are files of them.
 
     Raises:
         DataError: a file or column is missing or malformed, or nothing is left after filtering.
     """
-    data = config.data
-    columns = EPISODE_COLUMNS if config.environment.is_set else PROMPT_COLUMNS
-    dataset: Dataset
-    if rows == "responses":
-        dataset = read_responses(data.train_files, tokenizer, data=data)
-    else:
-        dataset = read_prompts(data.train_files, tokenizer, data=data, columns=columns)
+    data, seed = config.data, config.run.seed
     train = PromptLoader(
-        dataset,
+        read_rows(config, data.train_files, tokenizer, rows, key="data.train_files"),
         prompts_per_step=data.prompts_per_step,
-        seed=config.run.seed,
+        seed=seed,
         shuffle=data.shuffle,
         weights=data.train_weights,
     )
-    if not data.validation_files:
-        return train, None
-    prompts = read_prompts(
-        data.validation_files,
-        tokenizer,
-        data=data,
-        key="data.validation_files",
-        columns=columns,
-        max_prompts=config.validation.max_prompts,
-    )
-    return train, PromptLoader(prompts, prompts_per_step=len(prompts), seed=config.run.seed, shuffle=False)
+    validation = held_out = None
+    if data.validation_files:
+        prompts = read_prompts(
+            data.validation_files,
+            tokenizer,
+            data=data,
+            key="data.validation_files",
+            max_prompts=config.validation.max_prompts,
+            columns=prompt_columns(config),
+        )
+        validation = PromptLoader(prompts, prompts_per_step=len(prompts), seed=seed, shuffle=False)
+    if data.held_out_files:
+        dataset = read_rows(config, data.held_out_files, tokenizer, rows, key="data.held_out_files")
+        held_out = PromptLoader(dataset, prompts_per_step=len(dataset), seed=seed, shuffle=False)
+    return Loaders(train, validation, held_out)
+
+
+def read_rows(config: Config, files: Sequence[str], tokenizer: Tokenizer, rows: RowKind, *, key: str) -> Dataset:
+    """The rows of files as an algorithm wants them. Responses are either the column `response` or those of `messages`."""
+    whole = cast("PreTrainedTokenizerBase", tokenizer)
+    match rows:
+        case "prompts":
+            return read_prompts(files, tokenizer, data=config.data, key=key, columns=prompt_columns(config))
+        case "preferences":
+            return read_examples(files, PREFERENCE_COLUMNS, Preferences(whole, config.data), key=key, per_row=2)
+        case "responses":
+            if all(has_column(path, "messages", key=key) for path in files):
+                return read_examples(files, CHAT_COLUMNS, Conversations(whole, config.data), key=key)
+            return read_responses(files, tokenizer, data=config.data, key=key)
+
+
+def prompt_columns(config: Config) -> Sequence[ColumnSpec]:
+    """What prompt files have to hold: environments, and rewards without rules, need neither ground truth nor source."""
+    has_rules = config.reward.path is not None or config.reward.name != "none"
+    return PROMPT_COLUMNS if has_rules and not config.environment.is_set else EPISODE_COLUMNS

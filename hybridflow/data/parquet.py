@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 
 from hybridflow.errors import DataError
 from hybridflow.registry import nearest
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 2048
 
@@ -44,6 +47,11 @@ def is_text(kind: pa.DataType) -> bool:
 def is_integer(kind: pa.DataType) -> bool:
     """Whether values of the type are whole numbers."""
     return bool(pa.types.is_integer(kind))
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether values of the type are numbers."""
+    return is_integer(kind) or bool(pa.types.is_floating(kind))
 
 
 def is_messages(kind: pa.DataType) -> bool:
@@ -86,6 +94,11 @@ def open_parquet(path: str, specs: Sequence[ColumnSpec], *, key: str) -> pq.Parq
     return file
 
 
+def has_column(path: str, name: str, *, key: str) -> bool:
+    """Whether the file has a column of that name. Raises as `open_parquet`."""
+    return name in open_parquet(path, (), key=key).schema_arrow.names
+
+
 def _problem(spec: ColumnSpec, schema: pa.Schema) -> str | None:
     index = schema.get_field_index(spec.name)
     if index < 0:
@@ -96,6 +109,13 @@ def _problem(spec: ColumnSpec, schema: pa.Schema) -> str | None:
     if spec.fits(kind) or (not spec.is_required and pa.types.is_null(kind)):
         return None
     return f"column {spec.name!r} is {kind}; expected {spec.expected}"
+
+
+def warn_of_unread(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: str) -> None:
+    """Log the columns that the file has and nobody reads."""
+    known = {spec.name for spec in specs}
+    if unread := [name for name in file.schema_arrow.names if name not in known]:
+        logger.warning("%s: columns that are not read: %s", where, ", ".join(unread))
 
 
 def read_batches(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: str) -> Iterator[pa.RecordBatch]:

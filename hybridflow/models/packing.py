@@ -7,7 +7,7 @@ after it, so a response token is predicted, and valued, at the position before i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -168,6 +168,25 @@ def pack(
         spans=RowSpans.of_lengths(lengths_B, device),
         predicting_R=to_device(predicting - tokens.start, device),
         targets_R=to_device(tokens_T[predicting + 1], device),
+        rank_sizes=tuple(np.diff(cuts).tolist()),
+    )
+
+
+def at_last_tokens(packed: Packed, num_rows: int, *, sequence_rank: int = 0, sequence_size: int = 1) -> Packed:
+    """The same rows, each read once, at its last token, in place of before its response tokens.
+
+    Example: of prompts [[1, 2], [4]] with responses [[3], [5, 6]], `predicting_R` becomes [2, 5]: the positions of 3 and 6.
+    Nothing is predicted, so `targets_R` is without meaning.
+    """
+    last_B = np.cumsum(packed.spans.lengths_B)[:num_rows] - 1
+    rank_tokens = packed.input_ids_1T.shape[1]
+    cuts = np.searchsorted(last_B, np.arange(sequence_size + 1) * rank_tokens)
+    own = last_B[cuts[sequence_rank] : cuts[sequence_rank + 1]] - sequence_rank * rank_tokens
+    device = packed.input_ids_1T.device
+    return replace(
+        packed,
+        predicting_R=to_device(own, device),
+        targets_R=to_device(np.zeros(len(own), np.int64), device),
         rank_sizes=tuple(np.diff(cuts).tolist()),
     )
 

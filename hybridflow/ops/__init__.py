@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hybridflow.ops.losses import TokenBatch as TokenBatch
     from hybridflow.ops.losses import ValueLoss as ValueLoss
     from hybridflow.ops.losses import explained_variance as explained_variance
+    from hybridflow.ops.preferences import PreferenceLoss as PreferenceLoss
+    from hybridflow.ops.preferences import RewardModelLoss as RewardModelLoss
     from hybridflow.ops.reduce import Aggregation as Aggregation
     from hybridflow.ops.reduce import Counts as Counts
     from hybridflow.ops.reduce import TokenMetric as TokenMetric
@@ -46,6 +48,7 @@ _NAMES = {
     "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_controller", "kl_estimate"),
     "log_probs": ("LinearLogProbs", "linear_log_probs"),
     "losses": ("Loss", "NextTokenLoss", "PolicyLoss", "TokenBatch", "ValueLoss", "explained_variance"),
+    "preferences": ("PreferenceLoss", "RewardModelLoss"),
     "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "row_sums", "to_metrics", "token_weights"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

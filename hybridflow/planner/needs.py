@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
-from hybridflow.config.schema import Config, Switch, TrainingConfig
+from hybridflow.config.schema import Config, ReferenceConfig, Switch, TrainingConfig
 from hybridflow.planner.memory import (
     CHECKPOINTING,
     GRADIENTS,
@@ -22,9 +23,8 @@ from hybridflow.planner.memory import (
 )
 from hybridflow.planner.sizes import ModelNeeds, ModelSize, Numerics
 
-TRAINED_ROLES = ("actor", "critic")
-FROZEN_ROLES = ("reference",)
-WITHOUT_OUTPUT_LAYER = ("critic",)
+Trained = TypeVar("Trained", bound=TrainingConfig)
+WITHOUT_OUTPUT_LAYER = ("critic", "reward_model", "cost_model")
 WITHOUT_GPU = ("data", "reward")
 """Roles that hold nothing on a GPU, wherever they are placed."""
 ENGINES_THAT_FREE_WEIGHTS = ("vllm",)
@@ -48,17 +48,16 @@ class PoolInfo:
 
 def model_paths(config: Config, roles: Set[str]) -> dict[str, str]:
     """The model that each of `roles` starts from; roles without one are left out."""
-    own = {"actor": config.actor.path, "critic": config.critic.path, "reference": config.reference.path, "rollout": None}
+    own = {role: section.path for role, section in config.models.items()} | {"rollout": None}
     return {role: path or config.model.path for role, path in own.items() if role in roles}
 
 
 def switches(config: Config) -> dict[str, Switch]:
     """Every option with what the configuration says about it."""
-    trained = {"actor": config.actor, "critic": config.critic}
+    trained = {role: section for role, section in config.models.items() if isinstance(section, TrainingConfig)}
     return {
         f"rollout.{SLEEP}": config.rollout.sleep,
-        f"reference.{PARAMETERS}": config.reference.offload_parameters,
-        **{f"{role}.{PARAMETERS}": section.offload_parameters for role, section in trained.items()},
+        **{f"{role}.{PARAMETERS}": section.offload_parameters for role, section in config.models.items()},
         **{f"{role}.{GRADIENTS}": section.shard_gradients for role, section in trained.items()},
         **{f"{role}.{OPTIMIZER}": section.offload_optimizer for role, section in trained.items()},
         **{f"{role}.{CHECKPOINTING}": config.model.gradient_checkpointing for role in trained},
@@ -72,7 +71,7 @@ def has_open_switches(config: Config, roles: Set[str]) -> bool:
 
 def pool_needs(config: Config, pool: PoolInfo, run_roles: Set[str]) -> PoolNeeds:
     """What the roles of a pool need; `run_roles` are those of all pools."""
-    models = tuple(_model_needs(config, role, pool) for role in pool.roles if role in (*TRAINED_ROLES, *FROZEN_ROLES))
+    models = tuple(_model_needs(config, role, pool) for role in pool.roles if role in config.models)
     return PoolNeeds(
         pool=pool.name,
         num_ranks=pool.num_ranks,
@@ -99,7 +98,7 @@ def resolved(config: Config, options: Set[str] = frozenset(), role: str = "") ->
     def decided(option: str, value: Switch) -> bool:
         return option in options if value == "auto" else value
 
-    def trained(name: str, section: TrainingConfig) -> TrainingConfig:
+    def trained(name: str, section: Trained) -> Trained:
         return replace(
             section,
             offload_parameters=decided(f"{name}.{PARAMETERS}", section.offload_parameters),
@@ -107,32 +106,32 @@ def resolved(config: Config, options: Set[str] = frozenset(), role: str = "") ->
             shard_gradients=decided(f"{name}.{GRADIENTS}", section.shard_gradients),
         )
 
-    model, reference, rollout = config.model, config.reference, config.rollout
+    def frozen(name: str, section: ReferenceConfig) -> ReferenceConfig:
+        return replace(section, offload_parameters=decided(f"{name}.{PARAMETERS}", section.offload_parameters))
+
+    model, rollout = config.model, config.rollout
     return replace(
         config,
         model=replace(model, gradient_checkpointing=decided(f"{role}.{CHECKPOINTING}", model.gradient_checkpointing)),
         actor=trained("actor", config.actor),
         critic=trained("critic", config.critic),
-        reference=replace(reference, offload_parameters=decided(f"reference.{PARAMETERS}", reference.offload_parameters)),
+        reference=frozen("reference", config.reference),
+        reward_model=trained("reward_model", config.reward_model),
+        cost_model=frozen("cost_model", config.cost_model),
         rollout=replace(rollout, sleep=decided(f"rollout.{SLEEP}", rollout.sleep)),
     )
 
 
 def _model_needs(config: Config, role: str, pool: PoolInfo) -> ModelNeeds:
-    budgets = {
-        "actor": config.actor.tokens_per_microbatch,
-        "critic": config.critic.tokens_per_microbatch,
-        "reference": config.reference.tokens_per_microbatch,
-    }
     longest_row = -(-config.max_model_tokens // config.model.sequence_parallel)  # goes alone where it exceeds the budget
     dtype = config.model.compute_dtype
     return ModelNeeds(
         role=role,
         size=pool.sizes[role],
         num_ranks=pool.num_ranks,
-        is_trained=role in TRAINED_ROLES,
+        is_trained=role in config.algorithm.trained_roles,
         has_output_layer=role not in WITHOUT_OUTPUT_LAYER,
-        tokens=max(budgets[role], longest_row),
+        tokens=max(config.models[role].tokens_per_microbatch, longest_row),
         numerics=Numerics(
             compute_bytes=BYTES[DTYPE_ON_GPU if dtype == "auto" else dtype],
             is_compiled=config.model.compile,

@@ -78,15 +78,20 @@ class ActorWorker(Worker):
                 "algorithm's page, which names the engine's own where rows may be stale"
             )
 
-        def forward(microbatch: Microbatch) -> dict[str, torch.Tensor]:
-            log_probs_R, entropy_R = self.model(
-                microbatch.packed, temperature=microbatch.temperature, with_entropy=loss.needs_entropy
-            )
-            return {"log_probs": log_probs_R} | ({} if entropy_R is None else {"entropy": entropy_R})
-
         has_others = "log_probs" in batch or "rollout_log_probs" not in batch
         observe = None if has_others else ObserveMismatch(is_stale=self.config.loop.max_staleness > 0)
-        return self.core.update(batch, loss, forward, observe=observe)
+        return self.core.update(batch, loss, lambda microbatch: self._forward(microbatch, loss), observe=observe)
+
+    @remote("split_by_data_rank")
+    def measure(self, batch: Batch, *, loss: Loss) -> Metrics:
+        """What `update` would report of the loss, without an update."""
+        return self.core.measure(batch, loss, lambda microbatch: self._forward(microbatch, loss))
+
+    def _forward(self, microbatch: Microbatch, loss: Loss) -> dict[str, torch.Tensor]:
+        log_probs_R, entropy_R = self.model(
+            microbatch.packed, temperature=microbatch.temperature, with_entropy=loss.needs_entropy
+        )
+        return {"log_probs": log_probs_R} | ({} if entropy_R is None else {"entropy": entropy_R})
 
     @remote("rank_zero")
     def num_updates(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from hybridflow.batch import Batch
 from hybridflow.checkpoint.arrays import load_arrays, save_arrays
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import load_tokenizer
-from hybridflow.data.loader import PromptLoader, build_loaders
+from hybridflow.data.loader import PromptLoader, RowKind, build_loaders
+from hybridflow.data.rollouts import write_rows
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
 
@@ -38,15 +39,17 @@ class DataWorker(Worker):
         super().__init__(config, context)
         self.train: PromptLoader | None = None
         self.validation: PromptLoader | None = None
+        self.held_out: PromptLoader | None = None
 
     @remote("rank_zero")
-    def open(self, rows: Literal["prompts", "responses"]) -> DataSummary:
-        """Read the files; `rows` says whether the dataset's responses are wanted too.
+    def open(self, rows: RowKind) -> DataSummary:
+        """Read the files; `rows` says what a row of the training files is.
 
         Raises:
             DataError: a file or column is missing or mistyped, or nothing is left after filtering.
         """
-        self.train, self.validation = build_loaders(self.config, load_tokenizer(self.config), rows)
+        loaders = build_loaders(self.config, load_tokenizer(self.config), rows)
+        self.train, self.validation, self.held_out = loaders.train, loaders.validation, loaders.held_out
         num_validation = self.validation.num_prompts if self.validation else 0
         return DataSummary(self.train.num_prompts, self.train.num_batches_per_epoch, num_validation)
 
@@ -62,6 +65,17 @@ class DataWorker(Worker):
         """All validation prompts, the same with the same seeds at each call."""
         assert self.validation is not None, "there are no validation files"
         return self.validation.validation_batch()
+
+    @remote("rank_zero")
+    def held_out_batch(self) -> Batch:
+        """All rows of `data.held_out_files`."""
+        assert self.held_out is not None, "there are no held-out files"
+        return self.held_out.validation_batch()
+
+    @remote("rank_zero")
+    def write_rows(self, rows: Batch, path: str) -> None:
+        """Write texts and numbers of answered rows to a Parquet file."""
+        write_rows(rows, path)
 
     @remote("rank_zero")
     def save_under_way(self, folder: str, prompts: Batch, said: Batch | None) -> None:

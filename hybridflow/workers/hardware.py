@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybridflow.config.schema import Config
 from hybridflow.planner.memory import Gpu
-from hybridflow.planner.needs import TRAINED_ROLES, model_paths
+from hybridflow.planner.needs import model_paths
 from hybridflow.planner.sizes import ModelSize
 
 
@@ -43,10 +43,11 @@ def model_sizes(config: Config, roles: Set[str]) -> dict[str, ModelSize]:
 
     measured: dict[tuple[str, bool], ModelSize] = {}
     sizes = {}
+    trained = config.algorithm.trained_roles
     for role, path in model_paths(config, roles).items():
-        key = path, role in TRAINED_ROLES
+        key = path, role in trained
         if key not in measured:
-            adapters = adapters_of(config) if role in TRAINED_ROLES else None
+            adapters = adapters_of(config) if role in trained else None
             measured[key] = model_size(path, adapters=adapters, trust_remote_code=config.model.trust_remote_code)
         sizes[role] = measured[key]
     return sizes

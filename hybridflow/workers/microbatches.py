@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from hybridflow.batch import Batch, Ragged
-from hybridflow.data.balance import Rows, token_budget_parts
-from hybridflow.models.packing import Indices, Packed, pack, to_device
+from hybridflow.data.balance import Rows, divided, token_budget_parts
+from hybridflow.models.packing import Indices, Packed, at_last_tokens, pack, to_device
 from hybridflow.ops.reduce import Counts
 from hybridflow.workers.base import RankContext
 
@@ -42,22 +43,40 @@ class Microbatch:
 class Microbatches:
     """All rows of a batch, in parts of at most `tokens_per_microbatch` tokens for each rank that shares them.
 
-    Rows without a column `temperature` have `default_temperature`.
+    Rows without a column `temperature` have `default_temperature`. Rows with the same number in a column `pair` stay together.
+    With `reads_rows` a row is read once, at its last token: whatever is said of response tokens holds for rows.
     """
 
-    def __init__(self, batch: Batch, context: RankContext, *, tokens_per_microbatch: int, default_temperature: float = 1.0):
+    def __init__(
+        self,
+        batch: Batch,
+        context: RankContext,
+        *,
+        tokens_per_microbatch: int,
+        default_temperature: float = 1.0,
+        reads_rows: bool = False,
+    ):
         self.batch, self.context, self.default_temperature = batch, context, default_temperature
+        self.reads_rows = reads_rows
         self.prompt, self.response = batch.tokens("prompt"), batch.tokens("response")
-        self.mask = batch.tokens("loss_mask") if "loss_mask" in batch else None
-        self.trained = self.response if self.mask is None else self.response.where(self.mask.values.astype(np.bool_))
-        """The response tokens that the policy sampled."""
+        self.mask = batch.tokens("loss_mask") if "loss_mask" in batch and not reads_rows else None
+        self.trained = self._trained()
+        """The response tokens that the policy sampled; one for each row that is read at its end."""
         tokens_B = self.prompt.lengths + self.response.lengths
         self.num_tokens = int(tokens_B.sum())
         """Prompt and response tokens of the rows that this rank, or those that share its rows, work on."""
         budget = tokens_per_microbatch * context.layout.sequence
-        parts = token_budget_parts(tokens_B, budget)
+        pairs = batch["pair"] if "pair" in batch.light else None
+        parts = divided(tokens_B, partial(token_budget_parts, max_tokens=budget), groups=pairs)
         num_parts, self.counts = self._agree(len(parts))
-        self.parts = parts if len(parts) == num_parts else token_budget_parts(tokens_B, budget, min_parts=num_parts)
+        at_least = partial(token_budget_parts, max_tokens=budget, min_parts=num_parts)
+        self.parts = parts if len(parts) == num_parts else divided(tokens_B, at_least, groups=pairs)
+
+    def _trained(self) -> Ragged:
+        if self.reads_rows:
+            ones = np.ones(len(self.response), np.int64)
+            return Ragged.from_lengths(np.zeros(len(ones), np.int32), ones)
+        return self.response if self.mask is None else self.response.where(self.mask.values.astype(np.bool_))
 
     @property
     def num_trained_tokens(self) -> int:
@@ -92,6 +111,9 @@ class Microbatches:
                 sequence_rank=layout.sequence_rank(self.context.rank),
                 sequence_size=layout.sequence,
             )
+            if self.reads_rows and len(rows):
+                ranks = {"sequence_rank": layout.sequence_rank(self.context.rank), "sequence_size": layout.sequence}
+                packed = at_last_tokens(packed, len(rows), **ranks)
             yield Microbatch(rows, packed, trained.lengths, self._temperature(rows, packed, trained.lengths))
 
     def _mask(self, rows: Rows) -> Mask | None:

@@ -10,6 +10,7 @@ from hybridflow.batch import Array, Batch
 from hybridflow.rollout.base import Sampling
 from hybridflow.workers.remote import Future
 from hybridflow.workers.reward import RewardWorker
+from hybridflow.workers.reward_model import RewardModelWorker
 from hybridflow.workers.rollout import RolloutWorker
 
 NUM_PARTS = 8
@@ -35,6 +36,16 @@ def respond(rows: Batch, rollout: RolloutWorker, reward: RewardWorker, *, sampli
         return respond_in_parts(rows, rollout, reward, sampling)
     rows = rows.join(rollout.generate(rows, sampling=sampling))
     return rows.join(reward.score(rows))
+
+
+def with_model_score(rows: Batch, reward_model: RewardModelWorker | None, *, weight: float) -> Batch:
+    """Scored rows with `weight` times the reward model's score added to their reward, and both parts as metrics of the row:
+    `reward/rules` and `reward/model`. Without a reward model the rows as they are."""
+    if reward_model is None:
+        return rows
+    rules, model = rows["reward"], reward_model.score(rows)["reward_model_score"]
+    parts = {"reward/rules": rules, "reward/model": model, "reward": (rules + weight * model).astype(np.float32)}
+    return rows.with_columns(**parts)
 
 
 def respond_in_parts(rows: Batch, rollout: RolloutWorker, reward: RewardWorker, sampling: Sampling | None) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 from hybridflow import ops
 from hybridflow.batch import Batch, Ragged
 from hybridflow.metrics import Metric, Metrics
+from hybridflow.rewards.answers import answer_of
 from hybridflow.workers.mismatch import sampled_tokens
 
 if TYPE_CHECKING:
@@ -89,6 +91,16 @@ class CountLossTokens:
 
 
 @dataclass(frozen=True)
+class RowLogRatios:
+    """Column `log_ratio`: of each row, the sum of `log_probs` less `reference_log_probs` over its sampled tokens, in nats."""
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        log_probs, reference = (sampled_tokens(batch, batch.tokens(name)) for name in ("log_probs", "reference_log_probs"))
+        cumulative = np.concatenate([[0.0], np.cumsum(log_probs.values.astype(np.float64) - reference.values)])
+        return Batch({"log_ratio": np.diff(cumulative[log_probs.offsets]).astype(np.float32)})
+
+
+@dataclass(frozen=True)
 class PolicyAges:
     """Reports how old the sampled tokens of a batch with `policy_versions` are, in updates of the policy; writes no column."""
 
@@ -115,6 +127,17 @@ def _sum_over_ranks(sums: torch.Tensor, context: RankContext) -> torch.Tensor:
     on_device = sums.to(context.device)  # NCCL reduces nothing on the CPU
     dist.all_reduce(on_device, group=context.group)
     return on_device.to(sums.device)
+
+
+@dataclass(frozen=True)
+class AnswerKeys:
+    """Column `answer_key`: a number for what each response answers, equal where the answers are."""
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        digests = [
+            hashlib.blake2b(answer_of(str(text)).encode(), digest_size=8).digest() for text in batch.objects("response_text")
+        ]
+        return Batch({"answer_key": np.array([int.from_bytes(digest, "little") >> 1 for digest in digests], np.int64)})
 
 
 @dataclass(frozen=True)

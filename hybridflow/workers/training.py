@@ -75,9 +75,17 @@ class TrainingCore:
     """A sharded model, its optimizer and its learning rate. A worker has one and lends it its forward pass."""
 
     def __init__(
-        self, model: PolicyModel | ValueModel, config: TrainingConfig, context: RankContext, *, temperature: float = 1.0
+        self,
+        model: PolicyModel | ValueModel,
+        config: TrainingConfig,
+        context: RankContext,
+        *,
+        temperature: float = 1.0,
+        reads_rows: bool = False,
     ):
         self.model, self.config, self.context = model, config, context
+        self.reads_rows = reads_rows
+        """Whether the model gives one number for each row, at its last token."""
         self.temperature = temperature
         """Of rows without a column that says with which they were sampled."""
         self.optimizer = make_optimizer(model, config)
@@ -98,12 +106,26 @@ class TrainingCore:
         with self._on_device():
             return evaluate(self.model, microbatches, forward)
 
+    @torch.no_grad()
+    def measure(self, batch: Batch, loss: Loss, forward: Callable[[Microbatch], Outputs]) -> Metrics:
+        """The metrics that `update` would give of `loss`, of a model that stays as it is."""
+        microbatches = self._microbatches(batch)
+        metrics: dict[str, TokenMetric] = {}
+        with self._on_device():
+            self.model.eval()
+            for microbatch in microbatches:
+                outputs = forward(microbatch)
+                if microbatch.lengths_B.any():
+                    metrics = accumulate(metrics, loss(token_batch(microbatches, microbatch, loss, outputs))[1])
+        return to_metrics(metrics).prefixed(self.context.role)
+
     def _microbatches(self, batch: Batch) -> Microbatches:
         return Microbatches(
             batch,
             self.context,
             tokens_per_microbatch=self.config.tokens_per_microbatch,
             default_temperature=self.temperature,
+            reads_rows=self.reads_rows,
         )
 
     def update(

@@ -211,7 +211,7 @@ def test_an_option_is_no_mistake_where_the_algorithm_is_not_known_and_may_have_i
 @pytest.mark.parametrize(
     ("word", "keys"),
     [
-        ("learning_rate", "'actor.learning_rate' or 'critic.learning_rate'"),
+        ("learning_rate", "'actor.learning_rate' or 'critic.learning_rate' or 'reward_model.learning_rate'"),
         ("lr", "'actor.learning_rate' or 'critic.learning_rate'"),
         ("total_steps", "'run.total_steps'"),
         ("epochs", "'algorithm.epochs'"),

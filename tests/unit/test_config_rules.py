@@ -171,7 +171,7 @@ def test_an_unknown_role_is_answered_with_the_nearest(tmp_path: Path) -> None:
         ("rollout.engine=torhc", "rollout.engine: 'torhc' is not known; did you mean 'torch'?"),
         ("reward.name=gsm8", "reward.name: 'gsm8' is not known; did you mean 'gsm8k'?"),
         ("trackers.names=[console, tensorbord]", "trackers.names: 'tensorbord' is not known; did you mean 'tensorboard'?"),
-        ("placement.workers.judge=zzz", "placement.workers.judge: 'zzz' is not known. Known: actor, critic,"),
+        ("placement.workers.judge=zzz", "placement.workers.judge: 'zzz' is not known. Known: actor, cost_model, critic,"),
         ("rollout.engine=no_such_package.x:Y", "rollout.engine: found 'no_such_package.x:Y', but no module 'no_such_package'"),
         ("reward.name='json:'", "reward.name: found 'json:'; needed: my_package.module:Name"),
     ],

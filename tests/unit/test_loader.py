@@ -169,7 +169,8 @@ def dtype_of(batch: Batch, name: str) -> str:
 
 def test_every_column_is_as_the_table_says(tiny_model: str, tmp_path: Path) -> None:
     run = config(tiny_model, train_files=(write(tmp_path / "a.parquet", 3, response="#### 2"),))
-    train, validation = build_loaders(run, load_tokenizer(run), "responses")
+    loaders = build_loaders(run, load_tokenizer(run), "responses")
+    train, validation = loaders.train, loaders.validation
     batch = train.next_batch(1)
     assert validation is None
     assert all(COLUMNS[name].light == (name in batch.light) for name in batch.names)
@@ -179,7 +180,7 @@ def test_every_column_is_as_the_table_says(tiny_model: str, tmp_path: Path) -> N
 def test_validation_takes_the_first_prompts_and_needs_no_responses(tiny_model: str, tmp_path: Path) -> None:
     files = write(tmp_path / "a.parquet", 3, response="#### 2"), write(tmp_path / "b.parquet", 5)
     run = config(tiny_model, train_files=files[:1], validation_files=files[1:])
-    _, validation = build_loaders(run, load_tokenizer(run), "responses")
+    validation = build_loaders(run, load_tokenizer(run), "responses").validation
     assert validation is not None
     assert len(validation.validation_batch()) == 2
 
@@ -187,26 +188,26 @@ def test_validation_takes_the_first_prompts_and_needs_no_responses(tiny_model: s
 def test_a_response_ends_with_the_end_of_sequence_unless_it_is_cut(tiny_model: str, tmp_path: Path) -> None:
     run = config(tiny_model, train_files=(write(tmp_path / "a.parquet", 2, response="12345"),), max_response_tokens=6)
     tokenizer = load_tokenizer(run)
-    whole = build_loaders(run, tokenizer, "responses")[0].next_batch(1)
+    whole = build_loaders(run, tokenizer, "responses").train.next_batch(1)
     assert whole["response_tokens"].tolist() == [6, 6]
     assert whole.tokens("response")[0][-1] == tokenizer.eos_token_id
     assert not whole["truncated"].any()
     cut_run = config(tiny_model, train_files=run.data.train_files, max_response_tokens=5)
-    cut = build_loaders(cut_run, tokenizer, "responses")[0].next_batch(1)
+    cut = build_loaders(cut_run, tokenizer, "responses").train.next_batch(1)
     assert tokenizer.decode(cut.tokens("response")[0].tolist()) == "12345"
     assert cut["truncated"].all()
 
 
 def test_a_column_of_limits_is_nothing_to_rows_with_responses(tiny_model: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", 2, response="12345", max_response_tokens=1)
-    batch = build_loaders(run := config(tiny_model, train_files=(file,)), load_tokenizer(run), "responses")[0].next_batch(1)
+    batch = build_loaders(run := config(tiny_model, train_files=(file,)), load_tokenizer(run), "responses").train.next_batch(1)
     assert batch["response_tokens"].tolist() == [6, 6]
 
 
 def test_responses_need_neither_ground_truth_nor_source(tiny_model: str, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"prompt": "a", "response": "b"}] * 2), tmp_path / "a.parquet")
     run = config(tiny_model, train_files=(str(tmp_path / "a.parquet"),))
-    batch = build_loaders(run, load_tokenizer(run), "responses")[0].next_batch(1)
+    batch = build_loaders(run, load_tokenizer(run), "responses").train.next_batch(1)
     assert batch.objects("ground_truth") == [None, None]
 
 

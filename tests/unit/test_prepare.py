@@ -148,7 +148,7 @@ def test_a_file_written_by_hand_loads(tiny_model: str, tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     config = Config(model=ModelConfig(path=tiny_model), data=DataConfig(train_files=(str(tmp_path / "train.parquet"),)))
-    train, _ = build_loaders(config, load_tokenizer(config), "prompts")
+    train = build_loaders(config, load_tokenizer(config), "prompts").train
     batch = train.next_batch(1).select([0])
     assert batch.objects("ground_truth") == ["72"]
     assert batch.objects("extra_info") == [{}]

@@ -172,3 +172,12 @@ def test_collects_that_never_return_end_the_stream_with_what_they_do() -> None:
         stream.take(2)
     assert time.monotonic() - started < 30
     never.set()
+
+
+def test_rows_of_a_pair_are_one_group():
+    def draw(step: int, count: int) -> Batch:
+        return Batch({"prompt_id": np.repeat(np.arange(count), 2)})
+
+    settings = StreamSettings(prompts_per_step=3, max_staleness=0, total_steps=1)
+    taken = Stream(settings, draw, lambda prompts: prompts, lambda group: len(group) == 2).take(1)
+    assert taken.rows["group"].tolist() == [0, 0, 1, 1, 2, 2]

@@ -1,0 +1,122 @@
+"""Pairs of a chosen and a rejected response to a prompt, as texts or as messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from hybridflow.config.schema import DataConfig
+from hybridflow.data.chat import Message, Tokenizer, encode, is_templated
+from hybridflow.data.conversations import TEMPLATE_OPTIONS, TOOLS, Conversations, checked_messages
+from hybridflow.data.examples import BadRowError, Example, Row, UselessRowError, limited
+from hybridflow.data.marks import Template
+from hybridflow.data.parquet import ColumnSpec, is_messages, is_number, is_text
+from hybridflow.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def _response(name: str) -> ColumnSpec:
+    return ColumnSpec(
+        name=name,
+        expected="a string, or a list of structs with the strings role and content",
+        fits=lambda kind: is_text(kind) or is_messages(kind),
+    )
+
+
+PREFERENCE_COLUMNS = (
+    ColumnSpec(
+        name="prompt",
+        expected="a string, or a list of structs with the strings role and content",
+        fits=lambda kind: is_text(kind) or is_messages(kind),
+        is_required=False,
+    ),
+    _response("chosen"),
+    _response("rejected"),
+    ColumnSpec(name="margin", expected="a number", fits=lambda kind: is_number(kind), is_required=False),
+    TOOLS,
+    TEMPLATE_OPTIONS,
+)
+
+
+class Preferences:
+    """Makes two examples of a row: the chosen response, then the rejected one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig):
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+        self.tokenizer, self.data, self.eos_token_id = tokenizer, data, int(tokenizer.eos_token_id)
+
+    def __call__(self, row: Row) -> list[Example]:
+        """Raises as `read_examples` expects it."""
+        chosen, rejected = row["chosen"], row["rejected"]
+        for name in ("chosen", "rejected"):
+            if not row[name]:
+                raise BadRowError(f"column {name!r} is {'null' if row[name] is None else 'empty'}")
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise BadRowError("of 'chosen' and 'rejected' one is text and the other messages")
+        if chosen == rejected:
+            raise UselessRowError("'chosen' and 'rejected' are the same")
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            pair = self._of_texts(row, chosen, rejected)
+        else:
+            pair = self._of_messages(row)
+        pair = [limited(example, self.data) for example in pair]
+        if pair[0].prompt + pair[0].response == pair[1].prompt + pair[1].response:
+            raise UselessRowError("'chosen' and 'rejected' are the same within data.max_response_tokens")
+        return pair
+
+    def _of_texts(self, row: Row, chosen: str, rejected: str) -> list[Example]:
+        prompt, options = row.get("prompt"), self.data.chat_template_options
+        if prompt is None:  # both tell the whole conversation, in a format of their own
+            prompt = _shared(chosen, rejected)
+            if not prompt:
+                raise BadRowError("there is no 'prompt', and 'chosen' and 'rejected' begin differently")
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+            text, is_rendered = prompt, False
+        else:
+            tokenizer = cast(Tokenizer, self.tokenizer)
+            has_messages = not isinstance(prompt, str)
+            is_rendered = is_templated(tokenizer, has_messages=has_messages, use=self.data.apply_chat_template)
+            messages = checked_messages(prompt, "prompt") if has_messages else [{"role": "user", "content": prompt}]
+            template = Template(self.tokenizer, options)
+            text = template.render(messages, add_generation_prompt=True) if is_rendered else str(prompt)
+        (ids,) = encode(cast(Tokenizer, self.tokenizer), [text], add_special_tokens=not is_rendered)
+        return [self._answered(ids, text, response) for response in (chosen, rejected)]
+
+    def _answered(self, prompt: list[int], text: str, response: str) -> Example:
+        (ids,) = encode(cast(Tokenizer, self.tokenizer), [response], add_special_tokens=False)
+        ids = [*ids, self.eos_token_id]
+        return Example(prompt, ids, [True] * len(ids), text, response)
+
+    def _of_messages(self, row: Row) -> list[Example]:
+        whole = [self._conversation(row, name) for name in ("chosen", "rejected")]
+        num_shared = _num_shared(*whole)
+        examples = []
+        for name, messages in zip(("chosen", "rejected"), whole, strict=True):
+            if not any(message["role"] == "assistant" for message in messages[num_shared:]):
+                raise BadRowError(f"column {name!r} has no assistant turn of its own")
+            examples.append(Conversations(self.tokenizer, self.data).example(messages, row, first=num_shared))
+        return examples
+
+    def _conversation(self, row: Row, name: str) -> list[Message]:
+        """The whole conversation, whether or not the column repeats the prompt."""
+        messages, prompt = checked_messages(row[name], name), row.get("prompt")
+        if prompt is None or messages[0]["role"] != "assistant":
+            return messages
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else checked_messages(prompt, "prompt")
+        return [*before, *messages]
+
+
+def _shared(one: str, other: str) -> str:
+    """What both texts begin with, up to the last whitespace in it."""
+    length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    begun = re.search(r"\S*$", one[:length])  # a word that may go on differently
+    return one[: begun.start() if begun else length].rstrip()
+
+
+def _num_shared(one: Sequence[Message], other: Sequence[Message]) -> int:
+    """Messages that both begin with."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,129 @@
+"""Evaluate a model: `python -m hybridflow.evaluate MODEL_OR_CHECKPOINT --data FILE ... [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridflow.config.load import load_config, to_yaml
+from hybridflow.config.schema import Config
+from hybridflow.errors import ConfigError, HybridflowError
+
+if TYPE_CHECKING:
+    from hybridflow.controller.evaluation import Results
+
+ALGORITHM = "hybridflow.algorithms.evaluation:Evaluation"
+KEPT = {
+    "run": ("device",),
+    "model": ("tokenizer", "trust_remote_code"),
+    "data": ("max_prompt_tokens", "max_response_tokens", "apply_chat_template", "chat_template_options"),
+    "rollout": ("engine", "stop", "stop_token_ids", "dtype"),
+    "validation": ("temperature", "top_p", "top_k", "responses_per_prompt", "correct_reward"),
+    "reward": None,
+}
+"""What holds of a run when its checkpoint is evaluated, unless something else is asked for; None is a whole section."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m hybridflow.evaluate", description=__doc__)
+    parser.add_argument("model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face folder or name, checkpoint, or run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of a run, such as reward.path=my.py")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="Parquet files of prompts")
+    parser.add_argument("--engine", help="rollout.engine: torch, vllm, sglang or your own")
+    parser.add_argument("--responses", type=int, help="to each prompt; more than one need a temperature")
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    parser.add_argument("--k", type=int, nargs="+", help="of pass@k and majority@k; by default the powers of two")
+    parser.add_argument("--role", default="actor", help="of a checkpoint: whose weights")
+    parser.add_argument("--output", default="outputs/evaluation", metavar="DIR", help="where rows and results go")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate and print a table; returns 0 done, 1 it failed, 2 the request has errors, 130 Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    options = parse(arguments)
+    try:
+        config = evaluation_config(options)
+        num_responses = config.validation.responses_per_prompt
+        ks = options.k or [k for k in (1 << power for power in range(16)) if k <= num_responses]
+        if bad := [k for k in ks if not 1 <= k <= num_responses]:
+            sys.stderr.write(f"--k: found {bad[0]}; there are {num_responses} responses to each prompt. Raise --responses\n")
+            return 2
+        from hybridflow.controller.evaluation import evaluate
+
+        sys.stdout.write(table(evaluate(config, ks)))
+        sys.stdout.write(f"every row: {config.run.folder}/rows.parquet; results: {config.run.folder}/results.json\n")
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except HybridflowError as error:
+        sys.stderr.write(f"\nThe evaluation failed.\n{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def evaluation_config(options: argparse.Namespace) -> Config:
+    """The configuration of the run that only validates.
+
+    Raises:
+        ConfigError: with every error found.
+        CheckpointError: the model is neither a Hugging Face folder or name nor a checkpoint.
+    """
+    output = Path(options.output)
+    model, settings = options.model, dict[str, object]()
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        model, settings = exported(folder, output, options.role)
+    asked = {
+        "run.folder": str(output),
+        "model.path": model,
+        "rollout.engine": options.engine,
+        "validation.responses_per_prompt": options.responses,
+        "validation.temperature": options.temperature,
+    }
+    files = "[" + ", ".join(f"'{file}'" for file in options.data) + "]"
+    overrides = [f"{key}={value}" for key, value in asked.items() if value is not None]
+    overrides += [f"algorithm={ALGORITHM}", f"data.train_files={files}", f"data.validation_files={files}"]
+    output.mkdir(parents=True, exist_ok=True)
+    base = output / "of_checkpoint.yaml"
+    base.write_text(to_yaml(settings) if settings else "")
+    return load_config(str(base), [*overrides, *options.overrides])
+
+
+def exported(checkpoint: Path, output: Path, role: str) -> tuple[str, dict[str, object]]:
+    """A checkpoint's weights as a Hugging Face folder below `output`, and the settings of its run that hold here."""
+    from hybridflow.checkpoint.export import export_checkpoint
+    from hybridflow.checkpoint.store import CheckpointStore, find
+
+    found = find(checkpoint)
+    target = output / "models" / f"{found.parent.parent.name}-{found.name}-{role}"
+    if not (target / "config.json").is_file():
+        export_checkpoint(found, target, role=role)
+    saved = CheckpointStore.read_state(found).config
+    settings: dict[str, object] = {}
+    for section, names in KEPT.items():
+        values = saved.get(section)
+        if isinstance(values, Mapping):
+            settings[section] = {name: value for name, value in values.items() if names is None or name in names}
+    return str(target), settings
+
+
+def table(results: Results) -> str:
+    """The results as text, one line for each source and measure."""
+    lines = [f"{'source':<24} {'measure':<14} {'value':>8}   95 % interval       prompts"]
+    for source, found in results.items():
+        for name, estimate in found.items():
+            interval = f"[{estimate.low:.4f}, {estimate.high:.4f}]"
+            lines.append(f"{source:<24} {name:<14} {estimate.value:>8.4f}   {interval:<18}  {estimate.num_prompts:>7}")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
