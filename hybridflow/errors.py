@@ -66,6 +66,14 @@ class ModelError(HybridflowError):
     """A model folder cannot be loaded, or a model lacks something that a role needs."""
 
 
+class UserFileError(HybridflowError):
+    """A Python file of the user's cannot be imported."""
+
+
+class DivergenceError(HybridflowError):
+    """Training has left the finite numbers: weights are not finite, or update after update is skipped."""
+
+
 class RewardError(HybridflowError):
     """A reward function cannot be loaded or called."""
 

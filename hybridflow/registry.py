@@ -1,5 +1,5 @@
 """The tables of what can be named in a configuration. A new part is one file and one line here, or no line at all:
-a name with a colon, `my_package.module:Class`, is imported as it stands.
+a name with a colon, `my_package.module:Class` or `path/to/file.py:Class`, is imported as it stands.
 
 The tables hold strings, so that looking a name up imports nothing; `load` imports on use.
 """
@@ -10,7 +10,8 @@ import difflib
 import importlib
 from collections.abc import Iterable, Mapping
 
-from hybridflow.errors import ConfigError, FieldError
+from hybridflow.errors import ConfigError, FieldError, UserFileError
+from hybridflow.user_file import import_file, split_name
 
 ALGORITHMS = {
     "ppo": "hybridflow.algorithms.ppo:PPO",
@@ -72,7 +73,8 @@ def unknown_name(name: str, table: Mapping[str, str]) -> str | None:
     """Why `name` cannot be looked up in `table`, as a sentence, or None where it can. Imports nothing."""
     if name in table or ":" in name:
         return None
-    return f"{name!r} is not known{nearest(name, table) or '.'} Known: {', '.join(sorted(table))}; or your own as module:Name"
+    own = "your own as module:Name or file.py:Name"
+    return f"{name!r} is not known{nearest(name, table) or '.'} Known: {', '.join(sorted(table))}; or {own}"
 
 
 def load(name: str, table: Mapping[str, str], *, key: str) -> object:
@@ -85,9 +87,11 @@ def load(name: str, table: Mapping[str, str], *, key: str) -> object:
     """
     if problem := unknown_name(name, table):
         raise ConfigError([FieldError(key, problem)])
-    module_name, _, attribute = table.get(name, name).partition(":")
+    module_name, attribute = split_name(name) or table.get(name, name).partition(":")[::2]
     try:
-        module = importlib.import_module(module_name)
+        module = import_file(module_name) if split_name(name) else importlib.import_module(module_name)
+    except UserFileError as error:
+        raise ConfigError([FieldError(key, f"{name!r}: {error}")]) from error
     except ImportError as error:
         raise ConfigError(
             [FieldError(key, f"{name!r} needs module {module_name!r}, which does not import: {error}")]

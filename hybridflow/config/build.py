@@ -95,12 +95,31 @@ class Builder:
         if is_mapping and isinstance(value, Mapping):
             # An entry that does not fit stays as text: other keys may refer to it by its name.
             return {str(name): self._value(join(key, name), get_args(hint)[1], v, str(v)) for name, v in value.items()}
+        if (element := _element_class(hint)) is not None and value is not None:
+            return self._sections(key, element, value)
         try:
             return convert(value, hint)
         except UnfitError as error:
             self.add(key, str(error))
             # Whoever meant other entries than the default's must not be told what is wrong with those.
             return {} if is_mapping else default
+
+    def _sections(self, key: str, kind: type, value: object) -> tuple[object, ...]:
+        """A list of sections with the same keys; a single one may stand for a list of one."""
+        known, built = self.known_keys, list[object]()
+        for number, element in enumerate(value if isinstance(value, list | tuple) else [value]):
+            path = join(key, number)
+            self.known_keys = [*known, *keys_of(kind, path)]
+            built.append(self.build(kind, element, path=path))
+        self.known_keys = known
+        return tuple(section for section in built if section is not None)
+
+
+def _element_class(hint: object) -> type | None:
+    """The dataclass of which `hint` is a tuple of any length; None where it is something else."""
+    members = get_args(hint) if get_origin(hint) is tuple else ()
+    is_list = len(members) == 2 and members[1] is Ellipsis and isinstance(members[0], type) and is_dataclass(members[0])
+    return members[0] if is_list else None
 
 
 def convert(value: object, hint: object) -> object:
@@ -160,6 +179,8 @@ def wanted(hint: object) -> str:
         return " or ".join(wanted(member) for member in members)
     if origin is Literal:
         return f"one of {', '.join(map(str, members))}" if len(members) > 1 else str(members[0])
+    if (section := _element_class(hint)) is not None:
+        return f"a list of mappings with {', '.join(keys_of(section))}"
     if origin is tuple and members[-1] is Ellipsis:
         return f"a list, each element {wanted(members[0])}"
     if origin is tuple:

@@ -14,7 +14,10 @@ from hybridflow.registry import nearest
 
 Parameters = Mapping[str, inspect.Parameter]
 FOUR_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-SIGNATURES = "(reward_input, **kwargs) or (data_source, solution_str, ground_truth, extra_info=None, **kwargs)"
+SIGNATURES = (
+    "(reward_input, **kwargs), (data_source, solution_str, ground_truth, extra_info=None, **kwargs) or, as in TRL, "
+    "(completions, **kwargs)"
+)
 
 
 class SignatureError(ValueError):
@@ -29,19 +32,26 @@ class SignatureError(ValueError):
 class Call:
     """How a function is called, its options aside."""
 
-    style: Literal["one", "by_name", "by_place"]
-    """With one dict or list of them, or with some of the four arguments, by their names or in their order."""
+    style: Literal["one", "by_name", "by_place", "columns"]
+    """With one dict or list of them; with some of the four arguments, by their names or in their order; or with columns of many
+    responses by their names, as TRL does."""
     arguments: tuple[str, ...] = ()
-    """Those of `FOUR_ARGUMENTS` that it is given."""
+    """Those of `FOUR_ARGUMENTS` that it is given; of columns, those that it needs."""
+    allowed: tuple[str, ...] = ()
+    """Columns that it takes by name."""
+    takes_any: bool = False
+    """Whether it takes columns of other names too."""
 
 
 def call_for(parameters: Parameters, options: Mapping[str, object], *, is_batch: bool) -> Call:
     """The way that the signature asks for.
 
     Raises:
-        SignatureError: it is neither of the two, or `options` do not fit.
+        SignatureError: it is none that is known, or `options` do not fit.
     """
     takes_any = _takes_any(parameters)
+    if "completions" in parameters and "solution_str" not in parameters:
+        return _call_with_columns(parameters, options)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     places = [p for p in parameters.values() if p.kind in positional and p.name not in options]
     num_required = sum(p.default is p.empty for p in places)
@@ -60,6 +70,20 @@ def call_for(parameters: Parameters, options: Mapping[str, object], *, is_batch:
     taken = FOUR_ARGUMENTS[: len(places)]
     _check_rest(parameters, {p.name for p in places[: len(taken)]}, options)
     return Call("by_place", taken)
+
+
+def _call_with_columns(parameters: Parameters, options: Mapping[str, object]) -> Call:
+    """TRL's way: everything by name. Which columns the dataset has shows when the function is called."""
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p for p in parameters.values() if p.kind in by_keyword]
+    supplied = {p.name for p in named if p.name not in options}
+    _check_rest(parameters, supplied, options)
+    return Call(
+        "columns",
+        tuple(p.name for p in named if p.default is p.empty),
+        allowed=tuple(p.name for p in named),
+        takes_any=_takes_any(parameters),
+    )
 
 
 def _check_rest(parameters: Parameters, supplied: set[str], options: Mapping[str, object]) -> None:

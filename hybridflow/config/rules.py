@@ -9,12 +9,22 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 from hybridflow import registry
-from hybridflow.config import rules_engine, rules_environment, rules_files, rules_hub, rules_placement, rules_reward
+from hybridflow.config import (
+    rules_engine,
+    rules_environment,
+    rules_files,
+    rules_hub,
+    rules_placement,
+    rules_reward,
+    user_code,
+)
 from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError, FieldReport
+from hybridflow.user_file import split_name
 
 
 class AlgorithmClass(Protocol):
@@ -88,14 +98,16 @@ def held_out_rows_are_measured(config: Config, algorithm: AlgorithmClass) -> Ite
 def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Engine, reward, trackers and workers: in their table, or a module of the user's that can be found."""
     named = [("rollout.engine", config.rollout.engine, registry.ENGINES)]
-    if config.reward.path is None:
-        named.append(("reward.name", config.reward.name, registry.REWARDS))
+    terms = rules_reward.sections(config)
+    named += [(f"{key}.name", term.name, registry.REWARDS) for key, term in terms.items() if term.path is None]
     if config.environment.name is not None:
         named.append(("environment.name", config.environment.name, {}))
     named += [("trackers.names", name, registry.TRACKERS) for name in config.trackers.names]
     named += [(f"placement.workers.{role}", name, registry.ROLES) for role, name in config.placement.workers.items()]
     for key, name, table in named:
-        if problem := registry.unknown_name(name, table) or name_is_malformed(name):
+        if in_file := split_name(name):
+            yield from user_code.name_errors(key, Path(in_file[0]), in_file[1])
+        elif problem := registry.unknown_name(name, table) or name_is_malformed(name):
             yield FieldError(key, problem)
         elif problem := module_is_missing(name):
             yield FieldError(key, problem, is_local=True)
@@ -124,7 +136,7 @@ def name_is_malformed(name: str) -> str | None:
     """Why `my_package.module:Name` cannot be read as such; None where it can, or `name` has no colon."""
     module, colon, attribute = name.partition(":")
     is_whole = bool(module.partition(".")[0] and attribute)
-    return f"found {name!r}; needed: my_package.module:Name" if colon and not is_whole else None
+    return f"found {name!r}; needed: my_package.module:Name, or path/to/file.py:Name" if colon and not is_whole else None
 
 
 def module_is_missing(name: str) -> str | None:
@@ -141,6 +153,7 @@ RULES: tuple[Rule, ...] = (
     packages_are_installed,
     rules_files.data_files_exist,
     rules_files.models_are_complete,
+    rules_reward.rewards_are_told_once,
     rules_reward.reward_file_exists,
     rules_files.checkpoint_exists,
     rules_files.run_folder_can_be_written,

@@ -12,55 +12,76 @@ from pathlib import Path
 from hybridflow import registry
 from hybridflow.config.reward_signature import SignatureError, call_for
 from hybridflow.config.rules_files import missing
-from hybridflow.config.schema import Config
+from hybridflow.config.schema import Config, RewardTerm
+from hybridflow.config.user_code import import_errors, parsed, top_level_names
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
+from hybridflow.user_file import split_name
+
+
+def rewards_are_told_once(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+    """`reward.functions` stands in place of the keys of a single reward."""
+    reward = config.reward
+    single = {"reward.path": reward.path is not None, "reward.options": bool(reward.options)}
+    for key in [key for key, is_given in single.items() if is_given and reward.functions]:
+        yield FieldError(key, "is of a single reward, but reward.functions lists several. Move it into one of them")
 
 
 def reward_file_exists(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
-    """The user's file is there."""
-    if config.reward.path is not None and not os.path.isfile(config.reward.path):
-        yield FieldError("reward.path", missing(config.reward.path, "file"), is_local=True)
+    """The user's files are there."""
+    for section, term in sections(config).items():
+        if term.path is not None and not os.path.isfile(term.path):
+            yield FieldError(f"{section}.path", missing(term.path, "file"), is_local=True)
 
 
 def reward_function_can_be_called(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
-    """The user's file parses and defines the function; this or the built-in rule takes `reward.options`."""
-    if config.reward.path is not None and os.path.isfile(config.reward.path):
-        yield from _own_function(config, Path(config.reward.path))
-    elif config.reward.path is None and config.reward.name in registry.REWARDS:
-        module, _, function = registry.REWARDS[config.reward.name].partition(":")
-        spec = importlib.util.find_spec(module)
-        assert spec is not None and spec.origin is not None, f"{module} has no file"
-        yield from _signature_errors(config, "reward.name", ast.parse(Path(spec.origin).read_text(encoding="utf-8")), function)
+    """The user's files parse and define the functions; these or the built-in rules take their `options`."""
+    for section, term in sections(config).items():
+        in_file = (term.path, term.function) if term.path is not None else split_name(term.name)
+        if in_file is not None and os.path.isfile(in_file[0]):
+            yield from _own_function(section, term, Path(in_file[0]), in_file[1])
+        elif in_file is None and term.name in registry.REWARDS:
+            module, _, function = registry.REWARDS[term.name].partition(":")
+            spec = importlib.util.find_spec(module)
+            assert spec is not None and spec.origin is not None, f"{module} has no file"
+            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+            yield from _signature_errors(section, term, f"{section}.name", tree, function)
 
 
-def _own_function(config: Config, file: Path) -> Iterator[FieldError]:
-    name = config.reward.function
+def sections(config: Config) -> dict[str, RewardTerm]:
+    """What scores, by the key of the section that says so."""
+    if not config.reward.functions:
+        return {"reward": config.reward.terms[0]}
+    return {f"reward.functions.{number}": term for number, term in enumerate(config.reward.functions)}
+
+
+def _own_function(section: str, term: RewardTerm, file: Path, name: str) -> Iterator[FieldError]:
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        yield FieldError("reward.path", f"{file} is not Python: {error}")
+        tree = parsed(file)
+    except ValueError as error:
+        yield FieldError(f"{section}.path", str(error))
         return
-    names = list(_top_level_names(tree))
+    yield from import_errors(f"{section}.path", file)
+    names = list(top_level_names(tree))
     if "*" not in names and name not in names:
         defined = f" It defines: {', '.join(names)}" if names else ""
         problem = f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}"
-        yield FieldError("reward.function", problem, related=("reward.path",))
+        yield FieldError(f"{section}.function", problem, related=(f"{section}.path",))
     elif "*" not in names and names.count(name) == 1:
-        yield from _signature_errors(config, "reward.function", tree, name)
+        yield from _signature_errors(section, term, f"{section}.function", tree, name)
 
 
-def _signature_errors(config: Config, key: str, tree: ast.Module, name: str) -> Iterator[FieldError]:
+def _signature_errors(section: str, term: RewardTerm, key: str, tree: ast.Module, name: str) -> Iterator[FieldError]:
     """Where `name` is a plain function; what a decorator or a call has made is asked when it is loaded."""
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name]
     if len(functions) != 1 or functions[0].decorator_list:
         return
     try:
-        call_for(_parameters(functions[0].args), config.reward.options, is_batch=_is_batch(tree))
+        call_for(_parameters(functions[0].args), term.options, is_batch=_is_batch(tree))
     except SignatureError as error:
-        asked = config.reward.name if config.reward.path is None else f"{name} of {config.reward.path}"
-        where = f"reward.options.{error.option}" if error.option else key
-        about = ("reward.options", "reward.name") if config.reward.path is None else ("reward.options", "reward.path")
+        asked = term.name if term.path is None else f"{name} of {term.path}"
+        where = f"{section}.options.{error.option}" if error.option else key
+        about = (f"{section}.options", f"{section}.name" if term.path is None else f"{section}.path")
         yield FieldError(where, f"{asked}: {error}", related=about)
 
 
@@ -89,17 +110,3 @@ def _is_batch(tree: ast.Module) -> bool:
             case ast.AnnAssign(target=ast.Name(id="REWARD_TYPE"), value=ast.Constant(value=value)):
                 return value == "batch"
     return False
-
-
-def _top_level_names(tree: ast.Module) -> Iterator[str]:
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            yield from (alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Assign):
-            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id
-        elif isinstance(node, ast.If | ast.Try):
-            yield "*"  # what such a block defines depends on where it runs

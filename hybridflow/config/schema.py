@@ -55,6 +55,8 @@ class RunConfig:
     """What ranks compute on; auto takes CUDA where it is available."""
     ray_address: str | None = None
     """Cluster to join; null starts one on this machine, or joins the one that `ray job submit` runs in."""
+    max_skipped_updates: Annotated[int, COUNT] | None = 5
+    """So many updates of a model in a row that were skipped, since gradients were not finite, end the run; null: none do."""
     timeout_s: Annotated[float, POSITIVE] = 1800.0
     """A call on a group that takes longer ends the run with the names of the ranks that are stuck, and what they do."""
 
@@ -80,7 +82,7 @@ class AlgorithmConfig:
     """Which algorithm, with its own options. `algorithm: grpo` is short for `algorithm: {name: grpo}`."""
 
     name: str = "ppo"
-    """From the table in registry.py, or `my_package.module:Class`."""
+    """From the table in registry.py, or `my_package.module:Class`, or `path/to/file.py:Class`."""
     options: object = None
     """The algorithm's own `Config`, built from the other keys of this section."""
 
@@ -211,7 +213,7 @@ class RolloutConfig:
     """Generation during training."""
 
     engine: str = "vllm"
-    """torch, vllm, sglang, or `my_package.module:Class`."""
+    """torch, vllm, sglang, or `my_package.module:Class`, or `path/to/file.py:Class`."""
     temperature: Annotated[float, TEMPERATURE] = 1.0
     """Divides the logits, in generation and in training."""
     top_p: Annotated[float, TOP_P] = 1.0
@@ -287,6 +289,26 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardTerm:
+    """One of several rewards, whose weighted sum is the reward."""
+
+    name: str = "by_data_source"
+    """As `reward.name`."""
+    path: FilePath | None = None
+    """As `reward.path`."""
+    function: str = "compute_score"
+    """As `reward.function`."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """As `reward.options`."""
+    weight: float = 1.0
+    """Its factor in the sum; 0 measures without rewarding."""
+    data_sources: tuple[str, ...] = ()
+    """Scores rows of these alone, where it names any; `*` stands for any text, as in `my_data/*`."""
+    label: str | None = None
+    """What its metrics are called: `reward/LABEL` is its mean. Null means its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """How responses are scored."""
 
@@ -298,12 +320,25 @@ class RewardConfig:
     """Its name in that file."""
     options: Mapping[str, object] = field(default_factory=dict)
     """Keyword arguments for the function."""
+    functions: tuple[RewardTerm, ...] = ()
+    """Several rewards in place of one, each a mapping of `name` or `path`, and `function`, `options`, `weight`, `data_sources`,
+    `label`: the reward is the weighted sum of those that score the row's data source."""
     num_processes: Annotated[int, COUNT] = 2
     """Processes that score, on each rank of the reward role."""
     timeout_s: Annotated[float, POSITIVE] = 10.0
     """For one sample; a batch function gets this times the number of samples."""
+    concurrency: Annotated[int, COUNT] = 32
+    """Calls of an `async` function under way at once, in each process."""
     failure_reward: float = 0.0
     """Given to a sample whose function raised or timed out."""
+    max_failed_share: Annotated[float, SHARE] = 0.5
+    """A step of which more samples than this share could not be scored ends the run with the cause; 1 lets it go on always."""
+
+    @property
+    def terms(self) -> tuple[RewardTerm, ...]:
+        """What scores: `functions`, or else the one that the other keys name."""
+        one = RewardTerm(name=self.name, path=self.path, function=self.function, options=self.options)
+        return self.functions or (one,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,7 +387,7 @@ class PlacementConfig:
     roles: Mapping[str, str] = field(default_factory=lambda: {"data": "scoring", "reward": "scoring"})
     """Role -> pool. Roles that are not named go to the first pool."""
     workers: Mapping[str, str] = field(default_factory=dict)
-    """Role -> `my_package.module:Class`, for a role of your own or in place of a built-in one."""
+    """Role -> `my_package.module:Class` or `path/to/file.py:Class`, for a role of your own or in place of a built-in one."""
     cpu_slots: Annotated[int, COUNT] | None = None
     """CPU slots of this machine when a cluster is started here; null means its number of cores, at least 4."""
 
@@ -376,7 +411,7 @@ class TrackerConfig:
     """Where metrics go. `metrics.jsonl` in the run's folder is always written."""
 
     names: tuple[str, ...] = ("console", "tensorboard")
-    """console, tensorboard, wandb, mlflow, or `my_package.module:Class`."""
+    """console, tensorboard, wandb, mlflow, `my_package.module:Class`, or `path/to/file.py:Class`."""
     save_rollouts: Literal["all", "none"] | Annotated[int, COUNT] = "all"
     """Rows of each step that are written to `rollouts/STEP.parquet` in the run's folder, texts and numbers; a number is that of
     rows."""

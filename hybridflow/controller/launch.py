@@ -23,6 +23,7 @@ from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import RolePlace, device_type, introduce, places, start_pool
 from hybridflow.controller.waiting import Jobs, all_stacks, bounded, jobs_of, results_of
 from hybridflow.errors import HybridflowError
+from hybridflow.user_file import split_name
 from hybridflow.workers.base import Worker
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def launched(config: Config) -> Iterator[Launched]:
     try:
         for name in dict.fromkeys(place.pool for place in placed.values()):
             members = [place for place in placed.values() if place.pool == name]
-            pools[name], group = start_pool(name, members[0].size, device, _environment(config))
+            pools[name], group = start_pool(name, members[0].size, device, _environment(config), user_files(config))
             reserved.append(group)
         introduce(list(pools.values()), config.run.timeout_s)
         for name, pool in pools.items():
@@ -212,6 +213,12 @@ def _group(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker
     """The controller's stand-in for the workers of a role."""
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
     return place.worker_class.group(GroupDispatcher(place.role, pool, layout, timeout_s=config.run.timeout_s, log=log))
+
+
+def user_files(config: Config) -> list[str]:
+    """The files of `path/to/file.py:Class` in the configuration, whose classes travel between processes."""
+    named = [config.algorithm.name, *config.placement.workers.values()]
+    return [in_file[0] for name in named if (in_file := split_name(name))]
 
 
 def _environment(config: Config) -> dict[str, str]:

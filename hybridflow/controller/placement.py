@@ -79,7 +79,9 @@ def device_type(config: Config) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
 
-def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str, str]) -> tuple[Pool, PlacementGroup]:
+def start_pool(
+    name: str, size: PoolSize, device: str, environment: Mapping[str, str], user_files: Sequence[str] = ()
+) -> tuple[Pool, PlacementGroup]:
     """Reserve the pool's slots and start a process on each.
 
     Raises:
@@ -103,6 +105,7 @@ def start_pool(name: str, size: PoolSize, device: str, environment: Mapping[str,
             device_type="cpu" if size.is_cpu else device,
             environment=dict(environment),
             folder=os.getcwd(),
+            user_files=tuple(user_files),
         )
         processes.append(_start_rank(place, group, resources))
     return Pool(name, processes), group

@@ -25,6 +25,7 @@ from hybridflow.metrics import Metrics
 from hybridflow.orphan import end_with_parent
 from hybridflow.parallel.addresses import own_host
 from hybridflow.parallel.layout import Layout
+from hybridflow.user_file import import_file
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.hardware import HardwareInfo
 from hybridflow.workers.remote import RemoteMethod
@@ -91,6 +92,8 @@ class RankPlace:
     """Variables to set before anything is imported."""
     folder: str
     """Where the controller works: relative paths mean the same to the ranks, wherever this folder is on their machine too."""
+    user_files: tuple[str, ...] = ()
+    """Python files to import before anything else: arguments of calls may be of their classes."""
 
 
 class RankProcess:
@@ -103,6 +106,8 @@ class RankProcess:
         prepare_console(logging.INFO if place.rank == 0 else logging.WARNING)
         if os.path.isdir(place.folder):
             os.chdir(place.folder)
+        for file in place.user_files:
+            import_file(file)
         self.place, self.dump_file = place, _heed_dump_signal()
         self.workers: dict[str, Worker] = {}
         self.listening: socket.socket | None = None

@@ -10,6 +10,7 @@ import numpy as np
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
+from hybridflow.controller.failed_rewards import Collect, FailedRewards
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.stream import Stream, StreamSettings, Taken
 from hybridflow.controller.streaming import Generation, Scoring, streaming_handle
@@ -31,11 +32,19 @@ class RowSource:
             timeout_s=config.run.timeout_s,
         )
         collect = algorithm.collect if config.loop.max_staleness else self._collect_all
-        self.stream = Stream(settings, launched.data.next_batch, collect, algorithm.keep)
+        self.stream = Stream(settings, launched.data.next_batch, self._watched(collect), algorithm.keep)
         self.generation: Generation | None = None
         self.scoring: Scoring | None = None
         if config.loop.max_staleness:
             self._begin_streaming()
+
+    def _watched(self, collect: Collect) -> Collect:
+        """`collect`, ending the run where the rewards of most rows of a step fail."""
+        reward = self.launched.reward
+        if reward is None:
+            return collect
+        prompts, share = self.config.data.prompts_per_step, self.config.reward.max_failed_share
+        return FailedRewards(prompts_per_step=prompts, max_share=share, cause=reward.failure_cause).watching(collect)
 
     def _begin_streaming(self) -> None:
         """From here on collects run ahead, and their calls are carried out together."""

@@ -1,36 +1,35 @@
-"""A reward function, built in or a user's: how it is found, which signature it has, and what it may return.
+"""A reward function, built in or a user's: how it is found, which signature it has, and what it is called with.
 
-Two signatures are understood, told apart by their parameters:
+Three signatures are understood, told apart by their parameters:
 
     compute_score(reward_input, **options)                       one dict with response, ground_truth, data_source,
-                                                                 extra_info and prompt
+                                                                 extra_info, prompt and more: see RewardInput
     compute_score(data_source, solution_str, ground_truth, extra_info=None, **options)
+    reward(completions, prompts=..., **columns)                  TRL's: columns of many responses, a list of numbers
 
-Either returns a number, or a dict with `overall` (or `score`) and more numbers, which become metrics. The module may say
-`REWARD_TYPE = "batch"`: then the function gets a list of such dicts and returns a list of results.
+Each returns a number, or a dict with `overall` (or `score`) and more numbers, which become metrics; `async def` is awaited.
+The module may say `REWARD_TYPE = "batch"`: then the first gets a list of such dicts and returns a list of results.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import asyncio
 import inspect
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, SupportsFloat, TypedDict, cast
+from typing import Literal, TypedDict, cast
 
-from hybridflow.config.reward_signature import SignatureError, call_for
-from hybridflow.config.schema import RewardConfig
-from hybridflow.errors import RewardError
+from hybridflow.config.reward_signature import Call, SignatureError, call_for
+from hybridflow.config.schema import RewardConfig, RewardTerm
+from hybridflow.errors import RewardError, UserFileError
 from hybridflow.registry import REWARDS, load, nearest
+from hybridflow.rewards.results import Score, as_list, as_score, kind_of
+from hybridflow.user_file import import_file, split_name
 
 Kind = Literal["sequential", "batch"]
-MAIN_KEYS = ("overall", "score")
-TAKEN_METRICS = ("mean", "std", "failed")
-"""What `reward/...` says of the reward itself; see controller/batch_metrics.py."""
+Messages = Sequence[Mapping[str, object]]
 
 
 class RewardInput(TypedDict):
@@ -41,14 +40,14 @@ class RewardInput(TypedDict):
     data_source: str
     extra_info: Mapping[str, object]
     prompt: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """The reward of one response, and the numbers that the function returned beside it."""
-
-    reward: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    """As the model reads it, chat template applied."""
+    messages: Messages
+    """The prompt as chat messages; one of role user where the dataset has plain text."""
+    conversation: Messages
+    """Those and the response, as one more message; of an episode, all of it."""
+    response_tokens: int
+    truncated: bool
+    """Whether the length limit ended the response."""
 
 
 @dataclass(frozen=True)
@@ -60,68 +59,58 @@ class RewardFunction:
     kind: Kind
     call: Callable[[object], object]
     """Takes a RewardInput, or a list of them where `kind` is batch."""
+    is_async: bool = False
+    """Whether calls give awaitables, of which many may be under way at once."""
+    concurrency: int | None = None
+    """Most calls at once in a process, where the module says so by `MAX_CONCURRENCY`."""
 
     def score(self, reward_input: RewardInput) -> Score:
         """The score of one response, by a sequential function.
 
         Raises:
             TypeError, ValueError: the function returned something else than a finite number or a dict of numbers.
-        RewardError: it returned a number under a name that is taken.
+            RewardError: it returned a number under a name that is taken.
         """
-        return _as_score(self.call(dict(reward_input)))
+        return as_score(_waited_for(self.call(dict(reward_input))))
 
     def score_all(self, reward_inputs: Sequence[RewardInput]) -> list[Score]:
         """The scores of all responses, by a batch function. Raises as `score` does."""
-        results = self.call([dict(reward_input) for reward_input in reward_inputs])
-        if isinstance(results, str | Mapping) or not isinstance(results, Sequence):
-            raise TypeError(f"a batch function returns a list of one result per response; this one returned {_kind(results)}")
-        if len(results) != len(reward_inputs):
-            raise ValueError(f"the batch function got {len(reward_inputs)} responses and returned {len(results)} results")
-        return [_as_score(result) for result in results]
+        results = _waited_for(self.call([dict(reward_input) for reward_input in reward_inputs]))
+        return [as_score(result) for result in as_list(results, len(reward_inputs))]
 
 
-def load_reward_function(config: RewardConfig) -> RewardFunction:
-    """The function that `reward.path` and `reward.function` name, or else `reward.name`. Imports its module.
+def _waited_for(result: object) -> object:
+    async def wait() -> object:
+        return await cast(Awaitable[object], result)
+
+    return asyncio.run(wait()) if inspect.isawaitable(result) else result
+
+
+def load_reward_function(term: RewardTerm | RewardConfig) -> RewardFunction:
+    """The function that `path` and `function`, or else `name`, of a term name. Imports its module.
 
     Raises:
-        RewardError: there is no such file or function, its import fails, or its signature is neither of the two.
-        ConfigError: `reward.name` is not known.
+        RewardError: there is no such file or function, its import fails, or its signature is none that is known.
+        ConfigError: `name` is not known.
     """
-    if config.path is None:
-        function = load(config.name, REWARDS, key="reward.name")
-        asked = f"reward.name={config.name!r}"
-        module = sys.modules[(REWARDS.get(config.name, config.name)).partition(":")[0]]
+    in_file = (term.path, term.function) if term.path is not None else split_name(term.name)
+    if in_file is None:
+        function = load(term.name, REWARDS, key="reward.name")
+        asked = f"reward.name={term.name!r}"
+        module = sys.modules[(REWARDS.get(term.name, term.name)).partition(":")[0]]
     else:
-        module = _import_file(config.path)
-        asked = f"reward.path={config.path!r}"
-        if config.function not in vars(module):
-            raise RewardError(f"{asked}: the file has no function {config.function!r}{nearest(config.function, vars(module))}")
-        function = vars(module)[config.function]
+        path, attribute = in_file
+        asked = f"reward.path={path!r}"
+        try:
+            module = import_file(path)
+        except UserFileError as error:
+            raise RewardError(f"{asked}: {error}") from error
+        if attribute not in vars(module):
+            raise RewardError(f"{asked}: the file has no function {attribute!r}{nearest(attribute, vars(module))}")
+        function = vars(module)[attribute]
     if not callable(function):
-        raise RewardError(f"{asked}: {config.function!r} is {_kind(function)}, not a function")
-    kind = _reward_type(module, asked)
-    name = vars(module).get("REWARD_NAME", config.function if config.path else config.name)
-    return RewardFunction(str(name), kind, _uniform(function, kind, config.options, asked))
-
-
-def _import_file(path: str) -> ModuleType:
-    """The module in the file; files beside it can be imported by it."""
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise RewardError(f"reward.path={path!r}: there is no such file{nearest(file.name, siblings)}")
-    name = f"hybridflow_user_reward_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise RewardError(f"reward.path={path!r}: is not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look the module up by its name
-    sys.path.append(str(file.parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"reward.path={path!r}: the file does not import: {type(error).__name__}: {error}") from error
-    return module
+        raise RewardError(f"{asked}: {term.function!r} is {kind_of(function)}, not a function")
+    return _uniform(function, module, term, asked)
 
 
 def _reward_type(module: ModuleType, asked: str) -> Kind:
@@ -132,18 +121,39 @@ def _reward_type(module: ModuleType, asked: str) -> Kind:
 
 
 def _uniform(
-    function: Callable[..., object], kind: Kind, options: Mapping[str, object], asked: str
-) -> Callable[[object], object]:
+    function: Callable[..., object], module: ModuleType, term: RewardTerm | RewardConfig, asked: str
+) -> RewardFunction:
     """A function of one argument that calls `function` in the way that its signature asks for."""
+    kind = _reward_type(module, asked)
     try:
-        way = call_for(inspect.signature(function).parameters, options, is_batch=kind == "batch")
+        way = call_for(inspect.signature(function).parameters, term.options, is_batch=kind == "batch")
     except SignatureError as error:
         raise RewardError(f"{asked}: {error}") from error
-    if way.style == "one":
-        return lambda given: function(given, **options)
-    if way.style == "by_name":
-        return lambda given: function(**{name: _argument(given, name) for name in way.arguments}, **options)
-    return lambda given: function(*[_argument(given, name) for name in way.arguments], **options)
+    name = vars(module).get("REWARD_NAME", term.function if term.path is not None else term.name)
+    concurrency = vars(module).get("MAX_CONCURRENCY")
+    return RewardFunction(
+        str(name),
+        "batch" if way.style == "columns" else kind,
+        _caller(function, way, term.options),
+        is_async=_is_coroutine_function(function),
+        concurrency=int(concurrency) if concurrency else None,
+    )
+
+
+def _is_coroutine_function(function: Callable[..., object]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _caller(function: Callable[..., object], way: Call, options: Mapping[str, object]) -> Callable[[object], object]:
+    match way.style:
+        case "one":
+            return lambda given: function(given, **options)
+        case "by_name":
+            return lambda given: function(**{name: _argument(given, name) for name in way.arguments}, **options)
+        case "by_place":
+            return lambda given: function(*[_argument(given, name) for name in way.arguments], **options)
+        case "columns":
+            return lambda given: function(**_columns(cast(Sequence[RewardInput], given), way, options), **options)
 
 
 def _argument(given: object, name: str) -> object:
@@ -152,27 +162,34 @@ def _argument(given: object, name: str) -> object:
     return reward_input["response" if name == "solution_str" else name]
 
 
-def _as_score(result: object) -> Score:
-    if isinstance(result, Mapping):
-        main = next((key for key in MAIN_KEYS if key in result), None)
-        if main is None:
-            raise TypeError(f"the function returned a dict with {sorted(map(str, result))}; it needs 'overall' or 'score'")
-        metrics = {str(name): float(value) for name, value in result.items() if isinstance(value, SupportsFloat)}
-        if taken := [name for name in TAKEN_METRICS if name in metrics]:
-            found = f"the reward function returned a number called {taken[0]!r}, but reward/{taken[0]} is of the reward itself"
-            raise RewardError(f"{found}. Give it another name than {', '.join(TAKEN_METRICS)}")
-        return Score(_finite(result[main]), metrics)
-    return Score(_finite(result))
+def _columns(inputs: Sequence[RewardInput], way: Call, options: Mapping[str, object]) -> dict[str, object]:
+    """TRL's keyword arguments: prompts and completions, as messages where a chat template was applied, and the dataset's columns.
+
+    Raises:
+        RewardError: the function needs a column that the dataset does not have.
+    """
+    columns: dict[str, object] = {
+        name: [given["extra_info"].get(name) for given in inputs] for given in inputs for name in given["extra_info"]
+    }
+    columns |= {
+        "prompts": [given["messages"] if _is_chat(given) else given["prompt"] for given in inputs],
+        "completions": [
+            [{"role": "assistant", "content": given["response"]}] if _is_chat(given) else given["response"] for given in inputs
+        ],
+        "ground_truth": [given["ground_truth"] for given in inputs],
+        "data_source": [given["data_source"] for given in inputs],
+        "extra_info": [given["extra_info"] for given in inputs],
+    }
+    if missing := [name for name in way.arguments if name not in columns and name not in options]:
+        raise RewardError(
+            f"the reward function needs a column {missing[0]!r}, which the dataset's extra_info does not have. It is given: "
+            f"{', '.join(columns)}. Write it to extra_info, or set reward.options.{missing[0]}"
+        )
+    if way.takes_any:
+        return {name: value for name, value in columns.items() if name not in options}
+    return {name: value for name, value in columns.items() if name in way.allowed and name not in options}
 
 
-def _finite(value: object) -> float:
-    if isinstance(value, str) or not isinstance(value, SupportsFloat):
-        raise TypeError(f"the function returned {_kind(value)}; expected a number, or a dict with 'overall' and more numbers")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"the function returned {number}; a reward must be finite")
-    return number
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__} ({value!r:.80})"
+def _is_chat(given: RewardInput) -> bool:
+    """Whether the model has read messages by its chat template, and not plain text."""
+    return [message["content"] for message in given["messages"]] not in ([], [given["prompt"]])

@@ -12,11 +12,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Literal
 
 from hybridflow.errors import HybridflowError, RewardError
 from hybridflow.orphan import end_with_parent
-from hybridflow.rewards.call import Kind, RewardFunction, RewardInput, Score, load_reward_function
+from hybridflow.rewards.call import Kind, RewardInput
+from hybridflow.rewards.results import Failure, Score
+from hybridflow.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,8 @@ class Ready:
 
     name: str
     kind: Kind
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A response that could not be scored."""
-
-    reason: Literal["raised", "timed out", "died"]
-    detail: str
-    """Traceback, or what happened to the process."""
+    concurrency: int = 1
+    """Inputs that are scored at once, where more than one: those that are sent together are."""
 
 
 @dataclass(frozen=True)
@@ -49,44 +43,35 @@ def main() -> None:
     end_with_parent()  # a function that never returns must not outlive a killed parent
     connection = Connection(int(sys.argv[1]))
     try:
-        function = load_reward_function(connection.recv())
+        scorer = Scorer(connection.recv())
     except HybridflowError as error:
         connection.send(Stop(str(error)))
         return
     except Exception:
         connection.send(Stop(f"the reward function does not load:\n{traceback.format_exc()}"))
         return
-    connection.send(Ready(function.name, function.kind))
+    connection.send(Ready(scorer.name, scorer.kind, scorer.concurrency if scorer.is_async else 1))
     own = os.getpid()
     while True:
         try:
             number, inputs = connection.recv()
         except EOFError:
             return
-        for index, answer in enumerate(_answers(function, inputs)):
+        for index, answer in enumerate(_answers(scorer, inputs)):
             if os.getpid() != own:  # a function that forks returns twice: what the copy says is nobody's answer
                 os._exit(0)
             connection.send((number, index, answer))
 
 
-def _answers(function: RewardFunction, inputs: Sequence[RewardInput]) -> Iterator[Score | Failure | Stop]:
+def _answers(scorer: Scorer, inputs: Sequence[RewardInput]) -> Iterator[Score | Failure | Stop]:
     """One for each input, in their order."""
-    if function.kind == "batch":
-        try:
-            yield from function.score_all(inputs)
-        except RewardError as error:
-            yield Stop(str(error))
-        except (Exception, SystemExit):
-            yield from [_raised()] * len(inputs)
-        return
-    for reward_input in inputs:
-        try:
-            yield function.score(reward_input)
-        except RewardError as error:
-            yield Stop(str(error))
-        except (Exception, SystemExit):
-            yield _raised()
-
-
-def _raised() -> Failure:
-    return Failure("raised", traceback.format_exc())
+    try:
+        if scorer.kind == "batch":
+            yield from scorer.score_all(inputs)
+        elif scorer.is_async:
+            begun = [scorer.begin(reward_input) for reward_input in inputs]
+            yield from (finish() for finish in begun)
+        else:
+            yield from (scorer.begin(reward_input)() for reward_input in inputs)
+    except RewardError as error:
+        yield Stop(str(error))

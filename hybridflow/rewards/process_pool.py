@@ -2,7 +2,8 @@
 
 Children are started by exec, never by fork: a parent may hold CUDA contexts and threads. They answer response by response,
 so the parent always knows which one is being worked on: when its time is over the child is killed, whatever it is stuck in,
-that response fails, and the others of its list go to another child. No response is scored twice.
+that response fails, and the others of its list go to another child. No response is scored twice, but where `async` functions
+have many under way at once and one of them blocks: which one shows when each is scored alone.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from multiprocessing.connection import Connection, wait
 
 from hybridflow.config.schema import RewardConfig
 from hybridflow.errors import RewardError
-from hybridflow.rewards.call import RewardInput, Score
-from hybridflow.rewards.child import Failure, Ready, Stop
+from hybridflow.rewards.call import RewardInput
+from hybridflow.rewards.child import Ready, Stop
 from hybridflow.rewards.guardian import ENDING_S
+from hybridflow.rewards.results import Failure, Score
 
 MAX_INPUTS_PER_MESSAGE = 32
 CODE = """
@@ -33,6 +35,8 @@ guarded(int(sys.argv[1]))
 from hybridflow.rewards.child import main
 main()
 """
+ASYNC_GRACE_S = 2.0
+"""How much longer than the process itself the parent waits for coroutines, which only blocking ones make use of."""
 LOAD_TIMEOUT_S = 300.0
 """A user's file may import large packages from a slow disk."""
 
@@ -118,6 +122,8 @@ class RewardPool:
         if self.function.kind == "batch":
             return [list(range(num_inputs))] if num_inputs else []
         size = min(MAX_INPUTS_PER_MESSAGE, -(-num_inputs // (4 * self.config.num_processes)))
+        if self.function.concurrency > 1:
+            size = min(self.function.concurrency, -(-num_inputs // self.config.num_processes))
         return [list(range(start, min(start + size, num_inputs))) for start in range(0, num_inputs, max(size, 1))]
 
     def _work(self, job: _Job, *, until: Callable[[], bool]) -> None:
@@ -135,7 +141,7 @@ class RewardPool:
     def _send(self, place: int, job: _Job) -> None:
         child, indices = self._children[place], job.waiting.popleft()
         num_timed = len(indices) if self.function.kind == "batch" else 1
-        child.deadline = time.monotonic() + self.config.timeout_s * num_timed
+        child.deadline = time.monotonic() + self._timeout_s(num_timed)
         child.work, child.num_answers, child.num_lists = deque(indices), 0, child.num_lists + 1
         try:
             child.connection.send((child.num_lists, [job.inputs[index] for index in indices]))
@@ -169,7 +175,7 @@ class RewardPool:
                             raise RewardError(answer.problem)
                         child.num_answers += 1
                         job.results[child.work.popleft()] = answer
-                        child.deadline = time.monotonic() + self.config.timeout_s
+                        child.deadline = time.monotonic() + self._timeout_s(1)
         except (EOFError, OSError):
             exit_code = self._replace(place)
             if not child.is_ready:
@@ -184,9 +190,15 @@ class RewardPool:
         self._replace(place, patience_s=0.0)
         self._fail(child, job, Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s}"))
 
+    def _timeout_s(self, num_inputs: int) -> float:
+        return self.config.timeout_s * num_inputs + (ASYNC_GRACE_S if self.function.concurrency > 1 else 0.0)
+
     def _fail(self, child: _Child, job: _Job, failure: Failure) -> None:
         """The input being scored fails, of a batch function all of them; the others wait for another child."""
         if not child.work:  # it ended just after its last answer
+            return
+        if self.function.concurrency > 1 and len(child.work) > 1:  # each may be to blame
+            job.waiting.extendleft([index] for index in reversed(child.work))
             return
         failed = list(child.work) if self.function.kind == "batch" else [child.work.popleft()]
         job.results |= dict.fromkeys(failed, failure)

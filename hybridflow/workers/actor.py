@@ -33,7 +33,13 @@ class ActorWorker(Worker):
 
         super().__init__(config, context)
         self.model = build_policy(trained_model(self.config, context, config.actor.path))
-        self.core = TrainingCore(self.model, self.config.actor, context, temperature=config.rollout.temperature or 1.0)
+        self.core = TrainingCore(
+            self.model,
+            self.config.actor,
+            context,
+            temperature=config.rollout.temperature or 1.0,
+            max_skipped_updates=config.run.max_skipped_updates,
+        )
         self.weight_sync = ActorSync(config, context)
 
     @classmethod

@@ -29,7 +29,8 @@ class CriticWorker(Worker):
 
         super().__init__(config, context)
         self.model = build_value_model(trained_model(self.config, context, config.critic.path))
-        self.core = TrainingCore(self.model, self.config.critic, context)
+        skips = config.run.max_skipped_updates
+        self.core = TrainingCore(self.model, self.config.critic, context, max_skipped_updates=skips)
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:

@@ -13,7 +13,7 @@ import numpy as np
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config
-from hybridflow.errors import WeightMismatchError
+from hybridflow.errors import DivergenceError, WeightMismatchError
 from hybridflow.rollout.base import Engine, Request, Sampling
 from hybridflow.workers.base import RankContext
 
@@ -42,6 +42,7 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
 
     Raises:
         WeightMismatchError: it is above the tolerance.
+        DivergenceError: the trainer's are not finite.
     """
     response_tokens = min(RESPONSE_TOKENS, engine.spec.max_model_tokens - 1)
     prompt_tokens = min(PROMPT_TOKENS, engine.spec.max_model_tokens - response_tokens)
@@ -64,6 +65,12 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
         }
     )
     trained = actor.log_probs(row).tokens("log_probs").values
+    if not np.isfinite(trained).all():
+        raise DivergenceError(
+            f"the trained model gives {np.sum(~np.isfinite(trained))} of {len(trained)} probe tokens log-probabilities that "
+            "are not finite, though its weights are: it has diverged. Go on from an earlier checkpoint with a lower "
+            "actor.learning_rate; before the first update, look at the files of model.path"
+        )
     difference = float(np.abs(trained - response.log_probs).mean())
     coarse = "bfloat16" in (engine.spec.dtype, config.model.compute_dtype) or context.device.type == "cuda"
     tolerance = TOLERANCE["bfloat16" if coarse else "float32"]

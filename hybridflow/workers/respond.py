@@ -18,7 +18,7 @@ NUM_PARTS = 8
 is left when generation ends; with more parts less would be left, but each costs the controller up to two calls, some 3 ms."""
 
 COLUMNS_GENERATED = ("prompt_tokens", "seed", "sample", "call", "position", "max_response_tokens")
-COLUMNS_SCORED = ("prompt_tokens", "response_tokens", "episode_reward", "episode_failed")
+COLUMNS_SCORED = ("prompt_tokens", "response_tokens", "truncated", "episode_reward", "episode_failed")
 """Numbers per row that the controller sends beside tokens and text: rows are balanced over ranks by numbers of tokens, and the
 built-in roles read no others."""
 

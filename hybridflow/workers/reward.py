@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, cast
 
@@ -12,13 +12,15 @@ import numpy as np
 from hybridflow.batch import Array, Batch
 from hybridflow.config.schema import Config
 from hybridflow.errors import ConfigError, FieldError
-from hybridflow.rewards.call import RewardInput, Score
-from hybridflow.rewards.child import Failure
+from hybridflow.rewards.call import Messages, RewardInput
 from hybridflow.rewards.process_pool import RewardPool
+from hybridflow.rewards.results import Failure, Score
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
 
 logger = logging.getLogger(__name__)
+
+FAILURES_REMEMBERED = 1000
 
 
 class RewardWorker(Worker):
@@ -44,6 +46,7 @@ class RewardWorker(Worker):
         """None where an environment gives all rewards."""
         self.has_logged = False
         """Whether a failure of this step has been logged."""
+        self.failures: deque[Failure] = deque(maxlen=FAILURES_REMEMBERED)
 
     @remote("one_to_all")
     def begin_step(self, step: int, total_steps: int) -> None:
@@ -70,6 +73,7 @@ class RewardWorker(Worker):
         results = self.pool.score(_reward_inputs(batch))
         scores = [result if isinstance(result, Score) else Score(self.config.reward.failure_reward) for result in results]
         failures = [result for result in results if isinstance(result, Failure)]
+        self.failures.extend(failures)
         if failures and not self.has_logged:
             self.has_logged = True
             self._log(failures, len(results))
@@ -84,6 +88,17 @@ class RewardWorker(Worker):
             columns["reward"] = np.where(batch["episode_failed"], 0, columns["reward"]) + batch["episode_reward"]
             columns["reward_failed"] |= batch["episode_failed"]
         return Batch(columns)
+
+    @remote("rank_zero")
+    def failure_cause(self) -> str:
+        """What most of the latest failures come from, with the trace of one."""
+        if not self.failures or self.pool is None:
+            return "Another rank of the reward role has logged why"
+        causes = Counter((failure.reason, failure.cause) for failure in self.failures)
+        (reason, cause), count = causes.most_common(1)[0]
+        example = next(failure for failure in reversed(self.failures) if (failure.reason, failure.cause) == (reason, cause))
+        trace = "" if example.detail.rstrip() == cause else f" The trace of one:\n{example.detail.rstrip()}"
+        return f"{count} of the last {len(self.failures)} failures of {self.pool.function.name!r} {reason}: {cause}.{trace}"
 
     def _log(self, failures: Sequence[Failure], num_rows: int) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(f.reason for f in failures).items())
@@ -106,6 +121,12 @@ class RewardWorker(Worker):
 
 
 def _reward_inputs(batch: Batch) -> list[RewardInput]:
+    """Rows of a source that writes no messages or lengths have none."""
+    count = len(batch)
+    messages = batch.objects("messages") if "messages" in batch else [()] * count
+    conversations = batch.objects("conversation") if "conversation" in batch else [None] * count
+    tokens = batch["response_tokens"].tolist() if "response_tokens" in batch else [0] * count
+    truncated = batch["truncated"].tolist() if "truncated" in batch else [False] * count
     names = ("ground_truth", "data_source", "extra_info", "prompt_text")
     columns = (_responses(batch), *(batch.objects(name) for name in names))
     return [
@@ -115,8 +136,14 @@ def _reward_inputs(batch: Batch) -> list[RewardInput]:
             data_source=cast(str, data_source),
             extra_info=cast(Mapping[str, object], extra_info),
             prompt=cast(str, prompt),
+            messages=cast(Messages, asked or ()),
+            conversation=cast(Messages, said or (*cast(Messages, asked or ()), {"role": "assistant", "content": response})),
+            response_tokens=num_tokens,
+            truncated=is_truncated,
         )
-        for response, ground_truth, data_source, extra_info, prompt in zip(*columns, strict=True)
+        for response, ground_truth, data_source, extra_info, prompt, asked, said, num_tokens, is_truncated in zip(
+            *columns, messages, conversations, tokens, truncated, strict=True
+        )
     ]
 
 

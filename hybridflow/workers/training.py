@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,11 @@ from hybridflow.ops.losses import Loss, TokenBatch
 from hybridflow.ops.reduce import TokenMetric, accumulate, to_metrics, token_weights
 from hybridflow.parallel import fsdp
 from hybridflow.workers.base import RankContext
+from hybridflow.workers.finite import SkippedUpdates, WeightCheck, largest, why_skipped
 from hybridflow.workers.microbatches import Microbatch, Microbatches
 from hybridflow.workers.utilisation import flops_per_token, peak_flops, utilisation
+
+logger = logging.getLogger("hybridflow")
 
 CPU = torch.device("cpu")
 Outputs = dict[str, torch.Tensor]
@@ -82,6 +86,7 @@ class TrainingCore:
         *,
         temperature: float = 1.0,
         reads_rows: bool = False,
+        max_skipped_updates: int | None = 5,
     ):
         self.model, self.config, self.context = model, config, context
         self.reads_rows = reads_rows
@@ -93,11 +98,15 @@ class TrainingCore:
         self.learning_rate = config.learning_rate
         self.num_updates = 0
         """Calls of `update`."""
+        self.step = 0
+        self.weights = WeightCheck(context)
+        self.skipped = SkippedUpdates(context, most=max_skipped_updates)
         self.peak_flops, self.flops_per_token = peak_flops(context.device), flops_per_token(model)
         self.offload()
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Set the learning rate of the updates that follow."""
+        self.step = step
         self.learning_rate = learning_rate(self.config, step, total_steps)
 
     def evaluate(self, batch: Batch, forward: Callable[[Microbatch], Outputs]) -> dict[str, Ragged]:
@@ -136,15 +145,21 @@ class TrainingCore:
         The loss is a sum over tokens, weighted by counts over all ranks, so how rows are divided over ranks and
         microbatches changes nothing. A gradient that is not finite changes no weight and is counted in the metrics. `observe`
         may measure what the model gave; its metrics are reported beside those of the loss, and cost no wait of their own.
+
+        Raises:
+            DivergenceError: as many updates in a row as `run.max_skipped_updates` were skipped.
         """
         microbatches = self._microbatches(batch)
         with self._on_device(with_optimizer=True):
             started = time.perf_counter()
             metrics, observed = self._accumulate_gradients(microbatches, loss, forward, observe)
-            norm = self._apply_gradients()
+            norm, why = self._apply_gradients(lambda: dict(to_metrics(metrics)))
             self.num_updates += 1
             seconds = time.perf_counter() - started
         is_skipped = not math.isfinite(norm)
+        if self.skipped.note(is_skipped=is_skipped, step=self.step) and self.context.rank == 0:
+            logger.warning("step %d: an update of %s is skipped. %s", self.step, self.context.role, why)
+        self.skipped.raise_if_too_many(why)
         counted = {
             "grad_norm": Metric(norm),
             "learning_rate": Metric(self.learning_rate),
@@ -184,8 +199,9 @@ class TrainingCore:
                 given.append((microbatch, {name: output.detach() for name, output in outputs.items()}))
         return metrics, observe(microbatches, given) if observe is not None and given else {}
 
-    def _apply_gradients(self) -> float:
-        """Clip, step, and forget the gradients; the one place of an update where the host waits for the device."""
+    def _apply_gradients(self, losses: Callable[[], dict[str, float]]) -> tuple[float, str]:
+        """Clip, step, and forget the gradients; the one place of an update where the host waits for the device. Returns the
+        norm and, where it is not finite, words on what else is not."""
         gradients = fsdp.local_gradients(self.model.parameters())
         norm = fsdp.gradient_norm(gradients, self.context.group)
         fsdp.scale_gradients(gradients, norm, self.config.max_grad_norm)
@@ -194,21 +210,35 @@ class TrainingCore:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self.optimizer.step()
+            why = ""
+        else:
+            named = list(self.model.named_parameters())
+            found_gradients = largest((name, parameter.grad) for name, parameter in named)
+            why = why_skipped(found, found_gradients, largest(named), losses())
         self.optimizer.zero_grad(set_to_none=True)
-        return found
+        return found, why
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The current weights under their Hugging Face names, sharded, each once.
 
         They lie in CPU memory while weights are offloaded. Every rank calls this, since merging adapters is collective.
+
+        Raises:
+            DivergenceError: a weight is not finite.
         """
+        self.weights.check(self.model.named_parameters(), when=f"at the weight sync of step {self.step}")
         if not self.has_adapters:
             return named_tensors(self.model)
         with self._on_device():
             return named_tensors(self.model)
 
     def save(self, folder: str) -> None:
-        """Write weights and optimizer, every rank its shares."""
+        """Write weights and optimizer, every rank its shares.
+
+        Raises:
+            DivergenceError: a weight is not finite.
+        """
+        self.weights.check(self.model.named_parameters(), when=f"when step {self.step} was saved")
         save_sharded(folder, self._state(), self.context.group)
 
     def restore(self, folder: str) -> None:

@@ -339,6 +339,8 @@ def test_a_reward_file_without_the_function_is_a_mistake(tmp_path: Path, source:
 def test_a_reward_file_with_the_function_is_accepted_without_running_it(tmp_path: Path, source: str) -> None:
     file = tmp_path / "reward.py"
     file.write_text(f"{source}\nraise RuntimeError('executed')\n")
+    for module in ("my_rewards", "m"):
+        (tmp_path / f"{module}.py").touch()
     assert mistakes_of([*right_run(tmp_path), f"reward.path={file}", "reward.name=not_used"]) == []
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config, RewardConfig
+from hybridflow.controller.failed_rewards import FailedRewards
 from hybridflow.errors import RewardError
 from hybridflow.parallel.layout import Layout
-from hybridflow.rewards.call import RewardInput, Score
-from hybridflow.rewards.child import Failure
+from hybridflow.rewards.call import RewardInput
 from hybridflow.rewards.process_pool import RewardPool
+from hybridflow.rewards.results import Failure, Score
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.reward import RewardWorker
 
@@ -43,9 +45,12 @@ def compute_score(reward_input):
 """
 
 
+MORE = {"messages": [], "conversation": [], "response_tokens": 1, "truncated": False}
+
+
 def inputs(*responses: str) -> list[RewardInput]:
     return [
-        RewardInput(response=text, ground_truth="72", data_source="openai/gsm8k", extra_info={}, prompt="q")
+        RewardInput(response=text, ground_truth="72", data_source="openai/gsm8k", extra_info={}, prompt="q", **MORE)
         for text in responses
     ]
 
@@ -114,7 +119,7 @@ def test_a_child_that_was_killed_while_idle_is_replaced(pool: RewardPool) -> Non
 ENDS_AFTER_ITS_ANSWER = """
 import os
 from multiprocessing.connection import Connection
-from hybridflow.rewards.call import Score
+from hybridflow.rewards.results import Score
 send = Connection.send
 
 def send_and_end(connection, value):
@@ -287,3 +292,73 @@ def test_ranks_whose_functions_return_other_metrics_concatenate() -> None:
     first = Batch({"reward": np.ones(1, np.float32), "reward/a": np.ones(1, np.float32)})
     second = Batch({"reward": np.zeros(2, np.float32)})
     np.testing.assert_array_equal(Batch.concatenate([first, second])["reward/a"], np.array([1, np.nan, np.nan], np.float32))
+
+
+ASYNC = """
+import asyncio, time
+async def compute_score(reward_input):
+    text = reward_input["response"]
+    if text == "block": time.sleep(1000)
+    if text == "late": await asyncio.sleep(1000)
+    if text == "raise": raise ValueError("bad")
+    if text == "own": raise TimeoutError("of the judge")
+    await asyncio.sleep(0.2)
+    return len(text)
+"""
+
+
+def test_coroutines_run_at_the_same_time_and_fail_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(ASYNC)
+    pool = RewardPool(RewardConfig(path=str(tmp_path / "mine.py"), num_processes=1, timeout_s=1.5, concurrency=64))
+    pool.score(inputs("warm"))
+    started = time.perf_counter()
+    results = pool.score(inputs(*["a" * length for length in range(60)], "late", "raise", "own"))
+    # One after the other 60 calls of 0.2 s take 12 s.
+    assert time.perf_counter() - started < 4.0
+    assert [result.reward for result in results[:60] if isinstance(result, Score)] == list(range(60))
+    assert [result.reason for result in results[60:] if isinstance(result, Failure)] == ["timed out", "raised", "raised"]
+    pool.close()
+
+
+def test_a_coroutine_that_blocks_its_process_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(ASYNC)
+    pool = RewardPool(RewardConfig(path=str(tmp_path / "mine.py"), num_processes=2, timeout_s=0.5))
+    results = pool.score(inputs("a", "block", *["b"] * 6))
+    assert [isinstance(result, Score) for result in results] == [True, False, *[True] * 6]
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("def compute_score(x):\n    raise KeyError('answer')", "raised: KeyError: 'answer'"),
+        ("def compute_score(x):\n    return 1e39", "must be finite, and at most 3.4e38"),
+        ("def compute_score(x):\n    return None", "the function returned None"),
+        ("import os\ndef compute_score(x):\n    os._exit(4)", "died: the scoring process ended with exit code 4"),
+        ("import time\ndef compute_score(x):\n    time.sleep(9)", "timed out: no result within reward.timeout_s=0.2"),
+        ("async def compute_score(x):\n    return [1]", "the function returned a list"),
+        ("REWARD_TYPE = 'batch'\ndef compute_score(xs):\n    return [None] * len(xs)", "the function returned None"),
+    ],
+)
+def test_a_step_whose_rewards_fail_ends_with_their_cause(tmp_path: Path, source: str, cause: str) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    scorer = worker(path=str(tmp_path / "mine.py"), timeout_s=0.2)
+
+    def collect(prompts: Batch) -> Batch:
+        return scorer.score(batch(*["a"] * len(prompts)))
+
+    guard = FailedRewards(prompts_per_step=4, max_share=0.5, cause=scorer.failure_cause).watching(collect)
+    two_prompts = Batch({"prompt_id": np.arange(2)})
+    guard(two_prompts)  # half a step says nothing yet
+    with pytest.raises(RewardError, match=r"4 of 4 responses of a step.*max_failed_share=0.5") as raised:
+        guard(two_prompts)
+    assert cause in str(raised.value)
+    scorer.close()
+
+
+def test_a_share_of_failures_that_is_allowed_ends_nothing() -> None:
+    rows = Batch({"reward_failed": np.array([True, True, False, False])})
+    for max_share, is_allowed in ((0.5, True), (0.49, False), (1.0, True)):
+        guard = FailedRewards(prompts_per_step=2, max_share=max_share, cause=lambda: "why")
+        with nullcontext() if is_allowed else pytest.raises(RewardError):
+            guard.count(2, rows)

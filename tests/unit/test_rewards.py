@@ -5,18 +5,30 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.config.schema import RewardConfig
+from hybridflow.config.schema import RewardConfig, RewardTerm
 from hybridflow.errors import ConfigError, RewardError
 from hybridflow.rewards.by_data_source import compute_score as score_by_data_source
 from hybridflow.rewards.call import RewardFunction, RewardInput, load_reward_function
 from hybridflow.rewards.math import last_boxed
+from hybridflow.rewards.results import Failure, Score
+from hybridflow.rewards.scorer import Scorer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "rewards"
 REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def given(response: str = "#### 72", ground_truth: object = "72", data_source: str = "openai/gsm8k") -> RewardInput:
-    return RewardInput(response=response, ground_truth=ground_truth, data_source=data_source, extra_info={"k": 1}, prompt="q")
+    return RewardInput(
+        response=response,
+        ground_truth=ground_truth,
+        data_source=data_source,
+        extra_info={"k": 1},
+        prompt="q",
+        messages=[],
+        conversation=[],
+        response_tokens=5,
+        truncated=False,
+    )
 
 
 def built_in(name: str) -> RewardFunction:
@@ -123,7 +135,7 @@ def test_a_function_of_one_dict_gets_everything_and_its_options(tmp_path: Path) 
     source = "def compute_score(reward_input, **kwargs):\n    return {'overall': kwargs['x'], 'n': len(reward_input)}"
     score = user_function(tmp_path, source, options={"x": 3}).score(given())
     assert score.reward == 3.0
-    assert score.metrics == {"overall": 3.0, "n": 5.0}
+    assert score.metrics == {"overall": 3.0, "n": 9.0}
 
 
 @pytest.mark.parametrize(
@@ -264,3 +276,170 @@ def test_gold_answers_of_math_500_are_right() -> None:
         rule.score(given(rf"$\boxed{{ {text} }}$", answer)).reward for text, answer in zip(rewritten, answers, strict=True)
     ]
     assert sum(rewards) == 500
+
+
+NUMBERS = [
+    "1",
+    "1.0",
+    "True",
+    "np.float32(1)",
+    "np.array(1.0)",
+    "np.array([1.0])",
+    "Decimal(1)",
+    "Fraction(1)",
+    "torch.tensor([1.0])",
+]
+PREAMBLE = "import numpy as np, torch\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("form", ["{}", "{{'overall': {}}}", "{{'score': {}, 'text': 'x'}}"])
+def test_a_number_of_any_library_is_a_reward(tmp_path: Path, number: str, form: str) -> None:
+    source = f"{PREAMBLE}def compute_score(reward_input):\n    return {form.format(number)}"
+    assert user_function(tmp_path, source).score(given()).reward == 1.0
+
+
+LISTS = ["[1.0, 0.5]", "(1.0, 0.5)", "np.array([1.0, 0.5])", "torch.tensor([1.0, 0.5])", "(x for x in (1.0, 0.5))"]
+LISTS += [
+    "{1.0: 0, 0.5: 0}.keys()",
+    "map(float, ('1', '0.5'))",
+    "[np.float32(1), torch.tensor(0.5)]",
+    "np.array([[1.0], [0.5]])",
+]
+
+
+@pytest.mark.parametrize("results", LISTS)
+def test_many_results_may_come_in_any_list_array_or_tensor(tmp_path: Path, results: str) -> None:
+    source = f"REWARD_TYPE = 'batch'\n{PREAMBLE}def compute_score(inputs):\n    return {results}"
+    assert [score.reward for score in user_function(tmp_path, source).score_all([given(), given()])] == [1.0, 0.5]
+
+
+EXTRAS = [
+    "np.arange(3)",
+    "torch.ones(2)",
+    "[1, 2]",
+    "None",
+    "'x'",
+    "object()",
+    "{'a': 1}",
+    "Refuses()",
+    "np.array('x')",
+    "1j",
+    "b''",
+]
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_entry_that_is_no_number_never_fails_the_score(tmp_path: Path, extra: str) -> None:
+    source = f"{PREAMBLE}class Refuses:\n    def __float__(self): raise RuntimeError('no')\n    tolist = __float__\n"
+    source += f"def compute_score(reward_input):\n    return {{'score': 0.5, 'mean': {extra}, 'more': {extra}, 'ok': 1}}"
+    assert user_function(tmp_path, source).score(given()).metrics == {"score": 0.5, "ok": 1.0}
+
+
+@pytest.mark.parametrize(
+    "value", ["1e39", "-1e39", "3.5e38", "10**400", "np.float64(1e300)", "float('inf')", "torch.tensor(float('nan'))"]
+)
+def test_rewards_are_finite_as_the_float32_that_they_become(tmp_path: Path, value: str) -> None:
+    function = user_function(tmp_path, f"{PREAMBLE}def compute_score(reward_input):\n    return {value}")
+    with pytest.raises(ValueError, match="must be finite, and at most 3.4e38"):
+        function.score(given())
+
+
+TRL = "def reward(completions, {parameters}):\n    return {result}"
+
+
+@pytest.mark.parametrize("prefix", ["", "async "])
+def test_the_signature_of_trl_gets_columns_and_returns_a_list(tmp_path: Path, prefix: str) -> None:
+    source = prefix + TRL.format(
+        parameters="ground_truth, k, **kwargs", result="[float(t in c) + i for c, t, i in zip(completions, ground_truth, k)]"
+    )
+    function = user_function(tmp_path, source, function="reward")
+    assert function.kind == "batch"
+    assert [score.reward for score in function.score_all([given("#### 72"), given("none")])] == [2.0, 1.0]
+
+
+def test_the_signature_of_trl_gets_messages_where_the_dataset_has_messages(tmp_path: Path) -> None:
+    source = TRL.format(
+        parameters="prompts, **kwargs", result="[len(p) + len(c[0]['content']) for p, c in zip(prompts, completions)]"
+    )
+    conversation = given("abc")
+    conversation["messages"] = [{"role": "user", "content": "q"}]
+    function = user_function(tmp_path, source, function="reward")
+    assert function.score_all([conversation])[0].reward == 4.0  # one message, three characters
+
+
+def test_a_column_that_the_dataset_does_not_have_is_named(tmp_path: Path) -> None:
+    function = user_function(tmp_path, TRL.format(parameters="solution", result="[]"), function="reward")
+    with pytest.raises(RewardError, match=r"needs a column 'solution'.*given: k, prompts, completions"):
+        function.score_all([given()])
+
+
+COROUTINES = ["async def compute_score(reward_input):\n    await asyncio.sleep(0)\n    return 1.0"]
+COROUTINES += ["async def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return {'score': 1.0}"]
+COROUTINES += ["async def inner():\n    return 1.0\ndef compute_score(reward_input):\n    return inner()"]
+COROUTINES += ["class Call:\n    async def __call__(self, reward_input):\n        return 1.0\ncompute_score = Call()"]
+COROUTINES += ["async def inner():\n    return 1.0\ndef compute_score(reward_input):\n    return asyncio.run(inner())"]
+
+
+@pytest.mark.parametrize("source", COROUTINES)
+def test_coroutines_are_awaited(tmp_path: Path, source: str) -> None:
+    assert user_function(tmp_path, f"import asyncio\n{source}").score(given()).reward == 1.0
+    found = scorer(path=str(tmp_path / "mine.py")).begin(given())()
+    assert isinstance(found, Score) and found.reward == 1.0
+
+
+def scorer(**config: object) -> Scorer:
+    return Scorer(RewardConfig(**config))
+
+
+def test_several_rewards_are_summed_by_weight_and_each_has_its_mean(tmp_path: Path) -> None:
+    (tmp_path / "short.py").write_text(
+        "REWARD_NAME = 'short'\nasync def compute_score(x):\n    return {'score': 1.0, 'words': 2}"
+    )
+    (tmp_path / "batch.py").write_text("REWARD_TYPE = 'batch'\ndef compute_score(xs):\n    return [10 * len(xs)] * len(xs)")
+    terms = (
+        RewardTerm(name="gsm8k", weight=1.0),
+        RewardTerm(path=str(tmp_path / "short.py"), weight=0.25),
+        RewardTerm(path=str(tmp_path / "batch.py"), weight=0.0, label="many"),
+    )
+    (score,) = scorer(functions=terms).score_all([given()])
+    assert isinstance(score, Score)
+    assert score.reward == 1.25
+    assert score.metrics == {"gsm8k": 1, "gsm8k/accuracy": 1, "gsm8k/format": 1, "short": 1, "short/words": 2, "many": 10}
+    assert scorer(functions=terms[:2]).begin(given("none"))() == Score(
+        0.25, {"gsm8k": 0, "gsm8k/accuracy": 0, "gsm8k/format": 0, "short": 1, "short/words": 2}
+    )
+
+
+def test_a_reward_may_be_for_some_data_sources_alone() -> None:
+    terms = (RewardTerm(name="gsm8k", data_sources=("openai/*", "mine")), RewardTerm(name="math", data_sources=("other",)))
+    scores = scorer(functions=terms)
+    found = scores.begin(given())()
+    assert isinstance(found, Score) and (found.reward, "math" in found.metrics) == (1.0, False)
+    with pytest.raises(RewardError, match="no function of reward.functions scores data_source 'nobodys'"):
+        scores.begin(given(data_source="nobodys"))()
+
+
+def test_a_function_that_returns_none_does_not_take_part_in_a_sum(tmp_path: Path) -> None:
+    (tmp_path / "none.py").write_text("def compute_score(x):\n    return None")
+    none = RewardTerm(path=str(tmp_path / "none.py"), label="none")
+    assert scorer(functions=(none, RewardTerm(name="gsm8k", label="g"))).begin(given())().reward == 1.0
+    failure = scorer(functions=(none,)).begin(given())()
+    assert isinstance(failure, Failure) and "every function returned None" in failure.detail
+
+
+def test_one_of_several_that_fails_fails_the_response_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("def compute_score(x):\n    raise ValueError('broken')")
+    terms = (RewardTerm(name="gsm8k"), RewardTerm(path=str(tmp_path / "bad.py"), label="bad"))
+    failure = scorer(functions=terms).begin(given())()
+    assert isinstance(failure, Failure) and failure.detail.startswith("bad: ") and failure.cause == "ValueError: broken"
+
+
+def test_a_sum_is_judged_as_float32_too() -> None:
+    failure = scorer(functions=(RewardTerm(name="gsm8k", weight=1e39),)).begin(given())()
+    assert isinstance(failure, Failure) and "must be finite" in failure.detail
+
+
+def test_two_rewards_may_not_share_a_name() -> None:
+    with pytest.raises(RewardError, match="'gsm8k' is the name of another function. Set `label`"):
+        scorer(functions=(RewardTerm(name="gsm8k"), RewardTerm(name="gsm8k")))

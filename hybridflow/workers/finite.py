@@ -1,0 +1,126 @@
+"""Whether a model's weights and gradients are finite numbers, and which of them are not, since when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from hybridflow.errors import DivergenceError
+
+if TYPE_CHECKING:
+    from hybridflow.workers.base import RankContext
+
+MOST_NAMED = 3
+LARGE = 1e4
+"""Weights of language models are far below; the largest above this is worth a word."""
+NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
+
+
+@torch.no_grad()
+def largest(tensors: NamedTensors) -> dict[str, float]:
+    """The largest absolute value in this rank's share of each tensor, not finite where any is not. One wait for the device."""
+    shares = {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors if tensor is not None
+    }
+    shares = {name: share.detach() for name, share in shares.items() if share.numel()}
+    if not shares:
+        return {}
+    norms = torch._foreach_norm(list(shares.values()), float("inf"))
+    return dict(zip(shares, torch.stack([norm.float() for norm in norms]).tolist(), strict=True))
+
+
+def not_finite(found: dict[str, float]) -> list[str]:
+    """The names whose largest value is not a finite number."""
+    return [name for name, value in found.items() if not abs(value) < float("inf")]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some of the names, for messages."""
+    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+
+
+class WeightCheck:
+    """Checks the weights of one model, and remembers when they were finite last."""
+
+    def __init__(self, context: RankContext):
+        self.context = context
+        self.finite_when = ""
+
+    def check(self, tensors: NamedTensors, *, when: str) -> None:
+        """Every rank of the group calls this.
+
+        Raises:
+            DivergenceError: a weight of any rank is not finite; `when` says at which moment that was found.
+        """
+        found = largest(tensors)
+        bad = not_finite(found)
+        if self._on_any_rank(bool(bad)):
+            since = (
+                f"were still finite {self.finite_when}"
+                if self.finite_when
+                else "have not been finite since the model was loaded"
+            )
+            where = f"{len(bad)} of {len(found)} tensors hold weights" if bad else "another rank's shares hold weights"
+            names = f": {listed(bad)}" if bad else ""
+            raise DivergenceError(
+                f"{self.context.role}: {where} that are not finite {when}{names}. They {since}. Go on from an earlier "
+                "checkpoint with a lower learning rate; where this comes again at the same place, look at the model's files and at the "
+                "memory of this machine"
+            )
+        self.finite_when = when
+
+    def _on_any_rank(self, is_bad: bool) -> bool:
+        if self.context.group is None:
+            return is_bad
+        flag = torch.tensor(float(is_bad), device=self.context.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.context.group)
+        return bool(flag.item())
+
+
+class SkippedUpdates:
+    """Counts updates in a row that could not be made, and says why none can."""
+
+    def __init__(self, context: RankContext, *, most: int | None):
+        self.context, self.most = context, most
+        self.count = 0
+        self.since_step = 0
+
+    def note(self, *, is_skipped: bool, step: int) -> bool:
+        """One update was made or skipped; whether that was the first one skipped."""
+        if not is_skipped:
+            self.count = 0
+            return False
+        self.count += 1
+        if self.count == 1:
+            self.since_step = step
+        return self.count == 1
+
+    def raise_if_too_many(self, why: str) -> None:
+        """Raises:
+        DivergenceError: so many in a row have been skipped that the model no longer learns.
+        """
+        if self.most is not None and self.count >= self.most:
+            role, step = self.context.role, self.since_step
+            raise DivergenceError(
+                f"{role} no longer learns: {self.count} updates in a row were skipped, which is run.max_skipped_updates, "
+                f"since step {step}. {why} Go on from a checkpoint before step {step} with a lower {role}.learning_rate, "
+                "or with rewards of a smaller scale"
+            )
+
+
+def why_skipped(norm: float, gradients: dict[str, float], weights: dict[str, float], losses: dict[str, float]) -> str:
+    """In words: which gradients, metrics of the loss and weights are not finite, and the largest weight."""
+    parts = [f"The norm of the gradient is {norm}."]
+    if bad := not_finite(gradients):
+        parts.append(f"Not finite are the gradients of {len(bad)} of {len(gradients)} tensors: {listed(bad)}.")
+    if bad := not_finite(losses):
+        parts.append(f"So are {listed([f'{name}={losses[name]}' for name in bad])} of the loss.")
+    if bad := not_finite(weights):
+        parts.append(f"Weights are not finite: {listed(bad)}.")
+    elif weights and (name := max(weights, key=lambda name: weights[name])) and weights[name] > LARGE:
+        parts.append(f"The weights have diverged: the largest is {weights[name]:.3g}, in {name}.")
+    return " ".join(parts)
