@@ -59,17 +59,13 @@ class WeightCheck:
         found = largest(tensors)
         bad = not_finite(found)
         if self._on_any_rank(bool(bad)):
-            since = (
-                f"were still finite {self.finite_when}"
-                if self.finite_when
-                else "have not been finite since the model was loaded"
-            )
+            since = f"still finite {self.finite_when}" if self.finite_when else "no others since the model was loaded"
             where = f"{len(bad)} of {len(found)} tensors hold weights" if bad else "another rank's shares hold weights"
             names = f": {listed(bad)}" if bad else ""
             raise DivergenceError(
-                f"{self.context.role}: {where} that are not finite {when}{names}. They {since}. Go on from an earlier "
-                "checkpoint with a lower learning rate; where this comes again at the same place, look at the model's files and at the "
-                "memory of this machine"
+                f"{self.context.role}: {where} that are not finite {when}{names}. They were {since}. Go on from an earlier "
+                "checkpoint with a lower learning rate; where this comes again at the same place, look at the model's files "
+                "and at the memory of this machine"
             )
         self.finite_when = when
 

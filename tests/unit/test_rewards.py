@@ -341,7 +341,7 @@ def test_an_extra_entry_that_is_no_number_never_fails_the_score(tmp_path: Path, 
 )
 def test_rewards_are_finite_as_the_float32_that_they_become(tmp_path: Path, value: str) -> None:
     function = user_function(tmp_path, f"{PREAMBLE}def compute_score(reward_input):\n    return {value}")
-    with pytest.raises(ValueError, match="must be finite, and at most 3.4e38"):
+    with pytest.raises(ValueError, match=r"must be finite, and at most 3\.4e38"):
         function.score(given())
 
 
@@ -416,7 +416,7 @@ def test_a_reward_may_be_for_some_data_sources_alone() -> None:
     scores = scorer(functions=terms)
     found = scores.begin(given())()
     assert isinstance(found, Score) and (found.reward, "math" in found.metrics) == (1.0, False)
-    with pytest.raises(RewardError, match="no function of reward.functions scores data_source 'nobodys'"):
+    with pytest.raises(RewardError, match=r"no function of reward\.functions scores data_source 'nobodys'"):
         scores.begin(given(data_source="nobodys"))()
 
 
@@ -441,5 +441,5 @@ def test_a_sum_is_judged_as_float32_too() -> None:
 
 
 def test_two_rewards_may_not_share_a_name() -> None:
-    with pytest.raises(RewardError, match="'gsm8k' is the name of another function. Set `label`"):
+    with pytest.raises(RewardError, match=r"'gsm8k' is the name of another function\. Set `label`"):
         scorer(functions=(RewardTerm(name="gsm8k"), RewardTerm(name="gsm8k")))
