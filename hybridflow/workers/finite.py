@@ -59,11 +59,13 @@ class WeightCheck:
         found = largest(tensors)
         bad = not_finite(found)
         if self._on_any_rank(bool(bad)):
-            since = f"still finite {self.finite_when}" if self.finite_when else "no others since the model was loaded"
+            since = (
+                f"They were still finite {self.finite_when}" if self.finite_when else "No check has found them finite before"
+            )
             where = f"{len(bad)} of {len(found)} tensors hold weights" if bad else "another rank's shares hold weights"
             names = f": {listed(bad)}" if bad else ""
             raise DivergenceError(
-                f"{self.context.role}: {where} that are not finite {when}{names}. They were {since}. Go on from an earlier "
+                f"{self.context.role}: {where} that are not finite {when}{names}. {since}. Go on from an earlier "
                 "checkpoint with a lower learning rate; where this comes again at the same place, look at the model's files "
                 "and at the memory of this machine"
             )
@@ -101,10 +103,10 @@ class SkippedUpdates:
         """
         if self.most is not None and self.count >= self.most:
             role, step = self.context.role, self.since_step
+            go_on = f"Go on from a checkpoint before step {step}" if step > 1 else "Start anew"
             raise DivergenceError(
-                f"{role} no longer learns: {self.count} updates in a row were skipped, which is run.max_skipped_updates, "
-                f"since step {step}. {why} Go on from a checkpoint before step {step} with a lower {role}.learning_rate, "
-                "or with rewards of a smaller scale"
+                f"{role} no longer learns: {self.count} updates in a row were skipped (run.max_skipped_updates={self.most}), "
+                f"since step {step}. {why} {go_on} with a lower {role}.learning_rate, or with rewards of a smaller scale"
             )
 
 
