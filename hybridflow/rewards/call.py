@@ -163,7 +163,7 @@ def _argument(given: object, name: str) -> object:
 
 
 def _columns(inputs: Sequence[RewardInput], way: Call, options: Mapping[str, object]) -> dict[str, object]:
-    """TRL's keyword arguments: prompts and completions, as messages where a chat template was applied, and the dataset's columns.
+    """TRL's keyword arguments: prompts and completions, as messages where a template was applied, and the dataset's columns.
 
     Raises:
         RewardError: the function needs a column that the dataset does not have.
