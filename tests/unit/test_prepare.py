@@ -17,8 +17,9 @@ from hybridflow.data.loader import build_loaders
 from hybridflow.data.prepare import PreparedRow, map_rows, prepare, run_from_command_line, write_parquet
 from hybridflow.data.prompts import read_prompts
 from hybridflow.errors import DataError
-from hybridflow.rewards.call import RewardInput, Score
+from hybridflow.rewards.call import RewardInput
 from hybridflow.rewards.process_pool import RewardPool
+from hybridflow.rewards.results import Score
 
 REPOSITORY = Path(__file__).parents[2]
 REAL_DATA = REPOSITORY.parent / "shared" / "data"

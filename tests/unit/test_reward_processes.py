@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from hybridflow.config.schema import RewardConfig
-from hybridflow.rewards.call import RewardInput, Score
-from hybridflow.rewards.child import Failure
+from hybridflow.rewards.call import RewardInput
 from hybridflow.rewards.guardian import MAX_OUTPUT_BYTES, descendants
 from hybridflow.rewards.process_pool import RewardPool
+from hybridflow.rewards.results import Failure, Score
 
 MARK = "# of-this-test-"
 
