@@ -98,6 +98,10 @@ class EngineError(HybridflowError):
     """A generation engine cannot start, lost a request, or refused weights."""
 
 
+class RequestRefusedError(EngineError):
+    """A generation engine refused one request, for example since it does not fit the context; others go on."""
+
+
 class WeightMismatchError(HybridflowError):
     """After a weight sync the engine's tensors differ from the trainer's."""
 

@@ -16,11 +16,12 @@ from typing import TypeVar
 import numpy as np
 
 from hybridflow.batch import Batch
+from hybridflow.errors import RequestRefusedError
 from hybridflow.rollout.base import Sampling
 from hybridflow.workers.base import Worker
 from hybridflow.workers.remote import Dispatcher
 from hybridflow.workers.remote import Future as CallFuture
-from hybridflow.workers.respond import COLUMNS_GENERATED, COLUMNS_SCORED, with_numbers, without_position
+from hybridflow.workers.respond import COLUMNS_GENERATED, COLUMNS_SCORED, refusal, with_numbers, without_position
 from hybridflow.workers.reward import RewardWorker
 from hybridflow.workers.rollout import STARTED, RolloutWorker, nothing_said
 
@@ -232,9 +233,12 @@ class Generation:
         firsts = np.array([call.first for call in calls])
         for call in {call.first: call for call in calls}.values():
             part = finished.select(np.flatnonzero(firsts == call.first))
+            if (found := refusal(part)) is not None and not call.answer.done():
+                call.answer.future.set_exception(RequestRefusedError(found[1]))
+            part = part.without(("refused",))
             call.parts.append(part)
             call.num_finished += len(part)
-            if call.num_finished == len(call.rows):
+            if call.num_finished == len(call.rows) and not call.answer.done():
                 whole = Batch.concatenate(call.parts)
                 call.answer.future.set_result(without_position(whole.select(np.argsort(whole["position"]))))
 

@@ -16,7 +16,7 @@ from itertools import count
 
 import torch
 
-from hybridflow.errors import EngineError
+from hybridflow.errors import EngineError, RequestRefusedError
 from hybridflow.rollout.base import Engine, Request, Response
 
 Submitted = list[tuple[Request, Future[Response]]]
@@ -213,7 +213,7 @@ class EngineThread:
             self._engine.add(replace(request, id=number))
         except EngineError as error:
             del self._unanswered[number]
-            future.set_exception(error)
+            future.set_exception(RequestRefusedError(str(error)))
 
     def _answer(self, responses: Sequence[Response]) -> None:
         with self._changed:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hybridflow.errors import RequestRefusedError
 from hybridflow.rollout.base import Request, Response, Sampling
 from hybridflow.rollout.sampling import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
@@ -41,6 +42,8 @@ class RowUnderWay:
     versions: list[tuple[int, int]] = field(default_factory=list)
     """(policy version, number of tokens) in the order of the tokens."""
     finish_reason: Literal["stop", "length"] | None = None
+    refusal: str | None = None
+    """Why the engine does not generate it: such a row is handed out, too."""
     is_away: bool = False
     """Waiting for something else than the engine."""
 
@@ -158,7 +161,7 @@ class RowsUnderWay:
         return fresh
 
     def take(self, at_least: int, timeout_s: float | None = None) -> list[RowUnderWay]:
-        """Rows that have finished, once there are `at_least` of them, or all that are left, or after `timeout_s`.
+        """Rows that have ended or were refused, once there are `at_least` of them, or all that are left, or after `timeout_s`.
 
         Raises:
             EngineError: the engine has failed.
@@ -218,7 +221,10 @@ class RowsUnderWay:
     def _note(self, row: RowUnderWay, version: int, future: Future[Response]) -> None:
         error = future.exception()
         with self._changed:
-            if error is not None:
+            if isinstance(error, RequestRefusedError):
+                row.refusal = str(error)
+                RowsUnderWay._end(self, row)  # whatever a subclass does with rows that the engine has answered
+            elif error is not None:
                 self._failure = error
             else:
                 row.take_in(future.result(), version, self.detokenize)

@@ -24,6 +24,10 @@ SMOOTHED_FROM_STEPS = 40
 """Runs of at least this many steps get a running mean over their raw values."""
 
 
+LARGEST_DRAWN = 1e300
+"""Beyond, an axis overflows; of a run that has diverged so far it is enough to see where the curve ends."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The numbers of a run."""
@@ -41,7 +45,9 @@ class Run:
         """Steps and values of a metric, where it was measured and is a number."""
         points = [(line["step"], line[metric]) for line in self.lines if metric in line]
         numbers = [
-            (int(step), float(value)) for step, value in points if isinstance(step, int) and isinstance(value, int | float)
+            (int(step), float(value))
+            for step, value in points
+            if isinstance(step, int) and isinstance(value, int | float) and abs(value) < LARGEST_DRAWN
         ]
         return [step for step, _ in numbers], [value for _, value in numbers]
 
@@ -189,7 +195,7 @@ def _draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
         _draw_phases(axes, run)
     for line in merged(panel.lines, run):
         _draw_line(axes, line, run)
-    if panel.axis == "logarithmic":
+    if panel.axis == "logarithmic" and any(value > 0 for line in panel.lines for value in run.series(line.metric)[1]):
         axes.set_yscale("log")
     else:
         axes.ticklabel_format(axis="y", useOffset=False)

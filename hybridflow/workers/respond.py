@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybridflow.batch import Array, Batch
+from hybridflow.errors import RequestRefusedError
 from hybridflow.rollout.base import Sampling
 from hybridflow.workers.remote import Future
 from hybridflow.workers.reward import RewardWorker
@@ -60,7 +61,7 @@ def respond_in_parts(rows: Batch, rollout: RolloutWorker, reward: RewardWorker, 
     positions: list[Array] = []
     num_parts_scored, num_rows_left = 0, len(rows)
     while num_rows_left:
-        parts.append(rollout.take_finished(at_least))
+        parts.append(_answered(rollout.take_finished(at_least)))
         num_rows_left -= len(parts[-1])
         is_idle = _is_idle(calls)
         # One call at a time, for all that has finished. Where scoring is slow its calls grow, and a response that takes
@@ -74,6 +75,19 @@ def respond_in_parts(rows: Batch, rollout: RolloutWorker, reward: RewardWorker, 
     rows = rows.join(without_position(_in_order(parts)))
     scores = [call.result().with_columns(position=position) for call, position in zip(calls, positions, strict=True)]
     return rows.join(without_position(_in_order(scores)))
+
+
+def refusal(finished: Batch) -> tuple[int, str] | None:
+    """The first row that the engine does not generate, of what `take_finished` gave, and why."""
+    refused = np.flatnonzero(finished["refused"]) if "refused" in finished else np.empty(0, np.int64)
+    return (int(refused[0]), str(finished.select(refused[:1]).objects("response_text")[0])) if len(refused) else None
+
+
+def _answered(finished: Batch) -> Batch:
+    """Without the column `refused`; raises where one was."""
+    if (found := refusal(finished)) is not None:
+        raise RequestRefusedError(found[1])
+    return finished.without(("refused",)) if "refused" in finished else finished
 
 
 def _is_idle(calls: Sequence[Future[Batch]]) -> bool:

@@ -22,7 +22,7 @@ from hybridflow.environments.columns import episode_columns, episodes_of
 from hybridflow.environments.episode import Episode
 from hybridflow.environments.processes import EnvironmentProcesses
 from hybridflow.environments.under_way import EpisodesUnderWay, Surroundings
-from hybridflow.errors import ConfigError, FieldError
+from hybridflow.errors import ConfigError, EngineError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Sampling
@@ -150,7 +150,10 @@ class RolloutWorker(Worker):
         rows.version = self.rows.version
         rows.submit(self._rows(batch, sampling))
         has_log_probs = sampling is None or sampling.log_probs
-        return self._columns(rows.take(len(batch)), has_log_probs=has_log_probs)
+        taken = rows.take(len(batch))
+        if refused := [row.refusal for row in taken if row.refusal is not None]:
+            raise EngineError(f"{len(refused)} of {len(taken)} rows were refused by the engine. The first: {refused[0]}")
+        return self._columns(taken, has_log_probs=has_log_probs)
 
     @remote("split_by_data_rank")
     def submit(self, batch: Batch, *, sampling: Sampling | None = None) -> None:
@@ -164,14 +167,15 @@ class RolloutWorker(Worker):
     @remote("gather_rows")
     def take_finished(self, at_least: int, timeout_s: float | None = None) -> Batch:
         """Rows that have finished: the columns of `generate` and `position`; `rollout_log_probs` is empty for rows that were
-        sampled without. Each rank waits for `at_least`, or for all that it has
-        left, or for `timeout_s`."""
+        sampled without. Of rows with `refused`, which the engine does not generate, `response_text` says why. Each rank waits
+        for `at_least`, or for all that it has left, or for `timeout_s`."""
         taken = self.rows.take(at_least, timeout_s)
         seconds, self.busy_seconds = self.engine.busy_seconds - self.busy_seconds, self.engine.busy_seconds
         share = Metric(seconds / self.context.layout.data, kind="sum")
         if self.config.loop.max_staleness:
             self.context.report(Metrics({"stream/engine_seconds": share}))
-        return self._columns(taken, has_log_probs=True).with_columns(position=_numbers(taken))
+        refused = np.array([row.refusal is not None for row in taken], np.bool_)
+        return self._columns(taken, has_log_probs=True).with_columns(position=_numbers(taken), refused=refused)
 
     @remote("one_to_all")
     def interrupt(self) -> None:
@@ -209,7 +213,7 @@ class RolloutWorker(Worker):
         # Of no rows, transformers makes one empty text.
         texts = self.tokenizer.batch_decode([row.tolist() for row in response], skip_special_tokens=True) if rows else []
         columns: dict[str, Array | Heavy] = {name: said.tokens(name) for name in ("response", "policy_versions")}
-        columns["response_text"] = list(texts)
+        columns["response_text"] = [row.refusal or text for row, text in zip(rows, texts, strict=True)]
         if has_log_probs:
             columns["rollout_log_probs"] = log_probs = said.tokens("rollout_log_probs")
             is_asked = np.array([row.sampling.log_probs for row in rows], np.bool_)

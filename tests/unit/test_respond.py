@@ -12,7 +12,8 @@ import torch
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
-from hybridflow.errors import ConfigError, RewardError
+from hybridflow.controller.streaming import Generation
+from hybridflow.errors import ConfigError, EngineError, RequestRefusedError, RewardError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response
 from hybridflow.workers.base import RankContext
@@ -33,7 +34,8 @@ def compute_score(reward_inputs):
     return [len(reward_inputs) + position / 100 for position, _ in enumerate(reward_inputs)]
 """
 REFUSES_ONE = """
-from hybridflow.errors import ConfigError, RewardError
+from hybridflow.controller.streaming import Generation
+from hybridflow.errors import ConfigError, EngineError, RequestRefusedError, RewardError
 def compute_score(reward_input):
     if len(reward_input["response"]) == 1: raise RewardError("one character is too short to judge")
     return 1.0
@@ -89,6 +91,15 @@ class OwnReward(RewardWorker):
     @remote("split_by_data_rank")
     def score(self, batch: Batch) -> Batch:
         return Batch({"reward": np.full(len(batch), len(batch), np.float32)})
+
+
+class RefusingEngine(SteppingEngine):
+    """Refuses prompts that begin with 7."""
+
+    def add(self, request: Request) -> None:
+        if request.prompt[0] == 7:
+            raise EngineError("seven is not generated here")
+        super().add(request)
 
 
 Start = Callable[..., tuple[RolloutWorker, RewardWorker]]
@@ -182,6 +193,31 @@ def test_the_first_scores_are_there_before_the_last_response(start: Start) -> No
     hold_last_response_until_something_is_scored(reward)
     answered = respond(rows(SHUFFLED), rollout, reward)
     assert answered["reward"].tolist() == answered["response_tokens"].tolist() == SHUFFLED
+
+
+def test_of_collects_that_run_together_a_refused_row_fails_its_own_alone(start: Start) -> None:
+    rollout, _ = start(engine=RefusingEngine)
+    rollout.interrupt()
+    generation = Generation(rollout, on_failure=lambda error: None)
+    given = {
+        number: rows(lengths).with_columns(group=np.full(2, number)) for number, lengths in enumerate([(3, 4), (7, 5), (2, 2)])
+    }
+    answers = {number: generation.generate(batch) for number, batch in given.items()}
+    generation.resume()
+    assert [answers[number].result(20)["response_tokens"].tolist() for number in (0, 2)] == [[3, 4], [2, 2]]
+    with pytest.raises(RequestRefusedError, match="seven is not generated here"):
+        answers[1].result(20)
+    later = generation.generate(rows([6]).with_columns(group=np.array([9])))
+    assert later.result(20)["response_tokens"].tolist() == [6]
+    assert "refused" not in later.result()
+    generation.close()
+
+
+def test_a_refused_row_is_told_to_whoever_asks_for_all_of_them(start: Start) -> None:
+    for respond_to in (lambda given, rollout, _: rollout.generate(given), respond):
+        rollout, reward = start(engine=RefusingEngine)
+        with pytest.raises(EngineError, match="seven is not generated here"):
+            respond_to(rows([3, 7, 2]), rollout, reward)
 
 
 def test_slow_scoring_gets_more_rows_at_once_instead_of_a_queue(start: Start) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.checkpoint.arrays import load_arrays, save_arrays
-from hybridflow.errors import CheckpointError, EngineError
+from hybridflow.errors import CheckpointError
 from hybridflow.rollout.base import EngineSpec, Response, Sampling
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.stopping import detokenizer
@@ -240,10 +240,13 @@ def test_rows_submitted_while_others_are_held_start_with_them(generating: Genera
     assert [row.num_tokens for row in generating.finish()] == [LENGTH] * 2
 
 
-def test_a_row_that_the_engine_refuses_is_told_to_whoever_takes(generating: Generating) -> None:
-    generating.rows.submit([RowUnderWay(0, np.empty(0, np.int32), SAMPLING, 0)])
-    with pytest.raises(EngineError, match="0 prompt tokens"):
-        generating.rows.take(1)
+def test_a_row_that_the_engine_refuses_is_handed_out_with_the_reason_and_others_go_on(generating: Generating) -> None:
+    asked = rows(2)
+    generating.rows.submit([asked[0], RowUnderWay(7, np.empty(0, np.int32), SAMPLING, 0), asked[1]])
+    taken = {row.number: row for row in generating.finish()}
+    assert "0 prompt tokens" in (taken[7].refusal or "")
+    assert [row.refusal for row in taken.values() if row.number != 7] == [None, None]
+    assert all(row.num_tokens for row in taken.values() if row.number != 7)
 
 
 def test_arrays_come_back_as_they_were_saved(tmp_path: Path) -> None:
