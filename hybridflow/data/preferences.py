@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, Tokenizer, encode, is_templated
-from hybridflow.data.conversations import TEMPLATE_OPTIONS, TOOLS, Conversations, checked_messages
+from hybridflow.data.conversations import TEMPLATE_OPTIONS, TOOLS, Conversations, checked_messages, template_options
 from hybridflow.data.examples import BadRowError, Example, Row, UselessRowError, limited
 from hybridflow.data.marks import Template
 from hybridflow.data.parquet import ColumnSpec, is_messages, is_number, is_text
@@ -51,14 +51,8 @@ class Preferences:
 
     def __call__(self, row: Row) -> list[Example]:
         """Raises as `read_examples` expects it."""
+        checked_pair(row)
         chosen, rejected = row["chosen"], row["rejected"]
-        for name in ("chosen", "rejected"):
-            if not row[name]:
-                raise BadRowError(f"column {name!r} is {'null' if row[name] is None else 'empty'}")
-        if isinstance(chosen, str) != isinstance(rejected, str):
-            raise BadRowError("of 'chosen' and 'rejected' one is text and the other messages")
-        if chosen == rejected:
-            raise UselessRowError("'chosen' and 'rejected' are the same")
         if isinstance(chosen, str) and isinstance(rejected, str):
             pair = self._of_texts(row, chosen, rejected)
         else:
@@ -92,22 +86,42 @@ class Preferences:
         return Example(prompt, ids, [True] * len(ids), text, response)
 
     def _of_messages(self, row: Row) -> list[Example]:
-        whole = [self._conversation(row, name) for name in ("chosen", "rejected")]
-        num_shared = _num_shared(*whole)
-        examples = []
-        for name, messages in zip(("chosen", "rejected"), whole, strict=True):
-            if not any(message["role"] == "assistant" for message in messages[num_shared:]):
-                raise BadRowError(f"column {name!r} has no assistant turn of its own")
-            examples.append(Conversations(self.tokenizer, self.data).example(messages, row, first=num_shared))
-        return examples
+        whole, num_shared = _conversations(row)
+        make = Conversations(self.tokenizer, self.data)
+        return [make.example(messages, row, first=num_shared) for messages in whole]
 
-    def _conversation(self, row: Row, name: str) -> list[Message]:
-        """The whole conversation, whether or not the column repeats the prompt."""
-        messages, prompt = checked_messages(row[name], name), row.get("prompt")
-        if prompt is None or messages[0]["role"] != "assistant":
-            return messages
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else checked_messages(prompt, "prompt")
-        return [*before, *messages]
+
+def checked_pair(row: Row) -> None:
+    """Raises BadRowError or UselessRowError where nothing can be learned from a row, whatever the tokenizer."""
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    for name in ("chosen", "rejected"):
+        if not row[name]:
+            raise BadRowError(f"column {name!r} is {'null' if row[name] is None else 'empty'}")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRowError("of 'chosen' and 'rejected' one is text and the other messages")
+    if "prompt" in row and not prompt:
+        raise BadRowError(f"column 'prompt' is {'null' if prompt is None else 'empty'}")
+    if chosen == rejected:
+        raise UselessRowError("'chosen' and 'rejected' are the same")
+    template_options(row)
+    if isinstance(chosen, list):
+        _conversations(row)
+
+
+def _conversations(row: Row) -> tuple[list[list[Message]], int]:
+    """Both whole conversations, whether or not their columns repeat the prompt, and how many messages they begin with alike."""
+    whole, prompt = [], row.get("prompt")
+    for name in ("chosen", "rejected"):
+        messages = checked_messages(row[name], name)
+        if prompt is not None and messages[0]["role"] == "assistant":
+            before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else checked_messages(prompt, "prompt")
+            messages = [*before, *messages]
+        whole.append(messages)
+    num_shared = _num_shared(*whole)
+    for name, messages in zip(("chosen", "rejected"), whole, strict=True):
+        if not any(message["role"] == "assistant" for message in messages[num_shared:]):
+            raise BadRowError(f"column {name!r} has no assistant turn of its own")
+    return whole, num_shared
 
 
 def _shared(one: str, other: str) -> str:

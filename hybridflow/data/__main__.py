@@ -1,0 +1,40 @@
+"""`python -m hybridflow.data check FILE ...`: what is wrong with data files, row by row."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from hybridflow.config.schema import DataConfig
+from hybridflow.data.chat import tokenizer_at
+from hybridflow.data.check import check_file
+from hybridflow.errors import HybridflowError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the files; returns 0 all rows can be used, 1 some cannot, 2 a file cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m hybridflow.data")
+    command = parser.add_subparsers(required=True).add_parser("check", help="say what is wrong with data files, row by row")
+    command.add_argument("files", nargs="+", metavar="FILE", help="Parquet files of prompts, chats, responses or preferences")
+    command.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name: checks chat template and lengths too")
+    command.add_argument("--max-prompt-tokens", type=int, default=DataConfig.max_prompt_tokens)
+    command.add_argument("--max-response-tokens", type=int, default=DataConfig.max_response_tokens)
+    options = parser.parse_args(arguments)
+    lengths = {"max_prompt_tokens": options.max_prompt_tokens, "max_response_tokens": options.max_response_tokens}
+    is_clean = True
+    try:
+        tokenizer = tokenizer_at(options.tokenizer, key="--tokenizer") if options.tokenizer else None
+        for file in options.files:
+            report = check_file(file, tokenizer=tokenizer, data=dataclasses.replace(DataConfig(), **lengths))
+            sys.stdout.writelines(f"{file}: {line}\n" for line in report.lines())
+            is_clean = is_clean and not report.problems
+    except HybridflowError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0 if is_clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

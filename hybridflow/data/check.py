@@ -1,0 +1,123 @@
+"""What is wrong with a data file, row by row: `python -m hybridflow.data check FILE`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
+
+from hybridflow.config.schema import DataConfig
+from hybridflow.data.conversations import CHAT_COLUMNS, Conversations, checked_messages, template_options
+from hybridflow.data.examples import BadRowError, Example, Findings, Row, UselessRowError
+from hybridflow.data.parquet import ColumnSpec, open_parquet, read_batches
+from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences, checked_pair
+from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS
+from hybridflow.data.responses import RESPONSE_COLUMNS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CheckRow = Callable[[Row], object]
+NOTHING = Example([0], [0], [True], "", "")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file is for."""
+
+    name: str
+    columns: Sequence[ColumnSpec]
+    check: CheckRow
+    """Raises BadRowError or UselessRowError."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a file."""
+
+    kind: str
+    num_rows: int
+    problems: dict[int, str]
+    """Row -> what is wrong."""
+    unread: list[str]
+    """Columns that nobody reads."""
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        for row, problem in sorted(self.problems.items()):
+            yield f"row {row}: {problem}"
+        if self.unread:
+            yield f"columns that are not read: {', '.join(self.unread)}"
+        yield f"{self.kind}: {self.num_rows - len(self.problems)} of {self.num_rows} rows can be used"
+
+
+def check_file(path: str, *, tokenizer: PreTrainedTokenizerBase | None = None, data: DataConfig | None = None) -> Report:
+    """Every row of a file as training would read it; with a tokenizer its chat template and the lengths of `data` too.
+
+    What the file is for is told by its columns: `chosen` and `rejected`, `messages`, `response`, or else prompts.
+
+    Raises:
+        DataError: it is no Parquet file, or a column is missing or has another type.
+    """
+    file = open_parquet(path, (), key="check")
+    kind = kind_of(file, tokenizer, data or DataConfig())
+    file = open_parquet(path, kind.columns, key="check")
+    findings = Findings(path)
+
+    def make(row: Row) -> Sequence[Example]:
+        kind.check(row)
+        return [NOTHING]
+
+    for batch in read_batches(file, kind.columns, where=path):
+        for row in batch.to_pylist():
+            findings.examples(row, make)
+    known = {spec.name for spec in kind.columns}
+    unread = [name for name in file.schema_arrow.names if name not in known]
+    problems = findings.bad | {row: f"left out: {problem}" for row, problem in findings.useless.items()}
+    return Report(kind.name, findings.num_rows, problems, unread)
+
+
+def kind_of(file: pq.ParquetFile, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig) -> Kind:
+    """By the names of the columns."""
+    names = set(file.schema_arrow.names)
+    if names & {"chosen", "rejected"}:
+        return Kind("preferences", PREFERENCE_COLUMNS, checked_pair if tokenizer is None else Preferences(tokenizer, data))
+    if "messages" in names:
+        return Kind("chats", CHAT_COLUMNS, _chat if tokenizer is None else Conversations(tokenizer, data))
+    if "response" in names:
+        return Kind("prompts with responses", RESPONSE_COLUMNS, _answered)
+    columns = PROMPT_COLUMNS if {"reward_model", "data_source"} & names else EPISODE_COLUMNS
+    return Kind("prompts" if columns is PROMPT_COLUMNS else "prompts without rules", columns, _prompt)
+
+
+def _chat(row: Row) -> None:
+    messages = checked_messages(row["messages"], "messages")
+    template_options(row)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UselessRowError("the conversation has no assistant turn")
+
+
+def _prompt(row: Row) -> None:
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        messages = checked_messages(prompt, "prompt")
+        if messages[-1]["role"] == "assistant":
+            raise BadRowError("column 'prompt' ends with an assistant turn, which is what is to be generated")
+    elif not prompt:
+        raise BadRowError(f"column 'prompt' is {'null' if prompt is None else 'empty'}")
+    truth = row.get("reward_model")
+    if isinstance(truth, dict) and truth.get("ground_truth") is None:
+        raise BadRowError("column 'reward_model' has no ground_truth")
+    if "data_source" in row and not row["data_source"]:
+        raise BadRowError("column 'data_source' is null or empty")
+    limit = row.get("max_response_tokens")
+    if isinstance(limit, int) and limit < 1:
+        raise BadRowError(f"column 'max_response_tokens' holds {limit}; a response has at least 1 token")
+
+
+def _answered(row: Row) -> None:
+    if not isinstance(row.get("response"), str):
+        raise BadRowError("column 'response' is null")
+    _prompt({name: value for name, value in row.items() if name == "prompt"})

@@ -1,0 +1,81 @@
+"""`python -m hybridflow.data check`: every bad row is said, by number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hybridflow.data.__main__ import main
+from tests.toy import make_tiny_model
+
+GOOD = {"data_source": "sums", "prompt": "1+1=", "reward_model": {"ground_truth": "2"}}
+TURN = {"role": "assistant", "content": "2"}
+
+
+def written(folder: Path, rows: list[dict[str, object]]) -> str:
+    path = folder / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
+    code = main(["check", *arguments])
+    return code, [line.partition(".parquet: ")[2] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_good_file_is_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert said(capsys, written(tmp_path, [GOOD])) == (0, ["prompts: 1 of 1 rows can be used"])
+
+
+def test_every_bad_prompt_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [
+        {**GOOD, "prompt": None, "notes": "x"},
+        {**GOOD, "reward_model": {"ground_truth": None}},
+        {**GOOD, "data_source": ""},
+        GOOD,
+    ]
+    assert said(capsys, written(tmp_path, rows)) == (
+        1,
+        [
+            "row 0: column 'prompt' is null",
+            "row 1: column 'reward_model' has no ground_truth",
+            "row 2: column 'data_source' is null or empty",
+            "columns that are not read: notes",
+            "prompts: 1 of 4 rows can be used",
+        ],
+    )
+
+
+def test_every_bad_pair_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    user = {"role": "user", "content": "1+1"}
+    rows = [
+        {"chosen": [user, TURN], "rejected": [user, {**TURN, "content": "3"}]},
+        {"chosen": [user, TURN], "rejected": [user, TURN]},
+        {"chosen": [user], "rejected": [user, TURN]},
+        {"chosen": None, "rejected": [user, TURN]},
+    ]
+    assert said(capsys, written(tmp_path, rows))[1] == [
+        "row 1: left out: 'chosen' and 'rejected' are the same",
+        "row 2: column 'chosen' has no assistant turn of its own",
+        "row 3: column 'chosen' is null",
+        "preferences: 1 of 4 rows can be used",
+    ]
+
+
+def test_with_a_tokenizer_lengths_and_templates_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = make_tiny_model(tmp_path / "model")
+    rows = [{"messages": [{"role": "user", "content": "1" * 40}, TURN]}, {"messages": [{"role": "user", "content": "1"}, TURN]}]
+    found = said(capsys, written(tmp_path, rows), "--tokenizer", model, "--max-prompt-tokens", "30")
+    assert found == (
+        1,
+        ["row 0: left out: the prompt is longer than data.max_prompt_tokens", "chats: 1 of 2 rows can be used"],
+    )
+
+
+def test_what_is_no_data_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "x.parquet").write_text("no")
+    assert main(["check", str(tmp_path / "x.parquet")]) == 2
+    assert "is not a Parquet file" in capsys.readouterr().err
