@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 class HybridflowError(Exception):
     """Base of all errors of the package; its message says what was asked, what was found, and what to do."""
+
+    advice: str = ""
+    """How to go on with the run: the end of the message, where the error knows it. For others the outer boundary says that."""
+
+    @classmethod
+    def advising(cls, problem: str, advice: str) -> Self:
+        """An error whose message ends in advice."""
+        error = cls(f"{problem} {advice}")
+        error.advice = advice
+        return error
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,10 @@ class FolderInUseError(HybridflowError):
     """Another run has the folder of this one."""
 
 
+class RunFolderError(HybridflowError):
+    """The folder of a run has gone, is another one now, or cannot be written."""
+
+
 class DataError(HybridflowError):
     """A data file is missing, malformed, or empty after filtering."""
 
@@ -88,6 +103,9 @@ class BatchError(HybridflowError):
 
 class CheckpointError(HybridflowError):
     """A checkpoint cannot be written, found or read."""
+
+    errno: int | None = None
+    """What the operating system refused, by its number; None where it was not that, or it is not known."""
 
 
 class PlacementError(HybridflowError):

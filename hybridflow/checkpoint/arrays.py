@@ -34,7 +34,7 @@ def load_arrays(path: Path) -> Batch:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Resume from another checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     ragged = [name.removeprefix(OFFSETS) for name in arrays if name.startswith(OFFSETS)]
     columns: dict[str, Array | Heavy] = {name: Ragged(arrays.pop(name), arrays.pop(f"{OFFSETS}{name}")) for name in ragged}
     return Batch.from_columns({**arrays, **columns})

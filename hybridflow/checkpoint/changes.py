@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 WITHOUT_EFFECT = (
     "run.folder",
@@ -23,6 +23,14 @@ WITHOUT_EFFECT = (
     "trackers.",
 )
 """What keys begin with on which nothing depends that is trained. `offload_...` keys are of this kind too."""
+
+OF_MODEL_OR_DATA = ("model.", "data.train_files", "data.train_weights", "data.max_prompt_tokens", "placement.workers")
+"""What keys begin with that say which parameters and which rows there are. Keys `ROLE.path` are of this kind too."""
+
+
+def of_model_or_data(changed: Sequence[str]) -> list[str]:
+    """Those of the lines of `changes` that can make a checkpoint unfit for the run."""
+    return [line for line in changed if line.startswith(OF_MODEL_OR_DATA) or line.partition(":")[0].endswith(".path")]
 
 
 def changes(written: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

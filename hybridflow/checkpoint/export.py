@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from hybridflow.checkpoint.advice import export_from
 from hybridflow.checkpoint.sharded import METADATA, load_sharded, read_metadata
 from hybridflow.checkpoint.store import CheckpointStore, find
 from hybridflow.data.chat import tokenizer_at
@@ -58,14 +59,14 @@ def export_checkpoint(
             be written.
         ModelError: the model that training started from does not load.
     """
-    found, target = find(checkpoint), Path(folder).absolute()
+    found, target = find(checkpoint, instead=export_from), Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty. Export to a new folder")
-    if not (found / role / METADATA).is_file():
-        roles = sorted(path.parent.name for path in found.glob(f"*/{METADATA}"))
+    roles = sorted(path.parent.name for path in found.glob(f"*/{METADATA}"))
+    if role not in roles:
         raise CheckpointError(f"{found} has no weights of role {role!r}. It has those of: {', '.join(roles) or 'none'}")
-    CheckpointStore.verify(found)
-    origin = _source(CheckpointStore.read_state(found).config, role, source)
+    CheckpointStore.verify(found, instead=export_from)
+    origin = _source(CheckpointStore.read_state(found, instead=export_from).config, role, source)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

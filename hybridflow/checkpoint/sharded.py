@@ -6,7 +6,6 @@ where every piece of every tensor is, and reading cuts the tensors anew for what
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from hybridflow.disk import free_bytes
 from hybridflow.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def save_sharded(folder: str, state: dict[str, object], group: ProcessGroup | No
     Raises:
         CheckpointError: on every rank, when any rank could not write.
     """
-    advice = "Make room or correct the permissions there, then start the run again: it continues from the checkpoint before"
-    with _explained("written", Path(folder), advice):
+    with _explained("written", Path(folder)):
         metadata = save(state, checkpoint_id=folder, process_group=group, no_dist=_is_alone(group))
     if _is_alone(group) or dist.get_rank(group) == 0:
         _check_shared(Path(folder), metadata)
@@ -54,9 +53,37 @@ def load_sharded(folder: str, state: dict[str, object], group: ProcessGroup | No
             has another shape.
     """
     read_metadata(folder)
-    advice = "Resume from an earlier checkpoint by checkpoint.resume=PATH, with the model and settings that wrote it"
-    with _explained("read", Path(folder), advice):
+    with _explained("read", Path(folder)):
         load(state, checkpoint_id=folder, process_group=group, no_dist=_is_alone(group))
+
+
+def check_same_parts(folder: str, state: Mapping[str, object]) -> None:
+    """See that `folder` holds exactly the parts of `state`, in the same shapes: neither fewer nor more.
+
+    Raises:
+        CheckpointError: it does not; says how many of each, and names the first.
+    """
+    saved = {name: tuple(getattr(entry, "size", ())) for name, entry in read_metadata(folder).state_dict_metadata.items()}
+    wanted = dict(_shapes(state, ""))
+    if saved == wanted:
+        return
+    only_saved, only_wanted = sorted(saved.keys() - wanted.keys()), sorted(wanted.keys() - saved.keys())
+    other_shape = sorted(name for name in saved.keys() & wanted.keys() if saved[name] != wanted[name])
+    found = [
+        f"{len(only_saved)} saved parts have no place in it, the first is {only_saved[0]}" if only_saved else "",
+        f"{len(only_wanted)} of its parts were not saved, the first is {only_wanted[0]}" if only_wanted else "",
+        *(f"{name} was saved as {saved[name]} and is {wanted[name]}" for name in other_shape[:1]),
+    ]
+    raise CheckpointError(f"{folder} is of another model: {'; '.join(filter(None, found))}")
+
+
+def _shapes(state: Mapping[str, object], path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for key, value in state.items():
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            yield from _shapes(value, name)
+        else:
+            yield name, tuple(getattr(value, "shape", ()))
 
 
 def read_metadata(folder: str) -> Metadata:
@@ -73,7 +100,7 @@ def read_metadata(folder: str) -> Metadata:
             f"{path} should hold the sharded state of a role, with a file {METADATA}; found {found}. "
             "Give the checkpoint of a run whose configuration has this role"
         )
-    with _explained("read", path, f"{METADATA} is damaged; resume from an earlier checkpoint by checkpoint.resume=PATH"):
+    with _explained("read", path / METADATA):
         return FileSystemReader(folder).read_metadata()
 
 
@@ -92,7 +119,7 @@ def _is_alone(group: ProcessGroup | None) -> bool:
 
 
 @contextmanager
-def _explained(action: str, folder: Path, advice: str) -> Iterator[None]:
+def _explained(action: str, folder: Path) -> Iterator[None]:
     """Turn what torch raises into a CheckpointError; its CheckpointException is no `Exception`, so callers would miss it."""
     try:
         with warnings.catch_warnings():
@@ -101,10 +128,10 @@ def _explained(action: str, folder: Path, advice: str) -> Iterator[None]:
             yield
     except CheckpointException as error:
         found = _causes(error)
-        raise CheckpointError(f"{folder} could not be {action}: {found}{_free_space(action, folder)}. {advice}") from error
+        raise CheckpointError(f"{folder} could not be {action}: {found}{_free_space(action, folder)}") from error
     except Exception as error:  # what unpickling damaged bytes ends in is open: EOFError, ValueError, ImportError and more
         found = _one_line(error)
-        raise CheckpointError(f"{folder} could not be {action}: {found}{_free_space(action, folder)}. {advice}") from error
+        raise CheckpointError(f"{folder} could not be {action}: {found}{_free_space(action, folder)}") from error
 
 
 def _causes(error: CheckpointException) -> str:
@@ -125,5 +152,4 @@ def _free_space(action: str, folder: Path) -> str:
     """torch reports a full disk as a wrong position in a file, so every failed write says how much was free."""
     if action != "written":
         return ""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return f"; {shutil.disk_usage(existing).free:,} bytes are free there"
+    return f"; {free_bytes(folder):,} bytes are free there"

@@ -3,32 +3,29 @@
 A checkpoint is written to a hidden temporary folder: a subfolder per role, `state.json` with what the controller
 knows, and last `manifest.json` with size and checksum of every file. Everything is flushed to the disk before the
 folder gets its name by one rename, so a kill at any moment leaves either the whole checkpoint or none.
+
+Writing depends on the one folder that is written: whatever lies beside it, damaged, empty or of another run, is left alone.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from hybridflow.checkpoint.manifest import (
-    MANIFEST,
-    flush_folder,
-    other_checkpoint,
-    read_json,
-    read_manifest,
-    verify_files,
-    write_manifest,
-)
+from hybridflow.checkpoint import advice
+from hybridflow.checkpoint.lineage import read_record
+from hybridflow.checkpoint.manifest import MANIFEST, Manifest, read_json, read_manifest, verify_files, write_manifest
+from hybridflow.disk import errno_of, flush, free_bytes, named, remove, size_of
 from hybridflow.errors import CheckpointError, HybridflowError, WorkerDiedError
 
 STATE = "state.json"
-_COMPLETE = re.compile(r"step_\d{6,}")
+FOLDER = "checkpoints"
+_COMPLETE = re.compile(r"step_(\d{6,})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +40,20 @@ class RunState:
     """The algorithm's own state, for example an adaptive KL coefficient."""
     stream: Mapping[str, object] = field(default_factory=dict)
     """Which prompt groups were under way."""
+    lines: Mapping[str, object] = field(default_factory=dict)
+    """How many lines the files of the run's folder had that grow line by line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A folder with a checkpoint's name and something in it."""
+
+    path: Path
+    step: int
+    """By its name."""
+    manifest: Manifest | None
+    problem: str = ""
+    """Why it has no manifest that can be read."""
 
 
 class CheckpointStore:
@@ -51,10 +62,19 @@ class CheckpointStore:
     The folder must be on a disk that all nodes of the run share: every rank writes its own part below it.
     """
 
-    def __init__(self, run_folder: str | Path, *, keep: int = 0):
-        self.folder = Path(run_folder).absolute() / "checkpoints"
+    def __init__(self, run_folder: str | Path, *, keep: int = 0, resume: str = "auto"):
+        self.run_folder = Path(run_folder).absolute()
+        self.folder = self.run_folder / FOLDER
         self.keep = keep
         """Complete checkpoints that `prune` leaves, newest first; 0 keeps all."""
+        self.resume = resume
+        """`checkpoint.resume` of the run, for what is said of going on."""
+
+    @property
+    def run(self) -> str:
+        """Identity of the run that has the folder; empty where it has none yet, and every checkpoint counts as its own."""
+        record = read_record(self.run_folder)
+        return record.run if record else ""
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
@@ -70,12 +90,12 @@ class CheckpointStore:
             yield temporary
             self.commit(temporary)
         except WorkerDiedError:
-            self._discard(temporary)
+            remove(temporary)
             raise
         except (OSError, HybridflowError) as error:
             raise self.abandon(temporary, error) from error
         except BaseException:
-            self._discard(temporary)
+            remove(temporary)
             raise
         self.prune()
 
@@ -85,12 +105,12 @@ class CheckpointStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._recover()
-            for leftover in [*self.folder.glob(".step_*.tmp"), *self.folder.glob(".step_*.retired")]:
-                shutil.rmtree(leftover)
+            for leftover in [*self.folder.glob(".step_*.tmp*"), *self.folder.glob(".step_*.retired*")]:
+                remove(leftover)
+            temporary = _unused(temporary)
             temporary.mkdir()
         except OSError as error:
-            problem = f"no checkpoint can be written to {self.folder}: {error}"
-            raise CheckpointError(f"{problem}. Make it writable, or choose another run.folder") from error
+            raise self._unwritten(f"no checkpoint can be written to {self.folder}: {error}", error, needed=0) from error
         return temporary
 
     def write_state(self, folder: Path, state: RunState) -> None:
@@ -100,110 +120,131 @@ class CheckpointStore:
             CheckpointError: `state` holds something that JSON would lose; names its place.
         """
         plain = {name: _as_json(value, f"state.{name}") for name, value in vars(state).items()}
-        (folder / STATE).write_text(json.dumps(plain, indent=1))
+        path = folder / STATE
+        try:
+            path.write_text(json.dumps(plain, indent=1))
+        except OSError as error:
+            raise named(error, path) from error
 
     def commit(self, temporary: Path) -> Path:
         """Make the finished folder a checkpoint: checksums, flush, rename. Returns its final path.
 
-        A checkpoint of the same step that a superseded run left is replaced.
+        A checkpoint of the same step that a superseded start of this run left is replaced; anything else that has its name
+        is put aside as `NAME.aside`.
         """
-        final = self.folder / temporary.name.removeprefix(".").removesuffix(".tmp")
-        write_manifest(temporary, sequence=1 + max(map(_sequence, self._complete()), default=0))
-        if final.exists():
-            final.rename(self._replaced(final))
+        final = self.folder / f"step_{_step_of(temporary):06d}"
+        before = [found.manifest.sequence for found in self.own() if found.manifest]
+        write_manifest(temporary, sequence=1 + max(before, default=0), run=self.run)
+        is_own = any(found.path == final for found in self.own())
+        replaced = _unused(_replaced(final) if is_own else final.with_name(f"{final.name}.aside"))
+        if final.exists() or final.is_symlink():
+            final.rename(replaced)
         temporary.rename(final)
-        flush_folder(self.folder)
-        shutil.rmtree(self._replaced(final), ignore_errors=True)
+        flush(self.folder)
+        if is_own:
+            remove(replaced)
         return final
 
     def abandon(self, temporary: Path, cause: BaseException) -> CheckpointError:
         """Remove an unfinished checkpoint. Returns the error to raise: the cause, the free bytes, and what remains."""
-        free = shutil.disk_usage(self.folder).free
-        self._discard(temporary)
-        remaining = self.latest()
-        kept = f"{remaining} is complete and remains" if remaining else "there is no earlier checkpoint"
-        step = int(temporary.name.removeprefix(".step_").removesuffix(".tmp"))
-        return CheckpointError(
-            f"the checkpoint of step {step} could not be written: {cause}\n{free:,} bytes were free in {self.folder}; {kept}. "
-            "Make room (checkpoint.keep limits how many are kept), then start the same command again to continue from it"
-        )
+        needed = max((size_of(found.path) for found in self.own()), default=0)
+        problem = f"the checkpoint of step {_step_of(temporary)} could not be written: {cause}"
+        error = self._unwritten(problem, cause, needed=needed)
+        remove(temporary)
+        return error
 
-    def latest(self) -> Path | None:
-        """The checkpoint that was committed last, or None.
+    def _unwritten(self, problem: str, cause: BaseException, *, needed: int) -> CheckpointError:
+        free, newest = free_bytes(self.folder), self._newest()
+        own = sorted((found for found in self.own() if found.path != newest), key=_sequence)
+        what_to_do = advice.after_failed_write(
+            errno_of(cause), folder=self.folder, free=free, needed=needed, spare=[found.path for found in own]
+        )
+        kept = f"{newest} is complete and remains" if newest else "there is no earlier checkpoint"
+        going_on = advice.to_continue(self.resume, newest)
+        problem = f"{problem}\n{free:,} bytes were free in {self.folder}; {kept}."
+        error = CheckpointError.advising(problem, f"{what_to_do} {going_on}")
+        error.errno = errno_of(cause)
+        return error
+
+    def latest(self, *, run: str | None = None, instead: advice.Instead = advice.resume_from) -> Path | None:
+        """The checkpoint of this run that was committed last, or None. `run` is an identity that the folder is yet to get.
 
         Raises:
-            CheckpointError: a folder with a checkpoint's name has no readable manifest, so somebody else damaged or copied it.
+            CheckpointError: a later one is damaged; `instead` says what to do about it.
         """
         self._recover()
-        complete = self._complete()
-        return max(complete, key=_sequence) if complete else None
+        newest = self._newest(run)
+        last_step = _step_of(newest) if newest else -1
+        if damaged := [found for found in self.scan() if found.manifest is None and found.step > last_step]:
+            found = damaged[-1]
+            what_to_do = instead(found.path, newest_whole(self.folder, other_than=found.path))
+            raise CheckpointError.advising(f"{found.problem}.", what_to_do)
+        return newest
 
     @staticmethod
-    def read_state(checkpoint: str | Path) -> RunState:
+    def read_state(checkpoint: str | Path, *, instead: advice.Instead = advice.resume_from) -> RunState:
         """What the controller wrote into `checkpoint`.
 
         Raises:
             CheckpointError: the folder is no checkpoint, or its state is unreadable.
         """
-        path = Path(checkpoint) / STATE
-        content = read_json(path, "the controller's state")
-        try:
-            return RunState(**cast(dict[str, Any], content))
-        except TypeError as error:
-            raise CheckpointError(
-                f"{path} was written by another version of hybridflow: {error}. {other_checkpoint(path.parent)}"
-            ) from error
+        with _advised(Path(checkpoint), instead):
+            return _state_of(Path(checkpoint))
 
     @staticmethod
-    def verify(checkpoint: str | Path) -> None:
+    def verify(checkpoint: str | Path, *, instead: advice.Instead = advice.resume_from) -> None:
         """Compare every file of `checkpoint` with its manifest. Reads all of it, in several threads.
 
         Raises:
-            CheckpointError: names the first file that is missing, has another size, or another checksum.
+            CheckpointError: names the first file that is missing, added, has another size, or another checksum.
         """
-        verify_files(Path(checkpoint))
+        with _advised(Path(checkpoint), instead):
+            verify_files(Path(checkpoint))
 
     def prune(self) -> list[Path]:
-        """Remove all but the newest `keep` checkpoints; returns what was removed."""
+        """Remove all but the newest `keep` checkpoints of this run; returns what was removed. What else is there stays."""
         if self.keep == 0:
             return []
-        retired = sorted(self._complete(), key=_sequence)[: -self.keep]
+        retired = [found.path for found in sorted(self.own(), key=_sequence)[: -self.keep]]
         for path in retired:
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.retired")))
+            remove(path.rename(_unused(path.with_name(f".{path.name}.retired"))))
         return retired
 
-    def _complete(self) -> list[Path]:
-        """All checkpoints; only complete ones have such a name."""
-        return sorted(path for path in self.folder.glob("step_*") if _COMPLETE.fullmatch(path.name))
+    def scan(self) -> list[Found]:
+        """Whatever is or was a checkpoint, of this run and others, in the order of the names."""
+        return [_found(path) for path in sorted(self.folder.glob("step_*")) if _is_checkpoint(path)]
 
-    def _discard(self, temporary: Path) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def own(self, run: str | None = None) -> list[Found]:
+        """The complete checkpoints of this run, in the order of their names. Their files are not read."""
+        run = run or self.run
+        return [found for found in self.scan() if found.manifest and (not run or found.manifest.run in ("", run))]
 
-    def _replaced(self, final: Path) -> Path:
-        return final.with_name(f".{final.name}.replaced")
+    def _newest(self, run: str | None = None) -> Path | None:
+        own = self.own(run)
+        return max(own, key=_sequence).path if own else None
 
     def _recover(self) -> None:
         """Finish a replacement that a kill interrupted: between its two renames the old checkpoint is the only one."""
         for replaced in self.folder.glob(".step_*.replaced"):
             final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
             if final.exists():
-                shutil.rmtree(replaced)
+                remove(replaced)
             else:
                 replaced.rename(final)
 
 
-def find(path: str | Path) -> Path:
+def find(path: str | Path, *, instead: advice.Instead = advice.resume_from) -> Path:
     """The checkpoint that `path` means: itself, or the newest one where `path` is a run's folder.
 
     Raises:
         CheckpointError: there is none.
     """
     given = Path(path)
-    if (given / MANIFEST).is_file():
+    if (given / MANIFEST).is_file() or (_COMPLETE.fullmatch(given.name) and _is_checkpoint(given)):
         return given
-    run_folder = given.parent if given.name == "checkpoints" else given
-    newest = CheckpointStore(run_folder).latest()
+    run_folder = given.parent if given.name == FOLDER else given
+    newest = CheckpointStore(run_folder).latest(instead=instead)
     if newest is None:
         found = "has no checkpoint in it" if given.is_dir() else "does not exist"
         example = "outputs/run/checkpoints/step_000100"
@@ -211,8 +252,81 @@ def find(path: str | Path) -> Path:
     return newest
 
 
-def _sequence(checkpoint: Path) -> int:
-    return read_manifest(checkpoint).sequence
+def newest_whole(folder: Path, *, other_than: Path) -> Path | None:
+    """The newest checkpoint in `folder` that can be used: every file of it is read. None where there is none."""
+    others = [found for found in CheckpointStore(folder.parent).own() if found.path.name != other_than.name]
+    for found in sorted(others, key=_sequence, reverse=True) if folder.name == FOLDER else ():
+        try:
+            verify_files(found.path)
+            _state_of(found.path)
+        except CheckpointError:
+            continue
+        return found.path
+    return None
+
+
+@contextmanager
+def _advised(checkpoint: Path, instead: advice.Instead) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        whole = newest_whole(checkpoint.absolute().parent, other_than=checkpoint)
+        raise CheckpointError.advising(f"{error}.", instead(checkpoint, whole)) from error
+
+
+def _state_of(checkpoint: Path) -> RunState:
+    path = checkpoint / STATE
+    content = read_json(path, "the controller's state")
+    try:
+        state = RunState(**cast(dict[str, Any], content))
+    except TypeError as error:
+        raise CheckpointError(f"{path} was written by another version of hybridflow: {error}") from error
+    parts = (state.config, state.algorithm, state.stream, state.lines)
+    if type(state.step) is not int or not all(isinstance(part, dict) for part in parts):
+        raise CheckpointError(f"{path} should hold the number of a step and what the controller knew after it, and does not")
+    if _COMPLETE.fullmatch(checkpoint.name) and state.step != _step_of(checkpoint):
+        raise CheckpointError(f"{path} is of step {state.step}, and the folder has the name of step {_step_of(checkpoint)}")
+    return state
+
+
+def _found(path: Path) -> Found:
+    try:
+        return Found(path=path, step=_step_of(path), manifest=read_manifest(path))
+    except CheckpointError as error:
+        return Found(path=path, step=_step_of(path), manifest=None, problem=str(error))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a folder with a checkpoint's name is or was one. An empty folder, a file, or a folder of other things
+    never was."""
+    if not _COMPLETE.fullmatch(path.name):
+        return False
+    try:
+        return any((path / name).exists() for name in (MANIFEST, STATE)) or any(path.glob("*/.metadata"))
+    except OSError:
+        return True  # it may not be looked into
+
+
+def _step_of(path: Path) -> int:
+    """The step in the name of a checkpoint, or of a folder in which one is written."""
+    found = re.match(r"\.?step_(\d+)", path.name)
+    assert found, f"{path} has no checkpoint's name"
+    return int(found[1])
+
+
+def _sequence(found: Found) -> int:
+    assert found.manifest is not None, "only complete checkpoints are in an order"
+    return found.manifest.sequence
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.replaced")
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or where that is taken the first of `path.1`, `path.2` and so on that is not."""
+    candidates = (path if not number else path.with_name(f"{path.name}.{number}") for number in range(10_000))
+    return next(candidate for candidate in candidates if not candidate.exists() and not candidate.is_symlink())
 
 
 def _as_json(value: object, place: str) -> object:

@@ -401,7 +401,8 @@ class CheckpointConfig:
     keep: Annotated[int, NOT_NEGATIVE] = 2
     """Checkpoints kept, newest first; 0 keeps all."""
     resume: Literal["auto", "never"] | FilePath = "auto"
-    """auto continues from the newest checkpoint in the run's folder; a path continues from there."""
+    """auto continues from the newest checkpoint in the run's folder; a path (a checkpoint, or a run's folder for its newest) is
+    where the first start begins, and later ones continue from the newest in the run's folder; never begins anew."""
     save_last: bool = True
     """Save after the last step."""
 

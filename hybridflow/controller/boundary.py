@@ -58,8 +58,9 @@ def ended_by(error: BaseException, config: Config | None) -> int:
     if isinstance(error, SystemExit) and config is None:
         return error.code if isinstance(error.code, int) else FAILED
     _say("\nThe run failed.\n" if config is not None else "\nThe command failed before anything was started.\n")
-    lines = [what_happened(error)]
-    lines += [how_to_go_on(config)] if config is not None else []
+    known = error.advice if isinstance(error, HybridflowError) else ""
+    lines = [what_happened(error).removesuffix(known).rstrip()]
+    lines += [known or how_to_go_on(config)] if config is not None else []
     _say("\n".join([*lines, written_trace(error, config), ""]))
     return FAILED
 
@@ -110,19 +111,13 @@ def written_trace(error: BaseException, config: Config | None) -> str:
 
 def how_to_go_on(config: Config) -> str:
     """What was saved, and what the same command would do after a run was stopped."""
+    from hybridflow.checkpoint.resume import how_to_go_on
     from hybridflow.checkpoint.store import CheckpointStore
 
     try:
-        newest = CheckpointStore(config.run.folder).latest()
-    except (HybridflowError, OSError) as error:
+        return how_to_go_on(CheckpointStore(config.run.folder, resume=config.checkpoint.resume))
+    except OSError as error:
         return f"What was saved cannot be told: {error}"
-    resume = config.checkpoint.resume
-    if newest is None:
-        begins = "starts anew" if resume in ("auto", "never") else f"starts from {resume} again"
-        return f"There is no checkpoint yet: the same command {begins}."
-    if resume == "auto":
-        return f"The same command continues after {newest}."
-    return f"checkpoint.resume={resume}: add checkpoint.resume=auto to continue after {newest}."
 
 
 def leave(code: int) -> None:

@@ -36,7 +36,7 @@ def evaluate(config: Config, ks: Sequence[int]) -> Results:
             logger.info("answering %d prompts", groups.dataset.num_validation_prompts)
             rows = answered(config, groups)
             results = estimates(config, groups, rows, ks)
-            groups.data.write_rows(rows, str(folder / ROWS_FILE))
+            groups.data.write_rows(rows, str(folder.path / ROWS_FILE))
     numbers = {source: {name: asdict(estimate) for name, estimate in found.items()} for source, found in results.items()}
     Path(config.run.folder, RESULTS_FILE).write_text(json.dumps(numbers, indent=1))
     return results

@@ -49,7 +49,7 @@ def _run(config: Config, is_finished: threading.Event, on_step: OnStep) -> None:
         interrupts.heed_sigterm()
         for line in placement_lines(config, all_roles(config)):
             logger.info(line)
-        with reserved(config), launched(config) as groups, watched(config, groups.log):
+        with reserved(config) as folder, launched(config) as groups, watched(config, groups.log):
             algorithm = algorithm_class(config)(config, groups.groups)
             data = groups.dataset
             total_steps = config.run.total_steps or config.run.total_epochs * data.steps_per_epoch
@@ -59,5 +59,5 @@ def _run(config: Config, is_finished: threading.Event, on_step: OnStep) -> None:
             logger.info("ready for the first step after %.1f s", time.perf_counter() - started)
             if device_type(config) == "cuda":
                 logger.info("the first step compiles kernels: it may take half a minute more than the following ones")
-            Loop(config, groups, algorithm, total_steps=total_steps).run(on_step)
+            Loop(config, groups, algorithm, folder, total_steps=total_steps).run(on_step)
             is_finished.set()

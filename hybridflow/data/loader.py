@@ -147,8 +147,7 @@ class PromptLoader:
         if list(state["num_rows"]) != found:
             raise DataError(
                 f"the checkpoint was written with {list(state['num_rows'])} prompts (per file if weighted), now {found}. "
-                "Use the data.train_files, data.train_weights and data.max_prompt_tokens of then, or start anew with "
-                "checkpoint.resume=never"
+                "Use the data.train_files, data.train_weights and data.max_prompt_tokens of then"
             )
         self._drawn = np.array(state["drawn"], np.int64)
 

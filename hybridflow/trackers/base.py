@@ -56,6 +56,9 @@ class Tracker(ABC):
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:  # noqa: B027 (a default, not an omission)
         """Take some responses of a validation. By default they are ignored."""
 
+    def flush(self) -> None:  # noqa: B027 (likewise)
+        """Write what is held back: a checkpoint is about to be committed, and nothing that was logged may be lost after it."""
+
     def close(self) -> None:  # noqa: B027 (likewise)
         """Write what is held back. Called once, also after a failure."""
 
@@ -99,6 +102,11 @@ class Trackers(Tracker):
         self.trackers["jsonl"].log_samples(step, samples)
         for behind in self._behind:
             behind.call(lambda tracker: tracker.log_samples(step, samples))
+
+    def flush(self) -> None:
+        self.trackers["jsonl"].flush()
+        for behind in self._behind:
+            behind.call(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         try:

@@ -11,10 +11,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hybridflow.config.schema import Config
+from hybridflow.disk import retried, write_durably
+from hybridflow.errors import RunFolderError
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, run_folder
 
 logger = logging.getLogger(__name__)
+
+
+class LineFile:
+    """A file that grows by whole lines, each handed to the operating system when it is complete."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, content: Mapping[str, object]) -> None:
+        """Write one line; after a passing failure of the disk once more, from where it began.
+
+        Raises:
+            OSError: it could not be written; names it.
+            RunFolderError: it is not the file any more that has its name.
+        """
+        line = (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._file.fileno()).st_size
+
+        def write() -> None:
+            self._file.truncate(size)
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+        retried(self.path, write)
+        if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+            raise RunFolderError(f"{self.path} was removed or replaced while the run was writing it")
+
+    def flush(self) -> None:
+        """Put all lines on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close it."""
+        self._file.close()
 
 
 class JsonlTracker(Tracker):
@@ -29,17 +67,20 @@ class JsonlTracker(Tracker):
         aside = [drop_later_lines(folder / name, resume_step) for name in ("metrics.jsonl", "samples.jsonl")]
         if moved := [path.name for path in aside if path is not None]:
             logger.info("a new run begins in %s; what an earlier one measured there is kept as %s", folder, " and ".join(moved))
-        self._metrics = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._samples = (folder / "samples.jsonl").open("a", buffering=1)
+        self._metrics, self._samples = LineFile(folder / "metrics.jsonl"), LineFile(folder / "samples.jsonl")
 
     def log(self, step: int, metrics: Metrics) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._metrics.write(_line({"step": step, "time": time.time(), **values}))
+        self._metrics.append({"step": step, "time": time.time(), **values})
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         for sample in samples:
             reward = sample.reward if math.isfinite(sample.reward) else None
-            self._samples.write(_line({"step": step, **vars(sample), "reward": reward}))
+            self._samples.append({"step": step, **vars(sample), "reward": reward})
+
+    def flush(self) -> None:
+        self._metrics.flush()
+        self._samples.flush()
 
     def close(self) -> None:
         self._metrics.close()
@@ -55,12 +96,12 @@ def drop_later_lines(path: Path, resume_step: int) -> Path | None:
     if not path.exists():
         return None
     if resume_step == 0:
+        if not path.stat().st_size:
+            return None
         ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
         return path.replace(path.with_name(f"{path.stem}.until-{ended}{path.suffix}"))
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= resume_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= resume_step]
+    write_durably(path, "".join(kept))
     return None
 
 
@@ -77,7 +118,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _line(content: Mapping[str, object]) -> str:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"

@@ -35,5 +35,8 @@ class TensorboardTracker(Tracker):
             verdict = f"reward {sample.reward:g}, ground truth `{sample.ground_truth}`"
             self._writer.add_text(f"samples/{index}", f"    {text}\n\n{verdict}", step)
 
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()

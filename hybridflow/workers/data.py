@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from hybridflow.batch import Batch
 from hybridflow.checkpoint.arrays import load_arrays, save_arrays
+from hybridflow.checkpoint.manifest import read_json
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import load_tokenizer
 from hybridflow.data.loader import PromptLoader, RowKind, build_loaders
+from hybridflow.data.parquet import identity_of
 from hybridflow.data.rollouts import write_rows
+from hybridflow.errors import CheckpointError, DataError
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
 
@@ -40,6 +43,8 @@ class DataWorker(Worker):
         self.train: PromptLoader | None = None
         self.validation: PromptLoader | None = None
         self.held_out: PromptLoader | None = None
+        self.files: list[dict[str, int | str]] = []
+        """Identities of the training files, as they were read."""
 
     @remote("rank_zero")
     def open(self, rows: RowKind) -> DataSummary:
@@ -48,6 +53,7 @@ class DataWorker(Worker):
         Raises:
             DataError: a file or column is missing or mistyped, or nothing is left after filtering.
         """
+        self.files = [identity_of(path) for path in self.config.data.train_files]
         loaders = build_loaders(self.config, load_tokenizer(self.config), rows)
         self.train, self.validation, self.held_out = loaders.train, loaders.validation, loaders.held_out
         num_validation = self.validation.num_prompts if self.validation else 0
@@ -99,9 +105,32 @@ class DataWorker(Worker):
     @remote("rank_zero")
     def save(self, folder: str) -> None:
         assert self.train is not None, "DataWorker.open comes first"
-        Path(folder, STATE_FILE).write_text(json.dumps(self.train.state_dict()))
+        Path(folder, STATE_FILE).write_text(json.dumps({**self.train.state_dict(), "files": self.files}))
 
     @remote("rank_zero")
     def restore(self, folder: str) -> None:
         assert self.train is not None, "DataWorker.open comes first"
-        self.train.load_state_dict(json.loads(Path(folder, STATE_FILE).read_text()))
+        path = Path(folder, STATE_FILE)
+        state = read_json(path, "how far the dataset was read")
+        self._refuse_other_files(state.pop("files", self.files))
+        drawn, num_rows = state.get("drawn"), state.get("num_rows")
+        if not _are_counts(drawn) or not _are_counts(num_rows) or len(drawn) != len(num_rows):
+            raise CheckpointError(f"{path} should hold how many prompts were drawn of how many, for each stream, and does not")
+        self.train.load_state_dict({"drawn": drawn, "num_rows": num_rows})
+
+    def _refuse_other_files(self, then: object) -> None:
+        """The same number of rows in another file would be taken for the old ones, in silence."""
+        if then == self.files:
+            return
+        old = then if isinstance(then, list) else []
+        names = self.config.data.train_files
+        if len(old) != len(names):
+            found = f"the checkpoint was written with {len(old)} training files, and data.train_files names {len(names)}"
+        else:
+            first = next(number for number, file in enumerate(self.files) if file != old[number])
+            found = f"data.train_files: {names[first]} has other content than the file that the checkpoint was written with"
+        raise DataError(f"{found}. Give the files of then, in their order; where they lie does not matter")
+
+
+def _are_counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)

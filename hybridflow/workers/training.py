@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hybridflow.batch import Batch, Ragged
-from hybridflow.checkpoint.sharded import load_sharded, save_sharded
+from hybridflow.checkpoint.sharded import check_same_parts, load_sharded, save_sharded
 from hybridflow.config.schema import TrainingConfig
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.models.build import named_tensors, parameters_by_name
@@ -249,6 +249,7 @@ class TrainingCore:
         """
         fsdp.drop_gathered(self.model)
         state = self._state()
+        check_same_parts(folder, state)
         load_sharded(folder, state, self.context.group)
         random_state = state["random"]
         assert isinstance(random_state, torch.Tensor)

@@ -44,7 +44,7 @@ def test_a_part_of_the_state_can_be_read_alone(saved: Path):
 
 
 def test_a_key_that_was_not_saved_is_named(saved: Path):
-    with pytest.raises(CheckpointError, match=r"Missing key .*model\.new.*checkpoint\.resume=PATH"):
+    with pytest.raises(CheckpointError, match=r"Missing key .*model\.new"):
         load_sharded(str(saved), {"model": {"new": torch.zeros(1)}}, None)
 
 
@@ -68,7 +68,7 @@ def test_a_missing_shard_is_an_error(saved: Path):
 
 def test_damaged_metadata_is_an_error(saved: Path):
     (saved / ".metadata").write_bytes((saved / ".metadata").read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
+    with pytest.raises(CheckpointError, match=r"\.metadata could not be read: UnpicklingError"):
         load_sharded(str(saved), example(), None)
 
 

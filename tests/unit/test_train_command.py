@@ -82,7 +82,7 @@ def test_a_command_without_a_file_says_that_one_comes_first(capsys: pytest.Captu
         ("auto", False, "There is no checkpoint yet: the same command starts anew."),
         ("never", False, "There is no checkpoint yet: the same command starts anew."),
         ("auto", True, "The same command continues after {newest}."),
-        ("never", True, "checkpoint.resume=never: add checkpoint.resume=auto to continue after {newest}."),
+        ("never", True, "The same command would start anew; to continue after {newest}, checkpoint.resume=auto"),
     ],
 )
 def test_a_stopped_run_says_what_the_same_command_would_do(
