@@ -91,7 +91,7 @@ def test_no_text_depends_on_one_machine(folder: str):
 BUDGETS = {
     "hybridflow": 27000,
     "hybridflow/algorithms": 3200,
-    "hybridflow/checkpoint": 1300,
+    "hybridflow/checkpoint": 1500,
     "hybridflow/config": 3600,
     "hybridflow/controller": 3900,
     "hybridflow/controller/stream.py": 250,

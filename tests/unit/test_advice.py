@@ -142,21 +142,21 @@ def failing_write(number: int, *, times: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("number", "words", "not_words"),
+    ("number", "words"),
     [
-        (errno.ENOSPC, "Make room", "permissions"),
-        (errno.EDQUOT, "Make room", "permissions"),
-        (errno.EACCES, "permissions", "Make room"),
-        (errno.EROFS, "permissions", "Make room"),
-        (errno.EIO, "failed twice", "Make room"),
-        (errno.ESTALE, "failed twice", "Make room"),
-        (errno.ENAMETOOLONG, "Room was not short", "Make room"),
+        (errno.ENOSPC, "Make room"),
+        (errno.EDQUOT, "Make room"),
+        (errno.EACCES, "permissions"),
+        (errno.EROFS, "permissions"),
+        (errno.EIO, "failed twice"),
+        (errno.ESTALE, "failed twice"),
+        (errno.ENAMETOOLONG, "Room was not short"),
     ],
 )
 @pytest.mark.parametrize("resume", ["auto", "never", "path"])
 @pytest.mark.parametrize("first_save", [True, False])
 def test_what_is_advised_when_a_checkpoint_cannot_be_written_gets_the_run_further(
-    finished: Path, tmp_path: Path, number: int, words: str, not_words: str, resume: str, first_save: bool
+    finished: Path, tmp_path: Path, number: int, words: str, resume: str, first_save: bool
 ):
     folder = tmp_path / "run"
     settings = {"checkpoint__resume": str(finished / "checkpoints/step_000004") if resume == "path" else resume}
@@ -170,7 +170,8 @@ def test_what_is_advised_when_a_checkpoint_cannot_be_written_gets_the_run_furthe
     context = failing_write(number, times=2)
     ended = command(folder, hook, **settings, run__total_steps="10")
     context.__exit__(None, None, None)
-    assert words in ended.message and not_words not in ended.message and f"{folder}/checkpoints" in ended.message
+    assert words in ended.message and f"{folder}/checkpoints" in ended.message
+    assert ("Make room" in ended.message) == (words == "Make room")
     again = command(folder, **{**settings, **advised(ended.message), "run__total_steps": "10"})
     assert not again.message and again.steps == list(range(start + 1, 11)), again
     if not first_save and resume != "never":
