@@ -93,7 +93,7 @@ BUDGETS = {
     "hybridflow/algorithms": 3200,
     "hybridflow/checkpoint": 1500,
     "hybridflow/config": 3600,
-    "hybridflow/controller": 3900,
+    "hybridflow/controller": 4200,
     "hybridflow/controller/stream.py": 250,
     "hybridflow/data": 2200,
     "hybridflow/models": 1500,
