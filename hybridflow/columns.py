@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Per = Literal["row", "prompt token", "response token", "run of response tokens"]
+Per = Literal["row", "prompt token", "response token", "run of response tokens", "history"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ COLUMNS = {
     "loss_tokens": Column("row", "int64", "whoever writes loss_mask", "Number of tokens whose loss_mask is 1.", light=True),
     # From generation with an environment: one row per episode, whose `prompt` is that of `reset`.
     "conversation": Column("row", "object", "rollout.generate", "The episode's chat messages, of both sides."),
+    "history_starts": Column(
+        "history",
+        "int64",
+        "rollout.generate",
+        "Response tokens before each new history: tokens behind were sampled without those before. Absent where none is.",
+    ),
     "episode_reward": Column("row", "float32", "rollout.generate", "Sum of the environment's rewards.", light=True),
     "episode_failed": Column("row", "bool", "rollout.generate", "True where the environment failed.", light=True),
     "token_rewards": Column(

@@ -6,11 +6,15 @@ An environment is an ordinary class; one object of it is one episode. Its method
     step(message) -> (messages, reward, terminated, truncated, info)
     close()                                    if it has one
 
+An agent that speaks to an OpenAI-compatible address is a function `run(row, address)` or a class with such a method; it returns
+the reward of its episode (environments/sessions.py).
+
 Imports no torch: the processes that environments run in load it.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -27,6 +31,10 @@ from hybridflow.errors import EpisodeError
 
 Message = Mapping[str, object]
 """As in chat templates: `role`, `content`, and `tool_calls` where a model calls tools."""
+
+
+NEW_HISTORY = "new_history"
+"""In the info of `step`: its messages are the whole conversation from now on, in place of what was said before."""
 
 
 class Row(TypedDict):
@@ -62,6 +70,8 @@ class Outcome:
     truncated: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The numbers in `info`."""
+    tools: tuple[Mapping[str, object], ...] | None = None
+    """Of a new history; None where it goes on."""
 
     @property
     def has_ended(self) -> bool:
@@ -102,8 +112,11 @@ def outcome_of(result: object) -> Outcome:
     if not found and not (terminated or truncated):
         raise ValueError("step returned no messages and neither terminated nor truncated: the policy has nothing to answer")
     known = info if isinstance(info, Mapping) else {}
-    metrics = {str(name): float(value) for name, value in known.items() if isinstance(value, SupportsFloat)}
-    return Outcome(found, number, bool(terminated), bool(truncated), metrics)
+    metrics = {
+        str(key): float(value) for key, value in known.items() if isinstance(value, SupportsFloat) and key != NEW_HISTORY
+    }
+    tools = tuple(known.get("tools") or ()) if known.get(NEW_HISTORY) else None
+    return Outcome(found, number, bool(terminated), bool(truncated), metrics, tools)
 
 
 def _messages(messages: object, method: str) -> tuple[Message, ...]:
@@ -131,6 +144,8 @@ def load_environment(config: EnvironmentConfig) -> Callable[[], object]:
         found = registry.load(config.name, {}, key="environment.name")
     if not callable(found):
         raise EpisodeError(f"{asked}: is {_kind(found)}; expected a class with reset and step")
+    if _is_agent(found):
+        return _agent(found, config.options, asked)
     missing = [name for name in ("reset", "step") if not callable(getattr(found, name, None))]
     if missing and inspect.isclass(found):
         raise EpisodeError(f"{asked}: class {found.__name__} has no method {' and no '.join(missing)}")
@@ -142,16 +157,41 @@ def load_environment(config: EnvironmentConfig) -> Callable[[], object]:
     return lambda: make(**options)
 
 
+def _is_agent(found: object) -> bool:
+    """Whether it is a function, or a class whose objects run by themselves."""
+    has_steps = callable(getattr(found, "step", None))
+    return inspect.isfunction(found) or (callable(getattr(found, "run", None)) and not has_steps)
+
+
+def _agent(found: Callable[..., object], options: Mapping[str, object], asked: str) -> Callable[[], object]:
+    """What makes the environment of one run of an agent: `run(row, address)`, a function or a method."""
+    from hybridflow.environments.sessions import AgentEnvironment
+
+    is_class = inspect.isclass(found)
+    parameters = inspect.signature(found).parameters
+    try:
+        inspect.signature(found).bind(*(() if is_class else (None, "")), **options)
+    except TypeError as error:
+        takes = f"it takes ({', '.join(parameters)})"
+        problem = f"an agent is run(row, address), with environment.options: {error}; {takes}"
+        raise EpisodeError(f"{asked}: {problem}") from error
+    if not is_class:
+        return lambda: AgentEnvironment(functools.partial(found, **options))
+    return lambda: AgentEnvironment(found(**options).run)  # type: ignore[attr-defined]
+
+
 def _class_in(module: ModuleType, name: str | None, asked: str) -> object:
     """The class of that name, or the only environment that the file itself defines."""
-    own = {key: value for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__}
+    own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
     if name is not None:
         if name not in vars(module):
             raise EpisodeError(f"{asked}: the file has no class {name!r}{registry.nearest(name, own)}")
         return vars(module)[name]
-    fitting = [key for key, value in own.items() if callable(getattr(value, "step", None))]
+    fitting = [key for key, value in own.items() if inspect.isclass(value) and (hasattr(value, "step") or _is_agent(value))]
+    if not fitting and inspect.isfunction(own.get("run")):
+        return own["run"]
     if len(fitting) != 1:
-        listed = f"has {', '.join(fitting)}" if fitting else "has no class with reset and step"
+        listed = f"has {', '.join(fitting)}" if fitting else "has no class with reset and step, and no agent's run"
         raise EpisodeError(f"{asked}: the file {listed}. Name one in environment.class_name")
     return own[fitting[0]]
 

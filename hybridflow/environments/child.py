@@ -19,6 +19,7 @@ from typing import Literal, cast
 
 from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments.base import Message, Opening, Outcome, Row, load_environment, opening_of, outcome_of
+from hybridflow.environments.threads import on_thread
 from hybridflow.errors import HybridflowError
 from hybridflow.orphan import end_with_parent
 
@@ -163,33 +164,6 @@ class Episodes:
             task.cancel()
             raise LateError(is_thread)
         return task.result()
-
-
-def on_thread(method: Callable[..., object], *given: object) -> asyncio.Future[object]:
-    """The result of a call on a daemon thread."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[object] = loop.create_future()
-
-    def settle(result: object, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        try:
-            result = method(*given)
-        except BaseException as error:
-            if isinstance(error, StopIteration | KeyboardInterrupt | SystemExit):  # which no future can hold
-                error = RuntimeError(f"raised {type(error).__name__}: {error}")
-            loop.call_soon_threadsafe(settle, None, error)
-        else:
-            loop.call_soon_threadsafe(settle, result, None)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def main() -> None:

@@ -51,12 +51,14 @@ def episode_columns(episodes: Sequence[Episode], config: EnvironmentConfig) -> B
     columns: dict[str, Array | Heavy] = {
         "prompt": prompts,
         "prompt_text": [episode.prompt_text for episode in episodes],
-        "conversation": [episode.said for episode in episodes],
+        "conversation": [[*episode.past, *episode.said] for episode in episodes],
+        "history_starts": Ragged.from_rows([episode.history_starts for episode in episodes], np.int64),
         "loss_mask": mask,
         "prompt_tokens": prompts.lengths,
         "loss_tokens": np.array([episode.mask.sum() for episode in episodes], np.int64),
         "episode_reward": np.array([episode.reward for episode in episodes], np.float32),
         "episode_failed": np.array([episode.failure is not None for episode in episodes], np.bool_),
+        "environment/histories": np.array([1 + len(episode.history_starts) for episode in episodes], np.float32),
         "environment/turns": np.array([episode.num_turns for episode in episodes], np.float32),
     }
     if config.rewards == "turn":

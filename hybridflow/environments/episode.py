@@ -48,8 +48,14 @@ class Episode(RowUnderWay):
     turn_rewards: list[tuple[int, float]] = field(default_factory=list)
     """(number of response tokens up to the end of the turn, reward)."""
     metrics: dict[str, float] = field(default_factory=dict)
+    history_starts: list[int] = field(default_factory=list)
+    """Response tokens before each history but the first."""
     turn_start: int = 0
     """Parts before the present turn."""
+    history_start: int = 0
+    """Parts that belong to earlier histories, which what comes is not sampled behind."""
+    past: list[Message] = field(default_factory=list)
+    """Conversations of earlier histories, one behind the other."""
     turn_ended_by: Literal["stop", "length"] | None = None
     """While the environment works on the turn."""
     script: deque[Part] = field(default_factory=deque)
@@ -57,6 +63,10 @@ class Episode(RowUnderWay):
     place: int | None = None
     """Number in the processes of environments; None where it is in none."""
     failure: Failure | None = None
+
+    @property
+    def context(self) -> Sequence[npt.NDArray[np.int32]]:
+        return self.tokens[self.history_start :] if self.history_start else super().context
 
     @property
     def present(self) -> Sequence[npt.NDArray[np.int32]]:
@@ -93,6 +103,15 @@ class Episode(RowUnderWay):
         self._add(Part(False, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), []))
         self.turn_start = len(self.tokens)
         self.turn_ended_by = None
+
+    def begin_history(self, messages: Sequence[Message], tokens: Sequence[int]) -> None:
+        """Go on behind these tokens alone, those of `messages`."""
+        self.past += self.said
+        self.said = list(messages)
+        start = len(self.tokens)
+        self.append(tokens)
+        self.history_start = start
+        self.history_starts.append(self.num_tokens - len(tokens))
 
     def say_again(self, turn: Part) -> None:
         """Take a turn from the script."""
@@ -138,7 +157,8 @@ class Episode(RowUnderWay):
         """Forget everything and say `parts` again as the environment lets it. The last turn is gone on with, unless it is
         whole."""
         self.tokens, self.log_probs, self.versions, self.is_sampled = [], [], [], []
-        self.said, self.turn_rewards, self.metrics = [], [], {}
+        self.said, self.past, self.turn_rewards, self.metrics = [], [], [], {}
+        self.history_start, self.history_starts = 0, []
         self.turn_start, self.turn_ended_by, self.finish_reason, self.place = 0, None, None, None
         self.script = deque(parts)
         self.is_last_whole = is_last_whole

@@ -175,15 +175,25 @@ class EpisodesUnderWay(RowsUnderWay):
             episode.said += result.messages
             self._finish(episode, "stop" if result.terminated else "length")
             return
-        added = self.around.conversations.appended(episode.said, result.messages, episode.tools, behind=episode.turn.tolist())
-        episode.said += result.messages
+        added = self._added(episode, result)
         if episode.num_tokens + len(added) >= episode.sampling.max_tokens:
             self._finish(episode, "length")
             return
         if episode.script and episode.script.popleft().tokens.tolist() != added:
             episode.script.clear()
-        episode.append(added)
+        if result.tools is None:
+            episode.said += result.messages
+            episode.append(added)
+        else:
+            episode.tools = [dict(tool) for tool in result.tools]
+            episode.begin_history(result.messages, added)
         self._next_turn(episode)
+
+    def _added(self, episode: Episode, result: Outcome) -> list[int]:
+        """The tokens behind a turn: what follows it, or the whole of a new history."""
+        if result.tools is not None:
+            return self.around.conversations.opening(result.messages, result.tools)[1]
+        return self.around.conversations.appended(episode.said, result.messages, episode.tools, behind=episode.turn.tolist())
 
     def _fail(self, episode: Episode, failure: Failure) -> None:
         if episode.finish_reason is None:

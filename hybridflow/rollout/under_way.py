@@ -57,6 +57,11 @@ class RowUnderWay:
         return self.sampling.max_tokens - self.num_tokens
 
     @property
+    def context(self) -> Sequence[npt.NDArray[np.int32]]:
+        """Parts of what the next token is sampled behind."""
+        return [self.prompt, *self.tokens]
+
+    @property
     def present(self) -> Sequence[npt.NDArray[np.int32]]:
         """Parts of what a stop string is looked for in."""
         return self.tokens
@@ -97,7 +102,7 @@ class RowUnderWay:
         if not so_far:
             return Request(id=number, prompt=self.prompt, sampling=left, seed=self.seed)
         (seed,) = mixed_seed(np.array([self.seed]), np.array([so_far])).tolist()
-        return Request(id=number, prompt=np.concatenate([self.prompt, *self.tokens]), sampling=left, seed=seed)
+        return Request(id=number, prompt=np.concatenate(self.context), sampling=left, seed=seed)
 
     def take_in(self, response: Response, version: int, detokenize: Detokenize) -> None:
         """Add what one request has given. It may have gone on behind the end of a stop string that an earlier request began:

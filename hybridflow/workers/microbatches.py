@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,7 @@ class Microbatches:
         self.mask = batch.tokens("loss_mask") if "loss_mask" in batch and not reads_rows else None
         self.trained = self._trained()
         """The response tokens that the policy sampled; one for each row that is read at its end."""
+        self.history_starts = batch.tokens("history_starts") if "history_starts" in batch else None
         tokens_B = self.prompt.lengths + self.response.lengths
         self.num_tokens = int(tokens_B.sum())
         """Prompt and response tokens of the rows that this rank, or those that share its rows, work on."""
@@ -103,11 +105,14 @@ class Microbatches:
         for rows in self.parts:
             prompt, response = (self.prompt.take(rows), self.response.take(rows)) if len(rows) else _dummy()
             trained = self.trained.take(rows) if len(rows) else response
+            mask = self._mask(rows) if len(rows) else None
+            if mask is not None and self.history_starts is not None:
+                prompt, response, mask = cut_at_histories(prompt, response, mask, self.history_starts.take(rows))
             packed = pack(
                 prompt,
                 response,
                 self.context.device,
-                mask=self._mask(rows) if len(rows) else None,
+                mask=mask,
                 sequence_rank=layout.sequence_rank(self.context.rank),
                 sequence_size=layout.sequence,
             )
@@ -153,6 +158,24 @@ class Microbatches:
         rows = np.concatenate(self.parts)
         in_order = Ragged.from_lengths(everything, self.trained.lengths[rows]).take(np.argsort(rows).astype(np.int32))
         return in_order if self.mask is None else in_order.spread(self.mask.values.astype(np.bool_), self.response.offsets)
+
+
+def cut_at_histories(prompt: Ragged, response: Ragged, mask: Mask, starts: Ragged) -> tuple[Ragged, Ragged, Mask]:
+    """Rows of which each sees one history: where a response has others (numbers of its tokens, of which none was sampled), the
+    rest of it is a row behind, whose prompt is its first token. Trained tokens stay in their order.
+
+    Example: the prompt [1, 2] with the response [3, 4, 5, 6] and a start at 2 become the prompts [1, 2] and [5] with the
+    responses [3, 4] and [6].
+    """
+    if not len(starts.values):
+        return prompt, response, mask
+    prompts, responses, masks = [], [], []
+    for before, tokens, sampled, inner in zip(prompt, response, Ragged(mask, response.offsets), starts, strict=True):
+        edges = [*inner.tolist(), len(tokens)]
+        prompts += [before, *(tokens[begin : begin + 1] for begin in inner)]
+        responses += [tokens[: edges[0]], *(tokens[begin + 1 : end] for begin, end in pairwise(edges))]
+        masks += [sampled[: edges[0]], *(sampled[begin + 1 : end] for begin, end in pairwise(edges))]
+    return Ragged.from_rows(prompts, np.int32), Ragged.from_rows(responses, np.int32), np.concatenate(masks)
 
 
 def _dummy() -> tuple[Ragged, Ragged]:

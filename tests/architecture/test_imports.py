@@ -41,6 +41,7 @@ HOMES = {
     "mlflow": ("trackers/mlflow.py",),
     "torch.utils.tensorboard": ("trackers/tensorboard.py",),
     "tensorboard": ("trackers/tensorboard.py",),
+    "aiohttp": ("environments/sessions.py",),
     "matplotlib": ("trackers/plots.py",),
 }
 """Each dependency and the only places below hybridflow/ that may import it."""
