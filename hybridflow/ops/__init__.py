@@ -10,10 +10,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hybridflow.ops.advantages import best_of_group as best_of_group
     from hybridflow.ops.advantages import gae as gae
     from hybridflow.ops.advantages import group_normalized as group_normalized
     from hybridflow.ops.advantages import kl_in_reward as kl_in_reward
     from hybridflow.ops.advantages import leave_one_out as leave_one_out
+    from hybridflow.ops.advantages import length_weighted as length_weighted
+    from hybridflow.ops.advantages import overlong_penalty as overlong_penalty
+    from hybridflow.ops.advantages import rescaled as rescaled
     from hybridflow.ops.advantages import token_rewards as token_rewards
     from hybridflow.ops.advantages import whiten as whiten
     from hybridflow.ops.correction import ImportanceCorrection as ImportanceCorrection
@@ -41,15 +45,33 @@ if TYPE_CHECKING:
     from hybridflow.ops.reduce import row_sums as row_sums
     from hybridflow.ops.reduce import to_metrics as to_metrics
     from hybridflow.ops.reduce import token_weights as token_weights
+    from hybridflow.ops.surrogates import PolicyTokens as PolicyTokens
+    from hybridflow.ops.surrogates import Surrogate as Surrogate
+    from hybridflow.ops.surrogates import clip_covariance as clip_covariance
+    from hybridflow.ops.surrogates import clipped as clipped
+    from hybridflow.ops.surrogates import clipped_weight as clipped_weight
+    from hybridflow.ops.surrogates import geometric_mean as geometric_mean
+    from hybridflow.ops.surrogates import kl_covariance as kl_covariance
+    from hybridflow.ops.surrogates import policy_gradient as policy_gradient
+    from hybridflow.ops.surrogates import sequence_ratio as sequence_ratio
+    from hybridflow.ops.surrogates import soft_gate as soft_gate
+    from hybridflow.ops.surrogates import token_ratio as token_ratio
 
 _NAMES = {
-    "advantages": ("gae", "group_normalized", "kl_in_reward", "leave_one_out", "token_rewards", "whiten"),
+    "advantages": (
+        *("best_of_group", "gae", "group_normalized", "kl_in_reward", "leave_one_out", "length_weighted"),
+        *("overlong_penalty", "rescaled", "token_rewards", "whiten"),
+    ),
     "correction": ("ImportanceCorrection", "importance_correction"),
     "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_controller", "kl_estimate"),
     "log_probs": ("LinearLogProbs", "linear_log_probs"),
     "losses": ("Loss", "NextTokenLoss", "PolicyLoss", "TokenBatch", "ValueLoss", "explained_variance"),
     "preferences": ("PreferenceLoss", "RewardModelLoss"),
     "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "row_sums", "to_metrics", "token_weights"),
+    "surrogates": (
+        *("PolicyTokens", "Surrogate", "clip_covariance", "clipped", "clipped_weight", "geometric_mean"),
+        *("kl_covariance", "policy_gradient", "sequence_ratio", "soft_gate", "token_ratio"),
+    ),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

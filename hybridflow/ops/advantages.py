@@ -6,6 +6,7 @@ B rows, B1 row boundaries (the first is 0, the last T), T tokens of all rows end
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -85,40 +86,103 @@ def whiten(values_T: Tensor, sums: Callable[[Tensor], Tensor]) -> Tensor:
     return whitened_T.float()
 
 
-def group_normalized(reward_B: PerRow, group_B: PerRow, *, scale_by_std: bool = True) -> Tensor:
+Alone = Literal["reward", "zero"]
+"""What a row without others in its group gets: its reward, as without a baseline, or 0, so that it teaches nothing."""
+
+
+def group_normalized(reward_B: PerRow, group_B: PerRow, *, scale_by_std: bool = True, alone: Alone = "reward") -> Tensor:
     """One advantage per row, float32, shape [B]: the reward less its group's mean, divided by its standard deviation.
 
     Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2; without `scale_by_std` Liu et al. 2025, arXiv:2503.20783, sec. 3.2. The
     deviation is the sample's (divided by rows less one), as in the published implementations. `group_B` holds any integers.
-    A group of equal rewards, or of one row, gives 0.
+    A group of equal rewards gives 0.
     """
-    deviation_B, size_B, index_B = _group_deviations(reward_B, group_B)
+    groups = _Groups(reward_B, group_B)
+    deviation_B = groups.less(groups.mean_B, alone)
     if not scale_by_std:
         return deviation_B.float()
-    squares_G = torch.zeros_like(deviation_B).index_add_(0, index_B, deviation_B.square())
-    std_B = (squares_G[index_B] / (size_B - 1).clamp(min=1)).sqrt()
-    return (deviation_B / (std_B + STD_FLOOR)).float()
+    return (deviation_B / (groups.std + STD_FLOOR)).float()
 
 
-def leave_one_out(reward_B: PerRow, group_B: PerRow) -> Tensor:
+def leave_one_out(reward_B: PerRow, group_B: PerRow, *, alone: Alone = "reward") -> Tensor:
     """One advantage per row, float32, shape [B]: the reward less the mean of the other rewards of its group.
 
-    RLOO, Ahmadian et al. 2024, arXiv:2402.14740. A row alone in its group has no baseline and gets 0.
+    RLOO, Ahmadian et al. 2024, arXiv:2402.14740, eq. 7.
     """
-    deviation_B, size_B, _ = _group_deviations(reward_B, group_B)
-    return (deviation_B * size_B / (size_B - 1).clamp(min=1)).float()  # r - (n m - r) / (n - 1) = (r - m) n / (n - 1)
+    groups = _Groups(reward_B, group_B)  # r - (n m - r) / (n - 1) = (r - m) n / (n - 1)
+    return (groups.less(groups.mean_B, alone) * groups.size_B / (groups.size_B - 1).clamp(min=1)).float()
 
 
-def _group_deviations(reward_B: PerRow, group_B: PerRow) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: reward less the group's mean (float64), size of the group (float64), number of the group from 0.
+def length_weighted(reward_B: PerRow, group_B: PerRow, tokens_B: PerRow, *, alone: Alone = "reward") -> Tensor:
+    """One advantage per row, float32, shape [B]: the reward less the group's mean weighted by numbers of tokens.
 
-    Sums of float32 numbers are exact in float64 at such sizes, so equal rewards deviate by exactly 0.
+    It is the baseline of least variance where the gradient of every token has the same norm.
+
+    OPO, Hao et al. 2025, arXiv:2505.23585, eq. 9.
     """
-    rewards_B = _as_tensor(reward_B).float().double()
-    _, index_B = torch.unique(_as_tensor(group_B), return_inverse=True)
-    size_B = torch.zeros_like(rewards_B).index_add_(0, index_B, torch.ones_like(rewards_B))[index_B]
-    total_B = torch.zeros_like(rewards_B).index_add_(0, index_B, rewards_B)[index_B]
-    return rewards_B - total_B / size_B, size_B, index_B
+    groups, tokens_B = _Groups(reward_B, group_B), _as_tensor(tokens_B).double()
+    baseline_B = groups.sums(groups.reward_B * tokens_B) / groups.sums(tokens_B).clamp(min=1.0)
+    return groups.less(baseline_B, alone).float()
+
+
+def best_of_group(reward_B: PerRow, group_B: PerRow, *, scale_by_std: bool = True) -> Tensor:
+    """One advantage per row, float32, shape [B]: of the best row of a group its reward less the second one; 0 for all others.
+
+    The gradient of the best of n rewards: Tang et al. 2025, arXiv:2503.19595, eq. 6; divided by the group's standard deviation
+    where `scale_by_std`. Where the best reward is there twice, or a row is alone, all get 0.
+    """
+    groups = _Groups(reward_B, group_B)
+    advantage_B = torch.zeros_like(groups.reward_B)
+    for number in range(int(groups.index_B.max()) + 1 if len(groups.index_B) else 0):
+        rows = (groups.index_B == number).nonzero()[:, 0]
+        if len(rows) > 1:
+            best, second = groups.reward_B[rows].topk(2).values
+            advantage_B[rows[groups.reward_B[rows].argmax()]] = best - second
+    return (advantage_B / (groups.std + STD_FLOOR) if scale_by_std else advantage_B).float()
+
+
+def rescaled(advantage_B: Tensor, informative_B: Tensor) -> Tensor:
+    """Advantages times all rows over the informative ones: rows without gradient do not thin out a step.
+
+    GPG, Chu et al. 2025, arXiv:2504.02546, eq. 7, where rows are informative whose group has several rewards; its authors'
+    code, and verl's, count the rows whose reward is not 0.
+    """
+    return advantage_B * (len(advantage_B) / informative_B.count_nonzero().clamp(min=1))
+
+
+def overlong_penalty(tokens_B: PerRow, *, max_tokens: int, buffer_tokens: int) -> Tensor:
+    """What to add to rewards of long responses, float32, shape [B]: 0 up to `max_tokens - buffer_tokens` tokens, from there
+    falling linearly to -1 at `max_tokens`.
+
+    DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 13.
+    """
+    excess_B = _as_tensor(tokens_B).float() - (max_tokens - buffer_tokens)
+    return -(excess_B / buffer_tokens).clamp(0.0, 1.0)
+
+
+class _Groups:
+    """Rewards by group, in float64: sums of float32 numbers are exact at such sizes, so equal rewards deviate by exactly 0."""
+
+    def __init__(self, reward_B: PerRow, group_B: PerRow):
+        self.reward_B = _as_tensor(reward_B).float().double()
+        _, self.index_B = torch.unique(_as_tensor(group_B), return_inverse=True)
+        self.size_B = self.sums(torch.ones_like(self.reward_B))
+        self.mean_B = self.sums(self.reward_B) / self.size_B
+
+    def sums(self, values_B: Tensor) -> Tensor:
+        """Of each row, the sum over its group."""
+        return torch.zeros_like(values_B).index_add_(0, self.index_B, values_B)[self.index_B]
+
+    @property
+    def std(self) -> Tensor:
+        """Of each row, the sample's standard deviation of its group; 1 for a row alone."""
+        variance_B = self.sums((self.reward_B - self.mean_B).square()) / (self.size_B - 1).clamp(min=1)
+        return torch.where(self.size_B > 1, variance_B.sqrt(), 1.0)
+
+    def less(self, baseline_B: Tensor, alone: Alone) -> Tensor:
+        """Rewards less a baseline; `alone` says what a row without others has."""
+        without_B = self.reward_B if alone == "reward" else torch.zeros_like(self.reward_B)
+        return torch.where(self.size_B > 1, self.reward_B - baseline_B, without_B)
 
 
 def _as_tensor(row_B: PerRow) -> Tensor:

@@ -11,22 +11,30 @@ from typing import Literal
 
 from torch import Tensor
 
-KLEstimator = Literal["k1", "k2", "k3"]
+from hybridflow.config.choices import KLEstimator as KLEstimator
 
 MAX_LOG_RATIO = 20.0
 """Beyond it the exponential of a difference of log-probabilities says no more than `far off` and would overflow float32."""
+PLAIN: Mapping[KLEstimator, KLEstimator] = {"k1+": "k1", "k3+": "k3", "abs+": "abs"}
+"""The estimator whose value a straight-through one has."""
 
 
 def kl_estimate(log_probs_T: Tensor, reference_T: Tensor, kind: KLEstimator) -> Tensor:
     """Estimates of KL(policy || reference) in nats at tokens that the policy sampled: shape [T].
 
     J. Schulman, "Approximating KL divergence" (2020), with r = reference / policy. k1 = -log r is unbiased and may be
-    negative; k2 = (log r)^2 / 2 is biased; k3 = r - 1 - log r is unbiased and never negative.
+    negative; k2 = (log r)^2 / 2 is biased; k3 = r - 1 - log r is unbiased and never negative; abs = |log r|. Of these only k2
+    has a gradient whose mean is the gradient of the KL: `k3+` has the value of k3 and the gradient of k2, and so on.
     """
     log_ratio_T = reference_T - log_probs_T
     match kind:
+        case "k1+" | "k3+" | "abs+":
+            through_T = 0.5 * log_ratio_T.square()
+            return through_T - through_T.detach() + kl_estimate(log_probs_T, reference_T, PLAIN[kind]).detach()
         case "k1":
             return -log_ratio_T
+        case "abs":
+            return log_ratio_T.abs()
         case "k2":
             return 0.5 * log_ratio_T.square()
         case "k3":

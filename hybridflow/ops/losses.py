@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
 from hybridflow.ops.correction import ImportanceCorrection
-from hybridflow.ops.kl import MAX_LOG_RATIO, KLEstimator, kl_estimate
-from hybridflow.ops.reduce import Aggregation, TokenMetric
+from hybridflow.ops.kl import kl_estimate
+from hybridflow.ops.reduce import TokenMetric
+from hybridflow.ops.surrogates import PolicyTokens, Surrogate, clipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +68,29 @@ class Loss(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """The clipped surrogate of PPO, less an entropy bonus, plus the KL to the reference.
+    """A surrogate of the policy's objective, less an entropy bonus, plus the KL to the reference.
 
-    Schulman et al. 2017, arXiv:1707.06347, eq. 7, with the two bounds of the ratio apart (DAPO, arXiv:2503.14476, eq. 10) and
-    a bound of the loss where the advantage is negative (dual clip, arXiv:1912.09729, eq. 5).
+    The surrogate is the clipped one of PPO where none is given.
+
+    Example:
+        >>> PolicyLoss(clip=(0.2, 0.28), advantage="advantage")
+        >>> PolicyLoss(surrogate=partial(clipped, clip=(3e-4, 4e-4), ratio=sequence_ratio), aggregation="sequence_mean")
     """
 
     clip: tuple[float, float] = (0.2, 0.2)
-    """The probability ratio is kept within [1 - low, 1 + high]."""
+    """Where no surrogate is given: the probability ratio is kept within [1 - low, 1 + high]."""
     dual_clip: float | None = None
-    """Where the advantage is negative, the ratio counts at most this; above 1. None for no bound."""
+    """Likewise: where the advantage is negative, the ratio counts at most this; above 1. None for no bound."""
+    surrogate: Surrogate | None = None
+    """The loss of each token: a function of `PolicyTokens` that pickles, as those of ops/surrogates.py do."""
     entropy_coefficient: float = 0.0
     kl_coefficient: float = 0.0
     kl_estimator: KLEstimator = "k3"
-    advantage: Literal["advantages", "advantage"] = "advantages"
-    """Column with one advantage per token, or with one per row."""
-    old_log_probs: Literal["log_probs", "rollout_log_probs", "current"] = "log_probs"
+    advantage: str = "advantages"
+    """Column with one advantage per token, or with one per row (`advantage`)."""
+    old_log_probs: OldLogProbs = "log_probs"
     """Denominator of the ratio: a column, or the present log-probabilities themselves, for the only update of a step whose
-    rows were sampled with the present weights."""
+    rows were sampled with the present weights, or are weighed by `correction`."""
     aggregation: Aggregation = "token_mean"
     max_tokens: int | None = None
     correction: ImportanceCorrection | None = None
@@ -105,7 +113,11 @@ class PolicyLoss:
         assert batch.log_probs_T is not None, "a policy loss needs log-probabilities"
         log_probs_T, weights_T = batch.log_probs_T, batch.weights_T
         old_T = log_probs_T.detach() if self.old_log_probs == "current" else batch.columns[self.old_log_probs]
-        loss_T, metrics = self.surrogate(log_probs_T, old_T, batch.columns[self.advantage])
+        surrogate = self.surrogate or partial(clipped, clip=self.clip, dual_clip=self.dual_clip)
+        advantage_T = batch.columns[self.advantage]
+        loss_T, metrics = surrogate(
+            PolicyTokens(log_probs_T=log_probs_T, old_T=old_T, advantage_T=advantage_T, lengths_B=batch.lengths_B)
+        )
         if self.correction is not None:
             # Over the engine's own log-probabilities the ratio is the weight already: what is left of the correction is its
             # mask.
@@ -129,32 +141,6 @@ class PolicyLoss:
             metrics["kl_to_reference"] = TokenMetric.mean(kl_T)
         metrics["loss"] = TokenMetric.mean(loss_T, weights_T)
         return (loss_T * weights_T).sum(), metrics
-
-    def surrogate(self, log_probs_T: Tensor, old_T: Tensor, advantage_T: Tensor) -> tuple[Tensor, dict[str, TokenMetric]]:
-        """The clipped loss of each token, shape [T], and what was clipped.
-
-        With r = policy / old and advantage A: -min(r A, clip(r) A); where A < 0 at most -dual_clip A.
-        """
-        low, high = self.clip
-        # Without a bound an overflowing ratio that the minimum leaves out would still give gradient 0 * inf.
-        ratio_T = (log_probs_T - old_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        clipped_T = ratio_T.clamp(1.0 - low, 1.0 + high)
-        loss_T = -torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
-        with torch.no_grad():
-            is_upper_T = (advantage_T > 0) & (ratio_T > 1.0 + high)
-            is_lower_T = (advantage_T < 0) & (ratio_T < 1.0 - low)
-            metrics = {
-                "clip_fraction": TokenMetric.mean(is_upper_T | is_lower_T),
-                "clip_fraction_upper": TokenMetric.mean(is_upper_T),
-                "clip_fraction_lower": TokenMetric.mean(is_lower_T),
-                "approx_kl": TokenMetric.mean(kl_estimate(old_T, log_probs_T, "k3")),
-                "ratio_max": TokenMetric.max(ratio_T),
-            }
-        if self.dual_clip is not None:
-            bound_T = -self.dual_clip * advantage_T
-            metrics["dual_clip_fraction"] = TokenMetric.mean((advantage_T < 0) & (loss_T > bound_T))
-            loss_T = torch.where(advantage_T < 0, torch.minimum(loss_T, bound_T), loss_T)
-        return loss_T, metrics
 
 
 @dataclass(frozen=True, kw_only=True)

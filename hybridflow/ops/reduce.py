@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hybridflow.config.choices import Aggregation as Aggregation
 from hybridflow.metrics import Kind, Metric, Metrics
-
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
-"""How token losses become one number: the mean over all tokens (PPO; DAPO, arXiv:2503.14476, eq. 8), the mean over rows of
-each row's mean (GRPO, arXiv:2402.03300, eq. 3), or the mean over rows of each row's sum divided by a constant length
-(Dr. GRPO, arXiv:2503.20783, sec. 3.2)."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,10 @@ def token_weights(lengths_B: Tensor, *, aggregation: Aggregation, counts: Counts
             weights_B = torch.full(lengths_B.shape, 1.0 / max(counts.tokens, 1), dtype=torch.float64)
         case "sequence_mean":
             weights_B = 1.0 / (lengths_B.clamp(min=1).double() * max(counts.rows, 1))
+        case "token_sum":
+            weights_B = torch.ones(lengths_B.shape, dtype=torch.float64)
+        case "sequence_mean_of_sums":
+            weights_B = torch.full(lengths_B.shape, 1.0 / max(counts.rows, 1), dtype=torch.float64)
         case "sequence_sum":
             assert max_tokens is not None, "aggregation 'sequence_sum' divides by max_tokens, which the loss does not give"
             weights_B = torch.full(lengths_B.shape, 1.0 / (max(counts.rows, 1) * max_tokens), dtype=torch.float64)

@@ -32,10 +32,13 @@ def whiten(values: Sequence[float]) -> list[float]:
 
 
 def group_normalized(rewards: Sequence[float], groups: Sequence[int], scale_by_std: bool) -> list[float]:
-    """(r - mean) / sample standard deviation, group by group."""
+    """(r - mean) / sample standard deviation, group by group; a row alone has no baseline."""
     result = []
     for reward, group in zip(rewards, groups, strict=True):
         members = [r for r, g in zip(rewards, groups, strict=True) if g == group]
+        if len(members) == 1:
+            result.append(reward)
+            continue
         mean = math.fsum(members) / len(members)
         squares = math.fsum((r - mean) ** 2 for r in members)
         deviation = reward - mean
@@ -50,5 +53,5 @@ def leave_one_out(rewards: Sequence[float], groups: Sequence[int]) -> list[float
     result = []
     for i, group in enumerate(groups):
         others = [rewards[j] for j in range(len(rewards)) if groups[j] == group and j != i]
-        result.append(rewards[i] - math.fsum(others) / len(others) if others else 0.0)
+        result.append(rewards[i] - (math.fsum(others) / len(others) if others else 0.0))
     return result

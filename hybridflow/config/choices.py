@@ -1,0 +1,16 @@
+"""Choices that options of algorithms and the functions of `ops` have in common. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_mean_of_sums", "sequence_sum", "token_sum"]
+"""How token losses become one number: the mean over all tokens (PPO; DAPO, arXiv:2503.14476, eq. 8), the mean over rows of
+each row's mean (GRPO, arXiv:2402.03300, eq. 3) or of each row's sum, that sum divided by a constant length (Dr. GRPO,
+arXiv:2503.20783, sec. 3.2), or the sum over all tokens."""
+
+KLEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
+"""Per-token estimate of the KL; one with a plus has the value of the one without and the gradient of k2 (straight-through)."""
+
+OldLogProbs = Literal["log_probs", "rollout_log_probs", "current"]
+"""Denominator of the probability ratio: as computed before the updates, as the engine returned them, or the present ones."""
