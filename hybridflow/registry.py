@@ -19,6 +19,21 @@ ALGORITHMS = {
     "sft": "hybridflow.algorithms.sft:SFT",
     "reward_model": "hybridflow.algorithms.reward_model:RewardModelling",
     "dpo": "hybridflow.algorithms.dpo:DPO",
+    "rloo": "hybridflow.algorithms.rloo:RLOO",
+    "remax": "hybridflow.algorithms.remax:ReMax",
+    "reinforce_plus_plus": "hybridflow.algorithms.reinforce_plus_plus:ReinforcePlusPlus",
+    "reinforce_plus_plus_baseline": "hybridflow.algorithms.reinforce_plus_plus_baseline:ReinforcePlusPlusBaseline",
+    "dapo": "hybridflow.algorithms.dapo:DAPO",
+    "dr_grpo": "hybridflow.algorithms.dr_grpo:DrGRPO",
+    "gspo": "hybridflow.algorithms.gspo:GSPO",
+    "cispo": "hybridflow.algorithms.cispo:CISPO",
+    "gmpo": "hybridflow.algorithms.gmpo:GMPO",
+    "opo": "hybridflow.algorithms.opo:OPO",
+    "gpg": "hybridflow.algorithms.gpg:GPG",
+    "sapo": "hybridflow.algorithms.sapo:SAPO",
+    "kl_cov": "hybridflow.algorithms.kl_cov:KLCov",
+    "clip_cov": "hybridflow.algorithms.clip_cov:ClipCov",
+    "grpo_pass_at_k": "hybridflow.algorithms.grpo_pass_at_k:GRPOPassAtK",
 }
 
 ROLES = {

@@ -5,93 +5,27 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from hybridflow import ops
 from hybridflow.algorithms.annotations import is_worker
+from hybridflow.algorithms.options import ImportanceOptions as ImportanceOptions
+from hybridflow.algorithms.options import NoOptions as NoOptions
+from hybridflow.algorithms.options import PolicyOptions as PolicyOptions
+from hybridflow.algorithms.options import UpdateOptions as UpdateOptions
+from hybridflow.algorithms.options import check_prompts_per_update as check_prompts_per_update
 from hybridflow.batch import Batch
-from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE
+from hybridflow.config.choices import OldLogProbs as OldLogProbs
 from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
+from hybridflow.workers.token_functions import RowKL, TokenAdvantages
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
-    from hybridflow.ops.correction import ImportanceCorrection
+    from hybridflow.ops import Loss
     from hybridflow.rollout.base import Sampling
     from hybridflow.workers.base import Worker
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoOptions:
-    """The `Config` of an algorithm without options."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportanceOptions:
-    """To inherit from: weights between the engine's probabilities, which tokens were drawn with, and the trainer's."""
-
-    importance_cap: Annotated[float, POSITIVE] | Literal["auto"] | None = "auto"
-    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, TIS); null for no
-    weights, or with a mask for no bound. auto is 2 where loop.max_staleness lets older weights sample, else null."""
-    importance_level: Literal["token", "sequence"] = "token"
-    """Whether each token has its own weight or a response has one."""
-    importance_mask: tuple[float, float] | None = None
-    """Tokens (or responses) whose weight is outside count nothing (masked importance sampling); null for none."""
-
-    def __post_init__(self) -> None:
-        if self.importance_mask is not None and self.importance_mask[0] >= self.importance_mask[1]:
-            low, high = self.importance_mask
-            raise ValueError(
-                f"importance_mask: found [{low:g}, {high:g}], outside of which is everything; the smaller one comes first"
-            )
-
-    def cap(self, run: RunConfig) -> float | None:
-        """`importance_cap` with auto resolved."""
-        resolved = DEFAULT_CAP if run.loop.max_staleness else None
-        return resolved if self.importance_cap == "auto" else self.importance_cap
-
-    def importance_correction(self, run: RunConfig) -> ImportanceCorrection | None:
-        """For a loss; None where neither a bound nor a mask is set."""
-        return ops.importance_correction(self.cap(run), self.importance_level, self.importance_mask)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyOptions(ImportanceOptions):
-    """To inherit from: how a step's rows become updates of a policy with a clipped ratio."""
-
-    prompts_per_update: Annotated[int, COUNT] | None = None
-    """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
-    epochs: Annotated[int, COUNT] = 1
-    """Passes over the step's rows."""
-    clip: tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]] = (0.2, 0.2)
-    """The probability ratio is kept within [1 - low, 1 + high]."""
-    entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
-
-    def makes_one_update(self, run: RunConfig) -> bool:
-        """Whether a step makes a single update: then no log-probabilities need to be computed before it."""
-        return self.epochs == 1 and self.prompts_per_update in (None, run.data.prompts_per_step)
-
-    def ratio_over(self, run: RunConfig) -> OldLogProbs:
-        """Denominator of the ratio. Of a single update the present ones, or, where older weights may have sampled, the engine's
-        own: the ratio then is the importance weight. Of several updates, or without a cap, those computed before the first."""
-        if self.makes_one_update(run) and not run.loop.max_staleness:
-            return "current"
-        return "rollout_log_probs" if self.makes_one_update(run) and self.cap(run) is not None else "log_probs"
-
-    def ratio_bound(self, run: RunConfig) -> float | None:
-        """Where the ratio is over the engine's log-probabilities, an importance weight, the bound of such weights holds for
-        it."""
-        return self.cap(run) if self.ratio_over(run) == "rollout_log_probs" else None
-
-
-OldLogProbs = Literal["log_probs", "rollout_log_probs", "current"]
-"""Denominator of the probability ratio: as computed before the updates, as the engine returned them, or the present ones."""
-DEFAULT_CAP = 2.0
-"""Of importance weights, where older weights sample."""
 
 
 class Algorithm(ABC):
@@ -160,13 +94,15 @@ class Algorithm(ABC):
 
     @classmethod
     def unused_roles(cls, run: RunConfig) -> set[str]:
-        """Declared roles that this configuration does without."""
-        return set()
+        """Declared roles that this configuration does without: by default the reference, where `UpdateOptions` have no KL."""
+        options = run.algorithm.options
+        return {"reference"} if isinstance(options, UpdateOptions) and not options.needs_reference else set()
 
     @classmethod
     def check(cls, run: RunConfig) -> list[FieldError]:
         """Mistakes in the algorithm's options, alone and against the rest of the configuration."""
-        return []
+        options = run.algorithm.options
+        return options.errors(run) if isinstance(options, UpdateOptions) else []
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs beside the workers' own states."""
@@ -182,6 +118,53 @@ class Algorithm(ABC):
         from hybridflow.workers.respond import respond
 
         return respond(rows, self.groups["rollout"], self.groups["reward"], sampling=sampling)  # type: ignore[arg-type]
+
+    def with_log_probs(self, batch: Batch) -> Batch:
+        """`batch` with the log-probabilities that `UpdateOptions` need before updates: old ones and the reference's."""
+        options, pending = self.options(), []
+        if options.ratio_over(self.run) == "log_probs":
+            pending.append(self.roled("actor").log_probs.start(batch))
+        if options.needs_reference:
+            pending.append(self.roled("reference").log_probs.start(batch))  # roles on different pools overlap
+        return batch.join(*(call.result() for call in pending))
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The same, with rewards less the KL of their rows where `kl_in: reward` says so."""
+        batch, options = self.with_log_probs(batch), self.options()
+        if not options.penalises_reward:
+            return batch
+        kl = self.roled("actor").compute(batch, RowKL(options.kl_estimator, old_column(options.ratio_over(self.run))))
+        return batch.with_columns(reward=batch["reward"] - options.kl_coefficient * kl["kl_sum"])
+
+    def with_returns(self, batch: Batch, *, gamma: float = 1.0, whiten: bool = False) -> Batch:
+        """`batch` with column `advantages`: at each token the discounted sum of the rewards from it on, which carry the KL of
+        their token where `kl_in: reward` says so."""
+        options = self.options()
+        function = TokenAdvantages(
+            gamma=gamma,
+            lam=1.0,
+            whiten=whiten,
+            kl_coefficient=options.kl_coefficient if options.kl_in == "reward" else 0.0,
+            kl_estimator=options.kl_estimator,
+            log_probs=old_column(options.ratio_over(self.run)),
+        )
+        return batch.join(self.roled("actor").compute(batch, function))
+
+    def improve(self, batch: Batch, loss: Loss) -> Metrics:
+        """The actor's updates on a step's rows, as many as `UpdateOptions` say, and how they went."""
+        options = self.options()
+        parts = self.updates(batch, options.prompts_per_update, epochs=options.epochs)
+        calls = [self.roled("actor").update.start(part, loss=loss) for part in parts]
+        return Metrics.merged(call.result() for call in calls)
+
+    def options(self) -> UpdateOptions:
+        """The algorithm's own, which are `UpdateOptions` where `prepare` and `improve` are used."""
+        assert isinstance(self.config, UpdateOptions), f"the Config of {type(self).__name__} is to inherit from UpdateOptions"
+        return self.config
+
+    def roled(self, role: str) -> Any:  # a worker of whatever class the role has
+        """The handle of a role."""
+        return self.groups[role]
 
     def old_log_probs(self) -> OldLogProbs:
         """For the loss of a step's only update: the present log-probabilities, or, where older weights may have sampled, the
@@ -202,15 +185,12 @@ class Algorithm(ABC):
         return parts
 
 
-def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[FieldError]:
-    """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts; None is all of them."""
-    prompts_per_step = run.data.prompts_per_step
-    if prompts_per_update is None or prompts_per_step % prompts_per_update == 0:
-        return []
-    if prompts_per_update > prompts_per_step:
-        problem = f"found {prompts_per_update}, more than the {prompts_per_step} prompts of data.prompts_per_step"
-        advice = "Lower the one or raise the other"
-    else:
-        problem = f"found {prompts_per_update}, which does not divide data.prompts_per_step={prompts_per_step}"
-        advice = f"Use one of {', '.join(str(n) for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0)}"
-    return [FieldError("algorithm.prompts_per_update", f"{problem}. {advice}", related=("data.prompts_per_step",))]
+def mean_kl(batch: Batch) -> float:
+    """The KL to the reference per token of a step, in nats, from the column `kl` of its rows."""
+    tokens = batch["loss_tokens" if "loss_tokens" in batch else "response_tokens"]
+    return float(np.average(batch["kl"], weights=np.maximum(tokens, 1)))
+
+
+def old_column(old: OldLogProbs) -> str:
+    """The column with the policy's log-probabilities before the updates: the engine's, where the actor has computed none."""
+    return "log_probs" if old == "log_probs" else "rollout_log_probs"

@@ -1,5 +1,9 @@
 """PPO: a critic's values turn rewards into advantages of every token, and the policy moves within a clip.
 
+    loss of a token = -min(r A, clip(r) A),   r = policy / old,   A = GAE over token rewards less the KL to the reference
+
+    prompts --> rollout --> reward --> critic.values, [actor: old log-probs], reference --> GAE --> critic and actor updates
+
 Schulman et al. 2017, arXiv:1707.06347, eq. 7; KL to a reference in the reward, Ouyang et al. 2022, arXiv:2203.02155, eq. 2.
 Where a step makes one update and the reward has no KL in it, the update's own log-probabilities are the old ones: a pass less.
 """
@@ -7,15 +11,15 @@ Where a step makes one update and the reward has no KL in it, the update's own l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm, OldLogProbs, PolicyOptions, check_prompts_per_update
+from hybridflow.algorithms.base import Algorithm, mean_kl, old_column
+from hybridflow.algorithms.options import PolicyOptions
 from hybridflow.batch import Batch
-from hybridflow.config.ranges import ABOVE_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
+from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
+from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
 from hybridflow.workers.token_functions import TokenAdvantages
@@ -42,16 +46,14 @@ class Config(PolicyOptions):
     """Between one-step (0) and whole-response (1) estimates of advantages."""
     whiten_advantages: bool = True
     """Shift and scale the step's advantages to mean 0 and variance 1 over all tokens."""
-    dual_clip: Annotated[float, ABOVE_ONE] | None = None
-    """Bound of the ratio where the advantage is negative; null for none."""
     value_clip: Annotated[float, POSITIVE] | None = 0.5
     """Values may move this far from those of collection; null for any distance."""
     kl_in: Literal["reward", "loss", "none"] = "reward"
     """Where the KL to the reference counts: in each token's reward, in the loss, or nowhere (no reference is loaded)."""
     kl_coefficient: Annotated[float, NOT_NEGATIVE] = 0.001
     """Weight of the KL; the start value where it is adaptive."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token estimate of the KL; k1 is for the reward, k2 and k3 are for either."""
+    kl_estimator: KLEstimator = "k1"
+    """Per-token estimate of the KL; k1 is for the reward, others are for either."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Adaptive steers the coefficient towards `kl_target`; for kl_in: reward."""
     kl_target: Annotated[float, POSITIVE] = 0.01
@@ -63,8 +65,8 @@ class Config(PolicyOptions):
     old_log_probs: Literal["actor", "rollout"] = "actor"
     """Denominator of the ratio: the actor's, computed before the updates only where a step has several or `kl_in: reward` needs
     them, or as the engine returned them (saves that forward pass)."""
-    loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
-    """How token losses become one number."""
+    value_loss_aggregation: Aggregation = "token_mean"
+    """How the critic's token losses become one number."""
 
 
 class PPO(Algorithm):
@@ -96,7 +98,7 @@ class PPO(Algorithm):
         batch = batch.join(self.critic.compute(batch, self.advantages()))
         calls = []
         for part in self.updates(batch, self.config.prompts_per_update, epochs=self.config.epochs):
-            calls.append(self.critic.update.start(part, loss=ops.ValueLoss(clip=self.config.value_clip)))
+            calls.append(self.critic.update.start(part, loss=self.value_loss()))
             if self.step > self.config.critic_warmup_steps:
                 calls.append(self.actor.update.start(part, loss=self.policy_loss()))
         metrics = Metrics.merged([self.update_kl_coefficient(batch), *(call.result() for call in calls)])
@@ -119,29 +121,24 @@ class PPO(Algorithm):
             whiten=self.config.whiten_advantages,
             kl_coefficient=self.kl.coefficient if self.config.kl_in == "reward" else 0.0,
             kl_estimator=self.config.kl_estimator,
-            log_probs="log_probs" if self.old_log_probs() == "log_probs" else "rollout_log_probs",
+            log_probs=old_column(self.old_log_probs()),
         )
 
     def policy_loss(self) -> ops.PolicyLoss:
         """The clipped surrogate, with the KL to the reference in it where `kl_in` says so."""
-        return ops.PolicyLoss(
-            clip=self.config.clip,
-            dual_clip=self.config.dual_clip or self.config.ratio_bound(self.run),
-            entropy_coefficient=self.config.entropy_coefficient,
-            kl_coefficient=self.config.kl_coefficient if self.config.kl_in == "loss" else 0.0,
-            kl_estimator=self.config.kl_estimator,
-            old_log_probs=self.old_log_probs(),
-            aggregation=self.config.loss_aggregation,
-            max_tokens=self.run.data.max_response_tokens,
-            correction=self.config.importance_correction(self.run),
-        )
+        loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
+        return replace(loss, old_log_probs=self.old_log_probs())
+
+    def value_loss(self) -> ops.ValueLoss:
+        """Half the squared error of the critic."""
+        length = self.config.loss_length or self.run.data.max_response_tokens
+        return ops.ValueLoss(clip=self.config.value_clip, aggregation=self.config.value_loss_aggregation, max_tokens=length)
 
     def update_kl_coefficient(self, batch: Batch) -> Metrics:
         """Report the KL to the reference of this step's tokens, and let it move the coefficient of the next step."""
         if self.config.kl_in == "none":
             return Metrics()
-        tokens = batch["loss_tokens" if "loss_tokens" in batch else "response_tokens"]
-        kl_per_token = float(np.average(batch["kl"], weights=np.maximum(tokens, 1)))
+        kl_per_token = mean_kl(batch)
         metrics = Metrics({"kl/mean": kl_per_token, "kl/coefficient": self.kl.coefficient})
         self.kl.update(kl_per_token, len(batch))
         return metrics
@@ -160,9 +157,7 @@ class PPO(Algorithm):
     def check(cls, run: RunConfig) -> list[FieldError]:
         options = run.algorithm.options
         assert isinstance(options, Config)
-        errors = check_prompts_per_update(run, options.prompts_per_update)
-        if options.kl_in == "loss" and options.kl_estimator == "k1":
-            errors.append(FieldError("algorithm.kl_estimator", "k1 has a gradient of zero on average in a loss. Use k2 or k3"))
+        errors = options.errors(run)
         if isinstance(options.importance_cap, float) and options.old_log_probs == "rollout":
             errors.append(FieldError("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":

@@ -1,4 +1,11 @@
-"""Supervised fine-tuning: the dataset's responses take the place of generated ones, and their likelihood is raised."""
+"""Supervised fine-tuning: the dataset's responses take the place of generated ones, and their likelihood is raised.
+
+    loss of a token = -log p
+
+    prompts with responses --> actor.update x updates
+
+The first step of Ouyang et al. 2022, arXiv:2203.02155, sec. 3.5.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm, check_prompts_per_update
 from hybridflow.batch import Batch
+from hybridflow.config.choices import Aggregation
 from hybridflow.config.ranges import COUNT
 from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
@@ -25,6 +33,9 @@ class Config:
 
     prompts_per_update: Annotated[int, COUNT] | None = None
     """Rows of one update; divides data.prompts_per_step. Null means all."""
+    loss_aggregation: Aggregation = "token_mean"
+    """How token losses become one number: mean over tokens; mean over rows of their means (sequence_mean), of their sums, or of
+    their sums over data.max_response_tokens (sequence_sum); or the plain sum."""
 
 
 class SFT(Algorithm):
@@ -42,7 +53,8 @@ class SFT(Algorithm):
 
     def learn(self, batch: Batch) -> Metrics:
         rows_per_update = self.config.prompts_per_update or self.run.data.prompts_per_step
-        calls = [self.actor.update.start(part, loss=ops.NextTokenLoss()) for part in batch.split(rows_per_update)]
+        loss = ops.NextTokenLoss(aggregation=self.config.loss_aggregation, max_tokens=self.run.data.max_response_tokens)
+        calls = [self.actor.update.start(part, loss=loss) for part in batch.split(rows_per_update)]
         return Metrics.merged(call.result() for call in calls)
 
     def measure(self, rows: Batch) -> Metrics:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hybridflow.ops.advantages import best_of_group as best_of_group
     from hybridflow.ops.advantages import gae as gae
     from hybridflow.ops.advantages import group_normalized as group_normalized
+    from hybridflow.ops.advantages import is_varied as is_varied
     from hybridflow.ops.advantages import kl_in_reward as kl_in_reward
     from hybridflow.ops.advantages import leave_one_out as leave_one_out
     from hybridflow.ops.advantages import length_weighted as length_weighted
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "advantages": (
-        *("best_of_group", "gae", "group_normalized", "kl_in_reward", "leave_one_out", "length_weighted"),
+        *("best_of_group", "gae", "group_normalized", "is_varied", "kl_in_reward", "leave_one_out", "length_weighted"),
         *("overlong_penalty", "rescaled", "token_rewards", "whiten"),
     ),
     "correction": ("ImportanceCorrection", "importance_correction"),

@@ -141,13 +141,19 @@ def best_of_group(reward_B: PerRow, group_B: PerRow, *, scale_by_std: bool = Tru
     return (advantage_B / (groups.std + STD_FLOOR) if scale_by_std else advantage_B).float()
 
 
-def rescaled(advantage_B: Tensor, informative_B: Tensor) -> Tensor:
+def is_varied(reward_B: PerRow, group_B: PerRow) -> Tensor:
+    """Of each row whether its group has several rewards, bool, shape [B]: only then does a baseline leave anything to learn."""
+    groups = _Groups(reward_B, group_B)
+    return groups.sums((groups.reward_B - groups.mean_B).square()) > 0
+
+
+def rescaled(advantage_B: Tensor, informative_B: PerRow) -> Tensor:
     """Advantages times all rows over the informative ones: rows without gradient do not thin out a step.
 
     GPG, Chu et al. 2025, arXiv:2504.02546, eq. 7, where rows are informative whose group has several rewards; its authors'
     code, and verl's, count the rows whose reward is not 0.
     """
-    return advantage_B * (len(advantage_B) / informative_B.count_nonzero().clamp(min=1))
+    return advantage_B * (len(advantage_B) / _as_tensor(informative_B).count_nonzero().clamp(min=1))
 
 
 def overlong_penalty(tokens_B: PerRow, *, max_tokens: int, buffer_tokens: int) -> Tensor:

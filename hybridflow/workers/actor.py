@@ -77,7 +77,8 @@ class ActorWorker(Worker):
             BatchError: the loss reads a column that the batch lacks, or takes present log-probabilities for those of older
             weights.
         """
-        if self.config.loop.max_staleness and isinstance(loss, ops.PolicyLoss) and loss.old_log_probs == "current":
+        takes_present = isinstance(loss, ops.PolicyLoss) and loss.old_log_probs == "current" and loss.correction is None
+        if self.config.loop.max_staleness and takes_present:
             raise BatchError(
                 "the loss takes the policy's present log-probabilities for the old ones, but with loop.max_staleness="
                 f"{self.config.loop.max_staleness} older weights have sampled. Use `old_log_probs=self.old_log_probs()` on the "

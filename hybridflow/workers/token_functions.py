@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hybridflow import ops
 from hybridflow.batch import Batch, Ragged
+from hybridflow.config.choices import KLEstimator
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.rewards.answers import answer_of
 from hybridflow.workers.mismatch import sampled_tokens
@@ -26,7 +27,8 @@ class TokenAdvantages:
 
     Only tokens that the policy sampled count: the next state after one is the next sampled token, and the reward is at the
     last. Reads `reward`, `values` and, where the batch has them, `loss_mask` and `reference_log_probs` with the column named
-    `log_probs`.
+    `log_probs`. Without a critic all values are 0: with `lam` 1 the advantage of a token is the discounted sum of the rewards
+    from it on.
     Writes `advantages`, `returns`, and the light column `kl`: mean KL to the reference per token of each row, in nats.
     """
 
@@ -36,15 +38,16 @@ class TokenAdvantages:
     """Over all tokens of all ranks."""
     kl_coefficient: float
     """Weight of the KL in each token's reward; 0 leaves the reward alone."""
-    kl_estimator: Literal["k1", "k2", "k3"]
+    kl_estimator: KLEstimator
     log_probs: str
     """Column with the policy's log-probabilities."""
 
     def __call__(self, batch: Batch, context: RankContext) -> Batch:
         import torch
 
-        values = sampled_tokens(batch, batch.tokens("values"))
-        offsets_B1 = torch.tensor(values.offsets)
+        sampled = sampled_tokens(batch, batch.tokens("response"))
+        offsets_B1 = torch.tensor(sampled.offsets)
+        values_T = _tensor(batch, "values") if "values" in batch else torch.zeros(len(sampled.values))
         rewards_T = ops.token_rewards(torch.tensor(batch["reward"]), offsets_B1)
         if "token_rewards" in batch:  # of turns; what the reward role has added to their sum stays at the last token
             turns_T = _tensor(batch, "token_rewards")
@@ -56,13 +59,35 @@ class TokenAdvantages:
             kl_T = ops.kl_estimate(log_probs_T, reference_T, self.kl_estimator)
             light["kl"] = ops.row_means(kl_T, offsets_B1.diff()).numpy()
             rewards_T = ops.kl_in_reward(rewards_T, kl_T, self.kl_coefficient)
-        advantages_T, returns_T = ops.gae(rewards_T, _tensor(batch, "values"), offsets_B1, gamma=self.gamma, lam=self.lam)
+        advantages_T, returns_T = ops.gae(rewards_T, values_T, offsets_B1, gamma=self.gamma, lam=self.lam)
         if self.whiten:
             advantages_T = ops.whiten(advantages_T, lambda sums: _sum_over_ranks(sums, context))
         columns = {"advantages": advantages_T, "returns": returns_T}
         return Batch.from_columns(
-            {**light, **{name: _of_response(batch, Ragged(column.numpy(), values.offsets)) for name, column in columns.items()}}
+            {
+                **light,
+                **{name: _of_response(batch, Ragged(column.numpy(), sampled.offsets)) for name, column in columns.items()},
+            }
         )
+
+
+@dataclass(frozen=True)
+class RowKL:
+    """Column `kl_sum`: the KL to the reference of each row, in nats, summed over the tokens that the policy sampled. Reports
+    `kl/mean`, per token."""
+
+    estimator: KLEstimator
+    log_probs: str
+    """Column with the policy's log-probabilities."""
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        import torch
+
+        lengths_B = torch.tensor(sampled_tokens(batch, batch.tokens("response")).lengths)
+        kl_T = ops.kl_estimate(_tensor(batch, self.log_probs), _tensor(batch, "reference_log_probs"), self.estimator)
+        sums_B = (ops.row_means(kl_T, lengths_B) * lengths_B).numpy()
+        context.report(Metrics({"kl/mean": Metric(float(sums_B.sum()), float(len(kl_T)))}))
+        return Batch({"kl_sum": sums_B})
 
 
 def _tensor(batch: Batch, name: str) -> torch.Tensor:

@@ -56,11 +56,7 @@ WITHOUT_TORCH = (
     "hybridflow.config.load",
     "hybridflow.planner.options",
     "hybridflow.planner.needs",
-    "hybridflow.algorithms.ppo",
-    "hybridflow.algorithms.grpo",
-    "hybridflow.algorithms.sft",
-    "hybridflow.algorithms.reward_model",
-    "hybridflow.algorithms.dpo",
+    *sorted({target.partition(":")[0] for target in registry.ALGORITHMS.values()}),
 )
 """A mistake in a configuration is reported without waiting for torch."""
 

@@ -1,0 +1,59 @@
+"""GSPO: GRPO with one probability ratio per response, the geometric mean of its tokens' ratios.
+
+    s = (policy(y) / old(y))^(1 / tokens);   loss = mean over rows of -min(s A, clip(s) A),   A as in GRPO
+
+    prompts --> rollout --> reward --> [actor: old log-probs] --> [reference] --> actor.update x updates
+
+Zheng et al. 2025, arXiv:2507.18071, eq. 5 to 7; the gradient is taken as in eq. 14.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hybridflow import ops
+from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.options import Clip, GroupOptions, PolicyOptions
+from hybridflow.batch import Batch
+from hybridflow.config.choices import Aggregation
+from hybridflow.metrics import Metrics
+
+if TYPE_CHECKING:
+    from hybridflow.workers.actor import ActorWorker
+    from hybridflow.workers.reference import ReferenceWorker
+    from hybridflow.workers.reward import RewardWorker
+    from hybridflow.workers.rollout import RolloutWorker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(GroupOptions, PolicyOptions):
+    """Options of GSPO."""
+
+    clip: Clip = (3e-4, 4e-4)
+    """The ratio of a response is kept within [1 - low, 1 + high]."""
+    loss_aggregation: Aggregation = "sequence_mean"
+    """How token losses become one number."""
+
+
+class GSPO(Algorithm):
+    """Roles, dataflow and loss of GSPO."""
+
+    config_class = Config
+    config: Config
+    actor: ActorWorker
+    rollout: RolloutWorker
+    reference: ReferenceWorker
+    reward: RewardWorker
+
+    def collect(self, prompts: Batch) -> Batch:
+        return self.respond(prompts.repeat(self.config.responses_per_prompt))
+
+    def learn(self, batch: Batch) -> Metrics:
+        batch = self.prepare(batch)
+        advantage = ops.group_normalized(batch["reward"], batch["group"])
+        bound = self.config.dual_clip or self.config.ratio_bound(self.run)
+        surrogate = partial(ops.clipped, clip=self.config.clip, dual_clip=bound, ratio=ops.sequence_ratio)
+        loss = self.config.policy_loss(self.run, surrogate)
+        return self.improve(batch.with_columns(advantage=advantage.numpy()), loss)

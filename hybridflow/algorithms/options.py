@@ -1,0 +1,171 @@
+"""Options that algorithms share, to derive a `Config` from, and the loss that they describe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from hybridflow import ops
+from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
+from hybridflow.config.ranges import ABOVE_ONE, AT_LEAST_TWO, COUNT, NOT_NEGATIVE, POSITIVE
+from hybridflow.errors import FieldError
+
+if TYPE_CHECKING:
+    from hybridflow.config.schema import Config as RunConfig
+    from hybridflow.ops.correction import ImportanceCorrection
+    from hybridflow.ops.surrogates import Surrogate
+
+DEFAULT_CAP = 2.0
+"""Of importance weights, where older weights sample."""
+Clip = tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """The `Config` of an algorithm without options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceOptions:
+    """To inherit from: weights between the engine's probabilities, which tokens were drawn with, and the trainer's."""
+
+    importance_cap: Annotated[float, POSITIVE] | Literal["auto"] | None = "auto"
+    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, TIS); null for no
+    weights, or with a mask for no bound. auto is 2 where loop.max_staleness lets older weights sample, else null."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Whether each token has its own weight or a response has one."""
+    importance_mask: tuple[float, float] | None = None
+    """Tokens (or responses) whose weight is outside count nothing (masked importance sampling); null for none."""
+
+    def __post_init__(self) -> None:
+        if self.importance_mask is not None and self.importance_mask[0] >= self.importance_mask[1]:
+            low, high = self.importance_mask
+            raise ValueError(
+                f"importance_mask: found [{low:g}, {high:g}], outside of which is everything; the smaller one comes first"
+            )
+
+    def cap(self, run: RunConfig) -> float | None:
+        """`importance_cap` with auto resolved."""
+        resolved = DEFAULT_CAP if run.loop.max_staleness else None
+        return resolved if self.importance_cap == "auto" else self.importance_cap
+
+    def importance_correction(self, run: RunConfig) -> ImportanceCorrection | None:
+        """For a loss; None where neither a bound nor a mask is set."""
+        return ops.importance_correction(self.cap(run), self.importance_level, self.importance_mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOptions(ImportanceOptions):
+    """To inherit from: how a step's rows become updates of a policy, and what its loss is made of beside the surrogate."""
+
+    has_ratio: ClassVar[bool] = True
+    """Whether the surrogate contains the probability ratio and bounds it, so that over the engine's log-probabilities it is the
+    importance weight. Without, such weights multiply the loss."""
+
+    prompts_per_update: Annotated[int, COUNT] | None = None
+    """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
+    epochs: Annotated[int, COUNT] = 1
+    """Passes over the step's rows."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    kl_in: Literal["reward", "loss", "none"] = "none"
+    """Where the KL to the reference counts: in the reward, in the loss, or nowhere (no reference is loaded)."""
+    kl_coefficient: Annotated[float, NOT_NEGATIVE] = 0.001
+    """Weight of the KL."""
+    kl_estimator: KLEstimator = "k3"
+    """Per-token estimate of the KL. In a loss only the gradient of k2 is that of the KL on average; one with a plus has the
+    value of the one without and the gradient of k2 (straight-through)."""
+    loss_aggregation: Aggregation = "token_mean"
+    """How token losses become one number: mean over tokens; mean over rows of their means (sequence_mean), of their sums, or of
+    their sums over `loss_length` (sequence_sum); or the plain sum."""
+    loss_length: Annotated[int, COUNT] | None = None
+    """The constant that sequence_sum divides by; null means data.max_response_tokens."""
+
+    def makes_one_update(self, run: RunConfig) -> bool:
+        """Whether a step makes a single update: then no log-probabilities need to be computed before it."""
+        return self.epochs == 1 and self.prompts_per_update in (None, run.data.prompts_per_step)
+
+    def ratio_over(self, run: RunConfig) -> OldLogProbs:
+        """Denominator of the ratio. Of a single update the present ones, or, where older weights may have sampled, the engine's
+        own: the ratio then is the importance weight. Of several updates, without a cap, or for a KL in the reward, those
+        computed before the first."""
+        if self.makes_one_update(run) and run.loop.max_staleness and self.cap(run) is not None:
+            return "rollout_log_probs" if self.has_ratio else "current"
+        is_free = self.makes_one_update(run) and not run.loop.max_staleness and not self.penalises_reward
+        return "current" if is_free else "log_probs"
+
+    def ratio_bound(self, run: RunConfig) -> float | None:
+        """Where the ratio is over the engine's log-probabilities, an importance weight, the bound of such weights holds for
+        it."""
+        return self.cap(run) if self.ratio_over(run) == "rollout_log_probs" else None
+
+    @property
+    def penalises_reward(self) -> bool:
+        """Whether a KL is taken from rewards."""
+        return self.kl_in == "reward" and self.kl_coefficient > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a KL counts anywhere."""
+        return self.kl_in != "none" and self.kl_coefficient > 0
+
+    def errors(self, run: RunConfig) -> list[FieldError]:
+        """Mistakes in these options."""
+        errors = check_prompts_per_update(run, self.prompts_per_update)
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            errors.append(
+                FieldError("algorithm.kl_estimator", "k1 has a gradient of zero on average in a loss. Use k2, k3 or k1+")
+            )
+        return errors
+
+    def policy_loss(self, run: RunConfig, surrogate: Surrogate, *, advantage: str = "advantage") -> ops.PolicyLoss:
+        """The loss that these options describe around a surrogate, with one advantage per row or, in column `advantages`, one
+        per token."""
+        return ops.PolicyLoss(
+            surrogate=surrogate,
+            advantage=advantage,
+            entropy_coefficient=self.entropy_coefficient,
+            kl_coefficient=self.kl_coefficient if self.kl_in == "loss" else 0.0,
+            kl_estimator=self.kl_estimator,
+            old_log_probs=self.ratio_over(run),
+            aggregation=self.loss_aggregation,
+            max_tokens=self.loss_length or run.data.max_response_tokens,
+            correction=self.importance_correction(run),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions(UpdateOptions):
+    """To inherit from: updates of a policy with a clipped ratio."""
+
+    clip: Clip = (0.2, 0.2)
+    """The probability ratio is kept within [1 - low, 1 + high]."""
+    dual_clip: Annotated[float, ABOVE_ONE] | None = None
+    """Bound of the ratio where the advantage is negative; null for none."""
+
+    def clipped(self, run: RunConfig) -> Surrogate:
+        """The clipped surrogate; where the ratio is an importance weight, with the bound of such weights if no other is set."""
+        return partial(ops.clipped, clip=self.clip, dual_clip=self.dual_clip or self.ratio_bound(run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(UpdateOptions):
+    """To inherit from, beside `PolicyOptions` where the ratio is clipped: several responses to each prompt."""
+
+    responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 8
+    """Responses generated to each prompt: the group that each is compared with."""
+
+
+def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[FieldError]:
+    """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts; None is all of them."""
+    prompts_per_step = run.data.prompts_per_step
+    if prompts_per_update is None or prompts_per_step % prompts_per_update == 0:
+        return []
+    if prompts_per_update > prompts_per_step:
+        problem = f"found {prompts_per_update}, more than the {prompts_per_step} prompts of data.prompts_per_step"
+        advice = "Lower the one or raise the other"
+    else:
+        problem = f"found {prompts_per_update}, which does not divide data.prompts_per_step={prompts_per_step}"
+        advice = f"Use one of {', '.join(str(n) for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0)}"
+    return [FieldError("algorithm.prompts_per_update", f"{problem}. {advice}", related=("data.prompts_per_step",))]

@@ -1,0 +1,58 @@
+"""REINFORCE++ with baseline: rewards less the mean of their group, normalised over the whole step.
+
+    A = (a - mean) / std over the step's tokens,   a = r - mean of the group
+    loss = mean over tokens of -min(ratio A, clip(ratio) A) + beta KL(policy || reference)
+
+    prompts --> rollout --> reward --> [actor: old log-probs] --> [reference] --> actor.update x updates
+
+Hu et al. 2025, arXiv:2501.03262, eq. 9 to 11.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hybridflow import ops
+from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.options import GroupOptions, PolicyOptions
+from hybridflow.batch import Batch
+from hybridflow.config.choices import KLEstimator
+from hybridflow.metrics import Metrics
+
+if TYPE_CHECKING:
+    from hybridflow.workers.actor import ActorWorker
+    from hybridflow.workers.reference import ReferenceWorker
+    from hybridflow.workers.reward import RewardWorker
+    from hybridflow.workers.rollout import RolloutWorker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(GroupOptions, PolicyOptions):
+    """Options of REINFORCE++ with baseline."""
+
+    kl_in: Literal["reward", "loss", "none"] = "loss"
+    """Where the KL to the reference counts: in the reward, in the loss, or nowhere (no reference is loaded)."""
+    kl_estimator: KLEstimator = "k2"
+    """Per-token estimate of the KL."""
+
+
+class ReinforcePlusPlusBaseline(Algorithm):
+    """Roles, dataflow and loss of REINFORCE++ with baseline."""
+
+    config_class = Config
+    config: Config
+    actor: ActorWorker
+    rollout: RolloutWorker
+    reference: ReferenceWorker
+    reward: RewardWorker
+
+    def collect(self, prompts: Batch) -> Batch:
+        return self.respond(prompts.repeat(self.config.responses_per_prompt))
+
+    def learn(self, batch: Batch) -> Metrics:
+        batch = self.with_log_probs(batch)
+        deviation = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=False)
+        batch = self.with_returns(batch.with_columns(reward=deviation.numpy()), whiten=True)
+        loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
+        return self.improve(batch, loss)
