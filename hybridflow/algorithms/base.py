@@ -15,6 +15,7 @@ from hybridflow.algorithms.options import NoOptions as NoOptions
 from hybridflow.algorithms.options import PolicyOptions as PolicyOptions
 from hybridflow.algorithms.options import UpdateOptions as UpdateOptions
 from hybridflow.algorithms.options import check_prompts_per_update as check_prompts_per_update
+from hybridflow.algorithms.options import old_column
 from hybridflow.batch import Batch
 from hybridflow.config.choices import OldLogProbs as OldLogProbs
 from hybridflow.errors import FieldError
@@ -183,14 +184,3 @@ class Algorithm(ABC):
             order = np.random.default_rng([self.run.run.seed, self.step, epoch]).permutation(len(batch))
             parts += batch.select(order).split(rows_per_update)
         return parts
-
-
-def mean_kl(batch: Batch) -> float:
-    """The KL to the reference per token of a step, in nats, from the column `kl` of its rows."""
-    tokens = batch["loss_tokens" if "loss_tokens" in batch else "response_tokens"]
-    return float(np.average(batch["kl"], weights=np.maximum(tokens, 1)))
-
-
-def old_column(old: OldLogProbs) -> str:
-    """The column with the policy's log-probabilities before the updates: the engine's, where the actor has computed none."""
-    return "log_probs" if old == "log_probs" else "rollout_log_probs"

@@ -169,3 +169,8 @@ def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> 
         problem = f"found {prompts_per_update}, which does not divide data.prompts_per_step={prompts_per_step}"
         advice = f"Use one of {', '.join(str(n) for n in range(1, prompts_per_step + 1) if prompts_per_step % n == 0)}"
     return [FieldError("algorithm.prompts_per_update", f"{problem}. {advice}", related=("data.prompts_per_step",))]
+
+
+def old_column(old: OldLogProbs) -> str:
+    """The column with the policy's log-probabilities before the updates: the engine's, where the actor has computed none."""
+    return "log_probs" if old == "log_probs" else "rollout_log_probs"

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm, mean_kl, old_column
-from hybridflow.algorithms.options import PolicyOptions
+from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.options import PolicyOptions, old_column
 from hybridflow.batch import Batch
 from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
-from hybridflow.workers.token_functions import TokenAdvantages
+from hybridflow.workers.token_functions import TokenAdvantages, mean_kl
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig

@@ -71,6 +71,12 @@ class TokenAdvantages:
         )
 
 
+def mean_kl(batch: Batch) -> float:
+    """The KL to the reference per token of a step, in nats, from the column `kl` of its rows."""
+    tokens = batch["loss_tokens" if "loss_tokens" in batch else "response_tokens"]
+    return float(np.average(batch["kl"], weights=np.maximum(tokens, 1)))
+
+
 @dataclass(frozen=True)
 class RowKL:
     """Column `kl_sum`: the KL to the reference of each row, in nats, summed over the tokens that the policy sampled. Reports
