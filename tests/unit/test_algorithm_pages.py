@@ -41,7 +41,15 @@ from tests.training_rows import (
 )
 from tests.unit.local_groups import LocalDispatcher
 
-NAMES = sorted(name for name in registry.ALGORITHMS if name != "sft")
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    loaded = registry.load(name, registry.ALGORITHMS, key="algorithm.name")
+    assert isinstance(loaded, type) and issubclass(loaded, Algorithm)
+    return loaded
+
+
+NAMES = sorted(name for name in registry.ALGORITHMS if algorithm_class(name).rows == "prompts")
+"""Algorithms that generate what they learn from."""
 RESPONSES = random_batch([(3, 5), (3, 40), (3, 7), (20, 1), (20, 9), (20, 6)])
 PROMPTS = RESPONSES.select([0, 3]).with_columns(group=np.array([0, 1]))
 REWARDS = np.array([1.0, 0.0, 0.25, 0.5, 1.0, 0.0], np.float32)
@@ -85,12 +93,6 @@ ROLES: Mapping[str, type[Worker]] = {
 
 def only(batch: Batch, *names: str) -> Batch:
     return Batch.from_columns({name: batch[name] if name in batch.light else batch.tokens(name) for name in names})
-
-
-def algorithm_class(name: str) -> type[Algorithm]:
-    loaded = registry.load(name, registry.ALGORITHMS, key="algorithm.name")
-    assert isinstance(loaded, type) and issubclass(loaded, Algorithm)
-    return loaded
 
 
 @pytest.fixture(scope="module")
