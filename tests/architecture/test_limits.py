@@ -89,7 +89,7 @@ def test_no_text_depends_on_one_machine(folder: str):
 
 
 BUDGETS = {
-    "hybridflow": 27000,
+    "hybridflow": 30000,
     "hybridflow/algorithms": 3200,
     "hybridflow/checkpoint": 1500,
     "hybridflow/config": 3600,
