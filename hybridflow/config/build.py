@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -20,6 +21,7 @@ T = TypeVar("T")
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 WANTED = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null", object: "any value"}
 KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", list: "list", dict: "mapping"}
+TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class UnfitError(ValueError):
@@ -143,7 +145,8 @@ def convert(value: object, hint: object) -> object:
 
 
 def _readings(value: object) -> Iterator[object]:
-    """As it stands; a list or a scalar as a tuple; and text such as 1e-6, which YAML 1.1 does not take for a number, as one."""
+    """As it stands; a list or a scalar as a tuple; text such as "1e-6" or 1_000 as a number, and yes, no, on or off as true
+    or false, where nothing but these is asked for."""
     yield value
     if isinstance(value, Mapping):
         yield {str(name): element for name, element in value.items()}
@@ -152,11 +155,14 @@ def _readings(value: object) -> Iterator[object]:
         yield elements
         yield _as_number(value)
         yield tuple(map(_as_number, elements))
+        yield TRUTHS.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _as_number(value: object) -> object:
+    if not isinstance(value, str) or re.match(r"[-+]?0[0-9]", value):  # 010 is 8 for some readers, and 10 for others
+        return value
     try:
-        return float(value) if isinstance(value, str) else value
+        return int(value) if re.fullmatch(r"[-+]?[0-9]{1,3}(_[0-9]{3})+", value) else float(value)
     except ValueError:
         return value
 

@@ -20,6 +20,7 @@ from hybridflow.config.build import Builder, found, join, keys_of
 from hybridflow.config.rules import AlgorithmClass, check
 from hybridflow.config.schema import AlgorithmConfig, Config
 from hybridflow.config.settings import KNOWN_KEYS, MAPPINGS, Setting, Settings
+from hybridflow.config.yaml_values import read_yaml
 from hybridflow.errors import ConfigError, FieldError, FieldReport
 
 logger = logging.getLogger("hybridflow")
@@ -118,7 +119,7 @@ def read_overrides(overrides: Sequence[str], reports: list[FieldReport]) -> list
             reports.append(FieldError(override, "is not of the form key=value", COMMAND_LINE))
             continue
         try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+            value = OmegaConf.to_container(OmegaConf.create({"value": read_yaml(text)}), resolve=False)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             problem = f"the value {text!r} cannot be read as YAML: {_first_line(error)}"
             reports.append(FieldError(key, problem, COMMAND_LINE))
@@ -249,7 +250,8 @@ def _read_yaml(path: str, place: str) -> tuple[dict[object, object], dict[str, i
     try:
         text = Path(path).read_text(encoding="utf-8")
         lines = dict(_lines(yaml.compose(text, Loader=yaml.SafeLoader), ""))
-        loaded = OmegaConf.load(path) if text.strip() else OmegaConf.create()
+        content = read_yaml(text)
+        loaded = OmegaConf.create({} if content is None else content) if isinstance(content, dict | None) else None
     except OSError as error:
         raise ConfigError([FieldError(path, f"cannot be read: {error.strerror}", place)]) from error
     except UnicodeDecodeError as error:
