@@ -26,6 +26,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="auto: as the model that training started from",
     )
     parser.add_argument("--source", metavar="MODEL", help="the model that training started from, if it was moved since")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with that model")
     return parser.parse_args(arguments)
 
 
@@ -37,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         folder = export_checkpoint(
-            options.checkpoint, options.folder, role=options.role, dtype=options.dtype, source=options.source
+            options.checkpoint,
+            options.folder,
+            role=options.role,
+            dtype=options.dtype,
+            source=options.source,
+            trust_remote_code=options.trust_remote_code,
         )
     except HybridflowError as error:
         sys.stderr.write(f"{error}\n")

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,13 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from hybridflow.checkpoint.advice import export_from
 from hybridflow.checkpoint.sharded import METADATA, load_sharded, read_metadata
 from hybridflow.checkpoint.store import CheckpointStore, find
 from hybridflow.data.chat import tokenizer_at
-from hybridflow.errors import CheckpointError
+from hybridflow.errors import CheckpointError, ModelError
 from hybridflow.models import lora
 from hybridflow.models.heads import VALUE_HEAD_FILE
 from hybridflow.models.load import load_config, skeleton
@@ -30,6 +31,9 @@ DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 MODEL_KEY = "model."
 """What the keys of weights begin with in a role's sharded state; the rest is the name in a Hugging Face checkpoint."""
 VALUE_HEAD = "value_head."
+GENERATION = "generation_config.json"
+CONFIGS = ("config.json", "tokenizer_config.json")
+"""Files that may name code."""
 FILE_BYTES = 4 << 30
 """Most bytes of weights in one file, and at once in memory (in the exported dtype)."""
 
@@ -46,13 +50,20 @@ class Source:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, folder: str | Path, *, role: str = "actor", dtype: DtypeName = "auto", source: str | None = None
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    role: str = "actor",
+    dtype: DtypeName = "auto",
+    source: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the weights of `role` to `folder` as a model that `AutoModelForCausalLM` loads, with configuration and tokenizer.
 
     `checkpoint` may be a run's folder, which means its newest checkpoint. `dtype` auto is that of the model that training
     started from; `source` says where that is, if it was moved. Adapters are merged. A model with a value head gives its
-    backbone, which `AutoModel` loads, and `value_head.safetensors` with `weight` and `bias`. `folder` is complete or absent.
+    backbone, which `AutoModel` loads, and `value_head.safetensors` with `weight` and `bias`. `folder` is complete or
+    absent. Code that comes with the model is run only with `trust_remote_code`, whatever the run was allowed.
 
     Raises:
         CheckpointError: there is no such checkpoint or role, a file is damaged, an adapter cannot be merged, or `folder` cannot
@@ -67,6 +78,8 @@ def export_checkpoint(
         raise CheckpointError(f"{found} has no weights of role {role!r}. It has those of: {', '.join(roles) or 'none'}")
     CheckpointStore.verify(found, instead=export_from)
     origin = _source(CheckpointStore.read_state(found, instead=export_from).config, role, source)
+    if not trust_remote_code:
+        origin = _without_code(origin)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -86,7 +99,10 @@ def _write_model(weights_folder: Path, target: Path, origin: Source, dtype: Dtyp
     config = load_config(origin.path, trust_remote_code=origin.trust_remote_code)
     exported = _dtype(config, dtype)
     weights = SavedWeights(weights_folder, lora_scale=origin.lora_scale)
-    model = skeleton(config, trust_remote_code=origin.trust_remote_code)
+    try:
+        model = skeleton(config, trust_remote_code=origin.trust_remote_code)
+    except ValueError as error:
+        raise ModelError(f"{origin.path} holds no causal language model: {str(error).partition('. Model type')[0]}") from error
     _check_adapters(weights, model)
     head = [name for name in weights.shapes if name.startswith(VALUE_HEAD)]
     names = _checked_names(weights, model, has_value_head=bool(head))
@@ -216,12 +232,31 @@ def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield names
 
 
+def _without_code(origin: Source) -> Source:
+    """`origin` with none of its own code run. A checkpoint says whether the run was allowed to; whoever exports is asked again.
+
+    Raises:
+        CheckpointError: the run was, and the model names code.
+    """
+    for path in (Path(place, name) for place in (origin.path, origin.tokenizer) for name in CONFIGS):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # on the hub, where transformers refuses likewise; or damaged, which is told where it is read
+        if origin.trust_remote_code and isinstance(content, dict) and content.get("auto_map"):
+            raise CheckpointError(
+                f"{path} names Python code that comes with the model: {content['auto_map']}. Read it, and to have it run add "
+                "--trust-remote-code"
+            )
+    return replace(origin, trust_remote_code=False)
+
+
 def _copy_extras(origin: Source, target: Path, *, has_value_head: bool) -> None:
     """Generation settings, and the code of a model that brings its own."""
     if not has_value_head:
-        # A model without any is complete: its configuration says how sequences end.
+        # Copied as it is: what people published, transformers may refuse to write. A model without any is complete.
         with suppress(OSError):
-            GenerationConfig.from_pretrained(origin.path).save_pretrained(target)
+            shutil.copy(str(cached_file(origin.path, GENERATION)), target / GENERATION)
     if origin.trust_remote_code and Path(origin.path).is_dir():
         for code in Path(origin.path).glob("*.py"):
             shutil.copy(code, target)

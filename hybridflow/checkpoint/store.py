@@ -213,12 +213,16 @@ class CheckpointStore:
 
     def scan(self) -> list[Found]:
         """Whatever is or was a checkpoint, of this run and others, in the order of the names."""
-        return [_found(path) for path in sorted(self.folder.glob("step_*")) if _is_checkpoint(path)]
+        return [_found(path) for path in self._complete()]
 
     def own(self, run: str | None = None) -> list[Found]:
         """The complete checkpoints of this run, in the order of their names. Their files are not read."""
         run = run or self.run
         return [found for found in self.scan() if found.manifest and (not run or found.manifest.run in ("", run))]
+
+    def _complete(self) -> list[Path]:
+        """All folders that are or were checkpoints; only complete ones get such a name."""
+        return sorted(path for path in self.folder.glob("step_*") if _is_checkpoint(path))
 
     def _newest(self, run: str | None = None) -> Path | None:
         own = self.own(run)

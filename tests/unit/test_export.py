@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -291,3 +292,50 @@ def test_the_command_takes_a_run_and_a_source_that_was_moved(
     assert "/moved/away" in capsys.readouterr().err
     assert main([*command, "--source", tiny_model]) == 0
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), weights)
+
+
+def with_generation_settings(source: str, **settings: object) -> bytes:
+    path = Path(source) / "generation_config.json"
+    written = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**written, **settings}))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.9, "top_p": 0.6}, {"an unknown key": [1]}, {"num_beams": -1}])
+def test_generation_settings_are_copied_as_they_are(tmp_path: Path, settings: dict[str, object]):
+    source = make_tiny_model(tmp_path / "model")
+    content = with_generation_settings(source, **settings)
+    folder = export_checkpoint(checkpoint_of(tmp_path / "run", source, weights_of(trained(source))), tmp_path / "out")
+    assert (folder / "generation_config.json").read_bytes() == content
+
+
+def with_code(folder: str, marker: Path) -> str:
+    """Let the model of a folder be one that brings its own code, which leaves a file behind when it runs."""
+    path = Path(folder) / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    own = "from transformers import Qwen2Config\nclass OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+    (Path(folder) / "own.py").write_text(f"open({str(marker)!r}, 'w')\n{own}")
+    return folder
+
+
+@pytest.mark.parametrize("was_trusted", [True, False])
+def test_code_that_a_checkpoint_names_runs_only_where_whoever_exports_says_so(
+    tmp_path: Path, was_trusted: bool, capsys: pytest.CaptureFixture[str]
+):
+    source = make_tiny_model(tmp_path / "model")
+    checkpoint = checkpoint_of(tmp_path / "run", source, weights_of(trained(source)), trust_remote_code=was_trusted)
+    with_code(source, tmp_path / "ran")
+    assert main([str(checkpoint), str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+    assert ("--trust-remote-code" in capsys.readouterr().err) or not was_trusted
+    main([str(checkpoint), str(tmp_path / "out"), "--trust-remote-code"])
+    assert (tmp_path / "ran").exists() == was_trusted, "what the run was not allowed to, its export is not either"
+
+
+@pytest.mark.parametrize("role", ["../other/actor", "..", ".", "/tmp", "", "actor/", "actor/../actor", "*"])
+def test_a_role_cannot_leave_the_checkpoint(tmp_path: Path, tiny_model: str, role: str):
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, weights_of(trained(tiny_model)))
+    shutil.copytree(checkpoint, checkpoint.with_name("other"))
+    with pytest.raises(CheckpointError, match=r"has no weights of role .*It has those of: actor"):
+        export_checkpoint(checkpoint, tmp_path / "out", role=role)
