@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from hybridflow.errors import EngineError
+from hybridflow.models.checkpoint_names import CheckpointNames
 from hybridflow.models.load import skeleton
 
 MOST_NAMED = 5
@@ -19,7 +20,8 @@ class ExpectedWeights:
 
     def __init__(self, model: str, *, trust_remote_code: bool = False):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        empty: torch.nn.Module = skeleton(config, trust_remote_code=trust_remote_code)
+        empty = skeleton(config, trust_remote_code=trust_remote_code)
+        self.checkpoint_names = CheckpointNames(empty)
         parameters = list(empty.named_parameters(remove_duplicate=False))
         self.shapes = {name: parameter.shape for name, parameter in parameters}
         first_name: dict[int, str] = {}

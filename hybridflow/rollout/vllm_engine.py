@@ -175,12 +175,13 @@ class VllmEngine(Engine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.check_idle()
         checked = self.expected_weights.of(weights)
+        named = self.expected_weights.checkpoint_names.stream(checked)
         if self.spec.device.type == "cuda":
-            self.model.load_weights(iter(checked))  # type: ignore[operator]
+            self.model.load_weights(named)  # type: ignore[operator]
         else:
             # The CPU kernels have packed the weights, so vLLM builds each layer anew. It keeps what it is given until
             # the layer is complete, longer than the caller's buffers last: hence copies.
-            copies = ((name, tensor.clone()) for name, tensor in checked)
+            copies = ((name, tensor.clone()) for name, tensor in named)
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
             patches.pack_heads(self.model)
         checked.finish()

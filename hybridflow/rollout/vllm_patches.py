@@ -283,7 +283,9 @@ def _read_back(module: LinearBase | ParallelLMHead, dtype: torch.dtype) -> torch
     Every product has one term that is not zero, so the numbers come back exactly.
     """
     if isinstance(module, LinearBase):
-        num_in, num_out = module.input_size_per_partition, sum(module.output_partition_sizes)
+        # A layer that is not cut over ranks has no size of its part.
+        num_in = vars(module).get("input_size_per_partition", module.input_size)
+        num_out = sum(module.output_partition_sizes)
     else:
         num_in, num_out = module.embedding_dim, module.num_embeddings_per_partition
     if num_in * num_out > MOST_ELEMENTS_READ_BACK:
