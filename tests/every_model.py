@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.toy import make_tiny_tokenizer
 
-VOCABULARY = 66
+VOCABULARY = 64
 """As many tokens as the tokenizer of tests/toy.py."""
 WINDOW = 96
 """Tokens that layers see which do not see all."""

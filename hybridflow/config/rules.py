@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 
 from hybridflow import registry
 from hybridflow.config import (
+    rules_agreement,
     rules_engine,
     rules_environment,
     rules_files,
@@ -61,11 +62,11 @@ PACKAGES = {
 def check(config: Config, algorithm: AlgorithmClass | None, *, asks_hub: bool = False) -> list[FieldReport]:
     """All that the rules find in `config`, in their order; `algorithm` None skips what depends on it.
 
-    `asks_hub` adds the rule that needs a network.
+    `asks_hub` adds the rules that take seconds: one needs a network, one loads tokenizers.
     """
     is_known = algorithm is not None and config.algorithm.options is not None
     roles = algorithm.roles(config) if algorithm and is_known else tuple(registry.ROLES)
-    rules = (*RULES, rules_hub.hub_models_can_be_had) if asks_hub else RULES
+    rules = (*RULES, rules_hub.hub_models_can_be_had, rules_agreement.sides_agree) if asks_hub else RULES
     reports = [report for rule in rules for report in rule(config, roles)]
     if algorithm and is_known:
         reports += [*held_out_rows_are_measured(config, algorithm), *algorithm.check(config)]
@@ -154,6 +155,7 @@ RULES: tuple[Rule, ...] = (
     rules_files.data_files_exist,
     rules_files.models_are_complete,
     rules_reward.rewards_are_told_once,
+    rules_agreement.adapters_are_merged,
     rules_reward.reward_file_exists,
     rules_files.checkpoint_exists,
     rules_files.run_folder_can_be_written,

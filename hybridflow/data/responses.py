@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hybridflow.batch import Array, Heavy, Ragged
+from hybridflow.config.rules_agreement import turn_end
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Tokenizer, encode
 from hybridflow.data.parquet import ColumnSpec, is_text
 from hybridflow.data.prompts import DATA_SOURCE, EXTRA_INFO, GROUND_TRUTH, PROMPT, Prompts, PromptSummary, read_prompts
 from hybridflow.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RESPONSE = ColumnSpec(name="response", expected="a string", fits=is_text)
 RESPONSE_COLUMNS = (
@@ -32,7 +37,8 @@ class Responses:
 
     prompts: Prompts
     tokenizer: Tokenizer
-    eos_token_id: int
+    ends: tuple[int, ...]
+    """Tokens that end a response; the first is the one that is added."""
     max_response_tokens: int
 
     def __len__(self) -> int:
@@ -55,7 +61,8 @@ class Responses:
     def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
         """The prompts' columns, and response, response_text, response_tokens and truncated.
 
-        A response ends with the end of sequence, unless it was cut at `max_response_tokens`.
+        A response ends with what ends turns in the chat template, else with the end of sequence, once; unless it was cut at
+        `max_response_tokens`.
 
         Raises:
             DataError: a response is null.
@@ -65,7 +72,8 @@ class Responses:
             if not isinstance(text, str):
                 raise DataError(f"row {self.prompts.row_numbers[row]} of data.train_files: column 'response' is null")
         strings = [str(text) for text in texts]
-        whole = [[*ids, self.eos_token_id] for ids in encode(self.tokenizer, strings, add_special_tokens=False)]
+        encoded = encode(self.tokenizer, strings, add_special_tokens=False)
+        whole = [self._ended(ids) for ids in encoded]
         response = Ragged.from_rows([ids[: self.max_response_tokens] for ids in whole], np.int32)
         return {
             **self.prompts.columns(rows),
@@ -74,6 +82,13 @@ class Responses:
             "response_tokens": response.lengths,
             "truncated": np.array([len(ids) > self.max_response_tokens for ids in whole], np.bool_),
         }
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With one end, also where the file's text brings its own, with or without a line's end behind it."""
+        last = max((place for place, token_id in enumerate(ids) if token_id in self.ends), default=None)
+        if last is not None and not self.tokenizer.decode(ids[last + 1 :]).strip():
+            return ids[: last + 1]
+        return [*ids, self.ends[0]]
 
 
 def read_responses(files: Sequence[str], tokenizer: Tokenizer, *, data: DataConfig, key: str = "data.train_files") -> Responses:
@@ -86,4 +101,6 @@ def read_responses(files: Sequence[str], tokenizer: Tokenizer, *, data: DataConf
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     prompts = read_prompts(files, tokenizer, data=data, key=key, columns=RESPONSE_COLUMNS)
-    return Responses(prompts, tokenizer, tokenizer.eos_token_id, data.max_response_tokens)
+    turn = None if data.apply_chat_template == "never" else turn_end(cast("PreTrainedTokenizerBase", tokenizer))
+    ends = (tokenizer.eos_token_id,) if turn is None else (turn, tokenizer.eos_token_id)
+    return Responses(prompts, tokenizer, ends, data.max_response_tokens)

@@ -1,12 +1,12 @@
-"""The names that weights have in Hugging Face folders, where the model of transformers has others: of mixtures of experts a folder
-has a tensor for each expert, and the model one for all experts of a layer. Engines and exports get those of folders.
+"""The names that weights have in Hugging Face folders, where the model of transformers has others: of mixtures of experts a
+folder has a tensor for each expert, and the model one for all experts of a layer. Engines and exports get those of folders.
 
 The rules are transformers' own, by which it saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 import torch
