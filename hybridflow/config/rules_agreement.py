@@ -155,7 +155,7 @@ def _stops_can_stop(config: Config, policy: Side) -> Iterator[FieldError]:
     special = special_ids(policy.tokenizer)
     for stop in config.rollout.stop:
         ids = policy.tokenizer(stop, add_special_tokens=False)["input_ids"]
-        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(policy.tokenizer.decode(ids, skip_special_tokens=True))
         if found := [token_id for token_id in ids if token_id in special]:
             advice = (
                 f"Name its token: rollout.stop_token_ids={[*config.rollout.stop_token_ids, found[0]]}, and take it out of stop"

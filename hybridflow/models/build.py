@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybridflow.models import self_test
 from hybridflow.models.heads import ValueModel
 from hybridflow.models.load import ModelSource, load_causal_lm
-from hybridflow.models.lora import FACTOR, Adapters, add_adapters, merged_weights
+from hybridflow.models.lora import FACTOR, Adapters, add_adapters, merged_weights, plain_name
 from hybridflow.models.policy import PolicyModel
 from hybridflow.ops.log_probs import EAGER, compiled_kernels
 from hybridflow.parallel import fsdp
@@ -92,6 +94,20 @@ def parameters_by_name(model: PolicyModel | ValueModel) -> Iterator[tuple[str, n
     fsdp.drop_gathered(model)
     for name, parameter in model.named_parameters():
         yield _hugging_face_name(model, name), parameter
+
+
+@torch.no_grad()
+def flip_signs(model: PolicyModel | ValueModel, names: Collection[str]) -> None:
+    """Change the sign of half of the elements of the weights of these names in place; a second call restores every bit.
+
+    `names` are those of `named_tensors`. Which elements is a function of the name and of how the model is sharded.
+    """
+    for name, parameter in parameters_by_name(model):
+        if plain_name(name) in names:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            signs = torch.randint(0, 2, local.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+            local.mul_(signs.to(local.device))
 
 
 def named_tensors(model: PolicyModel | ValueModel) -> list[tuple[str, torch.Tensor]]:

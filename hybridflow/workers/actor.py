@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from hybridflow import ops
@@ -137,3 +138,9 @@ class ActorWorker(Worker):
         Every rank calls it, since merging adapters is collective. Tensors share memory with the model where nothing is merged.
         """
         return self.core.named_tensors()
+
+    def flip_signs(self, names: Collection[str]) -> None:
+        """Change the sign of half of the elements of these weights, the same ones each time: for `workers/proof.py`."""
+        from hybridflow.models.build import flip_signs
+
+        flip_signs(self.model, names)

@@ -7,14 +7,16 @@ that do not tell that number it shows in the log-probabilities, where the weight
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config
 from hybridflow.errors import DivergenceError, WeightMismatchError
-from hybridflow.rollout.base import Engine, Request, Sampling
+from hybridflow.rollout.base import Engine, Request, Response, Sampling
 from hybridflow.workers.base import RankContext
 
 PROMPT_TOKENS = 300
@@ -48,32 +50,23 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
     prompt_tokens = min(PROMPT_TOKENS, engine.spec.max_model_tokens - response_tokens)
     prompt = np.random.default_rng(0).integers(0, SMALLEST_VOCABULARY, prompt_tokens, dtype=np.int32)
     sampling = Sampling(temperature=config.rollout.temperature or 1.0, max_tokens=response_tokens, ignore_eos=True)
-    (response,) = engine.generate([Request(id=0, prompt=prompt, sampling=sampling, seed=config.run.seed)])
+    request = Request(id=0, prompt=prompt, sampling=sampling, seed=config.run.seed)
+    (response,) = engine.generate([request])
     if response.num_cached_tokens:
         raise WeightMismatchError(
             f"after the weight sync the engine of {context.role} rank {context.rank} took {response.num_cached_tokens} of "
             f"{len(prompt)} probe tokens from its prefix cache, which holds keys and values of older weights. Look at the "
             "engine's reset_prefix_cache"
         )
-    assert response.log_probs is not None, "the engine left out log-probabilities that were asked for"
-    row = Batch.from_columns(
-        {
-            "prompt": Ragged.from_rows([prompt], np.int32),
-            "response": Ragged.from_rows([response.tokens], np.int32),
-            "prompt_tokens": np.array([len(prompt)]),
-            "response_tokens": np.array([len(response.tokens)]),
-        }
-    )
-    trained = actor.log_probs(row).tokens("log_probs").values
+    given, trained = scored([request], [response], actor)
     if not np.isfinite(trained).all():
         raise DivergenceError(
             f"the trained model gives {np.sum(~np.isfinite(trained))} of {len(trained)} probe tokens log-probabilities that "
             "are not finite, though its weights are: it has diverged. Go on from an earlier checkpoint with a lower "
             "actor.learning_rate; before the first update, look at the files of model.path"
         )
-    difference = float(np.abs(trained - response.log_probs).mean())
-    coarse = "bfloat16" in (engine.spec.dtype, config.model.compute_dtype) or context.device.type == "cuda"
-    tolerance = TOLERANCE["bfloat16" if coarse else "float32"]
+    difference = float(np.abs(trained - given).mean())
+    tolerance = TOLERANCE[probe_dtype(engine, config, context)]
     if not difference <= tolerance:  # not a number counts as different
         raise WeightMismatchError(
             f"after the weight sync the engine of {context.role} rank {context.rank} gives {len(response.tokens)} probe tokens "
@@ -81,3 +74,26 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
             "Either weights did not arrive, or the engine still serves prefixes cached under older ones"
         )
     return difference
+
+
+def scored(
+    requests: Sequence[Request], responses: Sequence[Response], actor: ScoresRows
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Log-probabilities of all response tokens as the engine gave them, and as the trainer has them: shape [R] each."""
+    given = [response.log_probs for response in responses if response.log_probs is not None]
+    assert len(given) == len(responses), "the engine left out log-probabilities that were asked for"
+    rows = Batch.from_columns(
+        {
+            "prompt": Ragged.from_rows([request.prompt for request in requests], np.int32),
+            "response": Ragged.from_rows([response.tokens for response in responses], np.int32),
+            "prompt_tokens": np.array([len(request.prompt) for request in requests]),
+            "response_tokens": np.array([len(response.tokens) for response in responses]),
+        }
+    )
+    return np.concatenate(given), actor.log_probs(rows).tokens("log_probs").values
+
+
+def probe_dtype(engine: Engine, config: Config, context: RankContext) -> Literal["bfloat16", "float32"]:
+    """The coarser one of those that engine and trainer compute in."""
+    is_coarse = "bfloat16" in (engine.spec.dtype, config.model.compute_dtype) or context.device.type == "cuda"
+    return "bfloat16" if is_coarse else "float32"

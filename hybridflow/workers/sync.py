@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,9 +20,11 @@ from hybridflow.parallel.addresses import own_host
 from hybridflow.resharding.links import TransferStore, host_transfer, join_transfer
 from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings, WeightReceiver, WeightSender
 from hybridflow.resharding.verify import Place
+from hybridflow.rollout.base import Engine
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.probe import ScoresRows, probe
+from hybridflow.workers.proof import FlipsSigns, prove
 
 logger = logging.getLogger("hybridflow")
 
@@ -60,26 +63,32 @@ class RolloutSync:
         """
         actor = self.context.peers["actor"]
         assert isinstance(actor, HoldsWeights), "role 'actor' has no named_tensors()"
-        if self.colocated is None:
-            self.colocated = ColocatedSync(sync_settings(self.config, self.context), self.context.group)
         with self.engine.paused() as engine:
             if self.context.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # the controller keeps what earlier calls reported
-            report = self.colocated.sync(actor.named_tensors(), engine)
+            report = self._sync(actor, engine)
             metrics = as_metrics(report)
             if self.context.device.type == "cuda":
                 peak_gib = torch.cuda.max_memory_allocated() / 2**30
                 metrics += Metrics({"sync/peak_allocated_gib": Metric(peak_gib, kind="max")})
             self.num_syncs += 1
-            if self.num_syncs == 1 and report.unreadable:
+            if self.num_syncs == 1 and report.unreadable and self.config.rollout.verify_weights:
                 names = ", ".join(report.unreadable[:MOST_NAMED]) + (" ..." if len(report.unreadable) > MOST_NAMED else "")
                 logger.info("the engine cannot show %d weights (%s): their effect is probed", len(report.unreadable), names)
+                if isinstance(actor, FlipsSigns):
+                    sync_again = partial(self._sync, actor, engine)
+                    prove(report.unreadable, actor, engine, self.config, self.context, sync=sync_again)
             is_due = self.num_syncs <= PROBED_SYNCS or report.unreadable
             if is_due and self.config.rollout.verify_weights and isinstance(actor, ScoresRows):
                 started = time.perf_counter()
                 self.probe_difference = probe(engine, actor, self.config, self.context)
                 metrics += Metrics({"sync/seconds_probe": Metric(time.perf_counter() - started, kind="max")})
         return metrics
+
+    def _sync(self, actor: HoldsWeights, engine: Engine) -> SyncReport:
+        if self.colocated is None:
+            self.colocated = ColocatedSync(sync_settings(self.config, self.context), self.context.group)
+        return self.colocated.sync(actor.named_tensors(), engine)
 
     def open(self, address: str) -> None:
         """Meet the actors' pool at `host:port`."""

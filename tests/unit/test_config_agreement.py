@@ -1,4 +1,4 @@
-"""Two sides that must agree: tokenizers, templates, stops, ends, vocabularies, adapters. Each contradiction is told with its fix."""
+"""Two sides that must agree: tokenizers, templates, stops, ends, vocabularies, adapters. Each is told with its fix."""
 
 from __future__ import annotations
 
