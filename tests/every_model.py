@@ -90,11 +90,11 @@ def model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
+def tiny_config(model_type: str, **sizes: object) -> PretrainedConfig:
     """The configuration of such a model, with small values wherever a setting is known. Raises where it cannot be made."""
     kind = CONFIG_MAPPING[model_type]
     names = set(kind().to_dict()) | set(getattr(kind, "attribute_map", {}))
-    chosen = {name: value for name, value in SIZES.items() if name in names}
+    chosen = {name: value for name, value in (SIZES | sizes).items() if name in names}
     mapped = {kind.attribute_map[name] for name in chosen if name in getattr(kind, "attribute_map", {})}
     chosen = {name: value for name, value in chosen.items() if name not in mapped}
     if "qk_rope_head_dim" in chosen:
@@ -102,10 +102,10 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     return kind(**chosen | SPECIAL.get(model_type, {}))
 
 
-def make_every(model_type: str, folder: Path) -> str | None:
-    """Write such a model and a tokenizer to `folder`; None where none can be made from a small configuration."""
+def make_every(model_type: str, folder: Path, **sizes: object) -> str | None:
+    """Write such a model and a tokenizer to `folder`, with these in place of `SIZES`; None where none can be made so small."""
     try:
-        config = tiny_config(model_type)
+        config = tiny_config(model_type, **sizes)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
         if size > MOST_PARAMETERS:

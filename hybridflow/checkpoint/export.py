@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -24,6 +24,7 @@ from hybridflow.checkpoint.store import CheckpointStore, find
 from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import CheckpointError, ModelError
 from hybridflow.models import lora
+from hybridflow.models.checkpoint_names import CheckpointNames
 from hybridflow.models.heads import VALUE_HEAD_FILE
 from hybridflow.models.load import load_config, skeleton
 
@@ -110,7 +111,9 @@ def _write_model(weights_folder: Path, target: Path, origin: Source, dtype: Dtyp
         values = {name.removeprefix(VALUE_HEAD): value.to(torch.float32) for name, value in weights.read(head).items()}
         save_file(values, target / VALUE_HEAD_FILE, metadata={"format": "pt"})
         config.architectures = [type(model.base_model).__name__]
-    _write_weights(weights, target, exported, names)
+    folder_names = CheckpointNames(model)
+    fixed = _fixed_tensors(model, folder_names, origin.path)
+    _write_weights(weights, target, exported, folder_names.groups(names), folder_names, fixed)
     config.dtype = exported
     config.save_pretrained(target)
     tokenizer_at(origin.tokenizer, trust_remote_code=origin.trust_remote_code).save_pretrained(target)
@@ -203,31 +206,59 @@ def _shape(shape: torch.Size | None) -> str:
     return "none" if shape is None else f"shape {tuple(shape)}"
 
 
-def _write_weights(weights: SavedWeights, target: Path, dtype: torch.dtype, names: list[str]) -> None:
-    """One file for each `FILE_BYTES` of weights, named and indexed as Hugging Face does."""
+def _fixed_tensors(model: PreTrainedModel, folder_names: CheckpointNames, source: str) -> dict[str, torch.Tensor]:
+    """What belongs to a model and is not trained, under its name in a folder: the correction of a router's scores, for one."""
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wanted = {folder_names.group_of(name) for name in model.state_dict() if name not in trained}
+    if not wanted:
+        return {}
+    folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in wanted.intersection(opened.keys())}
+    if missing := sorted(wanted - found.keys()):
+        raise CheckpointError(
+            f"{type(model).__name__} has {missing[0]}, which is not trained and so in no checkpoint, and {source!r} does not "
+            "have it in safetensors files either. Give the model that training started from by --source"
+        )
+    return found
+
+
+def _write_weights(
+    weights: SavedWeights,
+    target: Path,
+    dtype: torch.dtype,
+    groups: Sequence[Sequence[str]],
+    folder_names: CheckpointNames,
+    fixed: Mapping[str, torch.Tensor],
+) -> None:
+    """One file for each `FILE_BYTES` of weights, named and indexed as Hugging Face does; the first with what is `fixed`."""
     shapes = weights.shapes
-    sizes = {name: shapes[name].numel() * dtype.itemsize for name in names}
+    sizes = {tuple(group): sum(shapes[name].numel() for name in group) * dtype.itemsize for group in groups}
     files = list(_portions(sizes))
     index: dict[str, str] = {}
     for number, portion in enumerate(files, start=1):
         file_name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {name: weight.to(dtype).contiguous() for name, weight in weights.read(portion).items()}
+        trained = {name: weight.to(dtype) for name, weight in weights.read(portion).items()}
+        tensors = {name: weight.contiguous() for name, weight in folder_names.convert(trained).items()}
+        tensors |= fixed if number == 1 else {}
         save_file(tensors, target / file_name, metadata={"format": "pt"})
-        index |= dict.fromkeys(portion, file_name)
+        index |= dict.fromkeys(tensors, file_name)
     if len(files) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         (target / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
 
 
-def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in order, cut where the next one would exceed `FILE_BYTES`."""
+def _portions(sizes: Mapping[tuple[str, ...], int]) -> Iterator[list[str]]:
+    """The names in order, cut where the next group would exceed `FILE_BYTES`."""
     names: list[str] = []
     total = 0
-    for name, size in sizes.items():
+    for group, size in sizes.items():
         if names and total + size > FILE_BYTES:
             yield names
             names, total = [], 0
-        names.append(name)
+        names += group
         total += size
     yield names
 

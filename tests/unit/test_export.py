@@ -22,6 +22,7 @@ from hybridflow.export import main
 from hybridflow.ops.losses import PolicyLoss, ValueLoss
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.critic import CriticWorker
+from tests.every_model import make_every
 from tests.toy import make_tiny_model
 from tests.training_rows import context_of, random_batch, training_config, whole_weights
 
@@ -339,3 +340,29 @@ def test_a_role_cannot_leave_the_checkpoint(tmp_path: Path, tiny_model: str, rol
     shutil.copytree(checkpoint, checkpoint.with_name("other"))
     with pytest.raises(CheckpointError, match=r"has no weights of role .*It has those of: actor"):
         export_checkpoint(checkpoint, tmp_path / "out", role=role)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"])
+def test_mixtures_of_experts_keep_the_tensor_names_of_their_source(tmp_path: Path, model_type: str):
+    source = make_every(model_type, tmp_path / "source")
+    assert source is not None
+    model = trained(source)
+    folder = export_checkpoint(checkpoint_of(tmp_path / "run", source, weights_of(model)), tmp_path / "out", dtype="float32")
+    names = [set(load_file(Path(at) / "model.safetensors")) for at in (source, folder)]
+    assert names[0] == names[1]
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert_same_weights(exported, weights_of(model))
+    for (name, buffer), (_, expected) in zip(exported.named_buffers(), model.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+
+
+def test_what_is_fixed_in_a_model_comes_from_its_source(tmp_path: Path):
+    source = make_every("glm4_moe", tmp_path / "source")
+    assert source is not None
+    file, name = Path(source) / "model.safetensors", "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors = load_file(file)
+    tensors[name] = torch.arange(4.0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    weights = weights_of(trained(source))
+    folder = export_checkpoint(checkpoint_of(tmp_path / "run", source, weights), tmp_path / "out")
+    assert torch.equal(load_file(folder / "model.safetensors")[name], torch.arange(4.0))
