@@ -26,6 +26,8 @@ WITHOUT_EFFECT = (
 
 OF_MODEL_OR_DATA = ("model.", "data.train_files", "data.train_weights", "data.max_prompt_tokens", "placement.workers")
 """What keys begin with that say which parameters and which rows there are. Keys `ROLE.path` are of this kind too."""
+PART_OF_THE_WEIGHTS = ("model.lora_alpha", "model.lora_rank", "model.lora_targets")
+"""Keys without whose value the saved numbers are another policy."""
 
 
 def of_model_or_data(changed: Sequence[str]) -> list[str]:
@@ -44,6 +46,12 @@ def changes(written: Mapping[str, object], now: Mapping[str, object]) -> list[st
         for key, value in after.items()
         if key in before and before[key] != value and not key.startswith(WITHOUT_EFFECT) and ".offload_" not in key
     ]
+
+
+def changes_of_the_policy(lines: Sequence[str], *, has_adapters: bool) -> list[str]:
+    """Those of the lines of `changes` by which the weights of the checkpoint would mean another policy than the one saved."""
+    found = [line for line in lines if line.startswith(PART_OF_THE_WEIGHTS)]
+    return found if has_adapters or any(line.startswith("model.lora_rank") for line in found) else []
 
 
 def _keys(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:

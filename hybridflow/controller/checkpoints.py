@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.checkpoint import advice
-from hybridflow.checkpoint.changes import changes, of_model_or_data
+from hybridflow.checkpoint.changes import changes, changes_of_the_policy, of_model_or_data
 from hybridflow.checkpoint.lineage import GROWING
 from hybridflow.checkpoint.resume import resume_point
 from hybridflow.checkpoint.store import CheckpointStore, RunState
@@ -83,6 +83,11 @@ class Checkpoints:
         state = self.store.read_state(point.source)
         changed = changes(state.config, dataclasses.asdict(self.config))
         self._refuse_other_algorithm(point.source, state)
+        if other := changes_of_the_policy(changed, has_adapters=self.config.model.lora_rank > 0):
+            raise CheckpointError(
+                f"{point.source} has adapters that are another policy under other settings: {'; '.join(other)}. Set them as they "
+                "were; or export the checkpoint, which merges them, and start from that with model.path"
+            )
         try:
             self._restore(point.source, state)
         except (WorkerDiedError, CallTimeoutError):

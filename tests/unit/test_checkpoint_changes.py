@@ -6,8 +6,8 @@ import dataclasses
 import json
 
 from hybridflow.algorithms.ppo import Config as PpoConfig
-from hybridflow.checkpoint.changes import changes
-from hybridflow.config.schema import AlgorithmConfig, Config, DataConfig, RunConfig, TrainingConfig
+from hybridflow.checkpoint.changes import changes, changes_of_the_policy
+from hybridflow.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig, TrainingConfig
 
 
 def settings(**sections: object) -> dict[str, object]:
@@ -49,3 +49,18 @@ def test_keys_of_another_release_are_left_out() -> None:
     del older["actor"]["schedule"]  # type: ignore[attr-defined]
     older["actor"]["momentum"] = 0.9  # type: ignore[index]
     assert changes(older, settings()) == []
+
+
+def test_another_scale_of_adapters_is_another_policy() -> None:
+    then = written(model=ModelConfig(lora_rank=4, lora_alpha=32.0))
+    lines = changes(then, settings(model=ModelConfig(lora_rank=4, lora_alpha=64.0), run=RunConfig(seed=1)))
+    assert changes_of_the_policy(lines, has_adapters=True) == ["model.lora_alpha: 32.0 then, 64.0 now"]
+    lines = changes(then, settings(model=ModelConfig(lora_rank=4), run=RunConfig(seed=1)))
+    assert changes_of_the_policy(lines, has_adapters=True) == []
+
+
+def test_a_scale_that_no_adapter_has_changes_nothing() -> None:
+    lines = changes(written(), settings(model=ModelConfig(lora_alpha=64.0)))
+    assert lines and changes_of_the_policy(lines, has_adapters=False) == []
+    lines = changes(written(model=ModelConfig(lora_rank=4)), settings())
+    assert changes_of_the_policy(lines, has_adapters=False) == ["model.lora_rank: 4 then, 0 now"]
