@@ -85,8 +85,8 @@ class Checkpoints:
         self._refuse_other_algorithm(point.source, state)
         if other := changes_of_the_policy(changed, has_adapters=self.config.model.lora_rank > 0):
             raise CheckpointError(
-                f"{point.source} has adapters that are another policy under other settings: {'; '.join(other)}. Set them as they "
-                "were; or export the checkpoint, which merges them, and start from that with model.path"
+                f"{point.source} has adapters that are another policy under other settings: {'; '.join(other)}. Set them as "
+                "they were; or export the checkpoint, which merges them, and start from that with model.path"
             )
         try:
             self._restore(point.source, state)
