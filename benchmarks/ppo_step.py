@@ -12,6 +12,8 @@ Each workload is an ordinary `hybridflow.train` run; the numbers come from its m
 - W5: GRPO, Qwen2.5-0.5B shape, 64 prompts x 8 responses, the lengths of which are log-normal with mean 400 and at most 4,096
   tokens: long ones hold up a step that waits for all. W5s1 lets generation run one step ahead on the same GPU, W5x2 is W5 on
   two GPUs that do both, W5s1x2 has one GPU for each side.
+- W4s1: GRPO, Qwen2.5-7B shape, 32 prompts x 8 responses of 256 tokens, two GPUs that train and two that generate (tensor
+  parallel 2), one step ahead: what pushing weights into running engines costs.
 - tiny: W1's shape in small, for a CPU; tiny5 and tiny5s1 likewise W5.
 """
 
@@ -84,6 +86,14 @@ TINY = {"rollout.engine": "torch", "run.device": "cpu", "actor.tokens_per_microb
 LENGTHS = {"algorithm": "benchmarks.log_normal:LogNormalGRPO"}
 AHEAD = {"loop.max_staleness": 1}
 APART = {"placement.pools": "{main: 1x1, generation: 1x1, scoring: 1x1 cpu}", "placement.roles.rollout": "generation"}
+SPLIT_IN_HALF = {
+    "placement.pools": "{main: 1x2, generation: 1x2, scoring: 1x1 cpu}",
+    "placement.roles.rollout": "generation",
+    "rollout.tensor_parallel": 2,
+    "rollout.gpu_memory_utilization": 0.85,
+    "actor.tokens_per_microbatch": 4096,
+    "reference.tokens_per_microbatch": 32768,
+}
 W5 = Workload(shape="0.5b", prompts=64, response_tokens=4096, responses_per_prompt=8, overrides=GRPO | ONE_H200 | LENGTHS)
 TINY5 = Workload(shape="tiny", prompts=8, response_tokens=256, responses_per_prompt=4, overrides=GRPO | TINY | LENGTHS)
 
@@ -108,6 +118,14 @@ WORKLOADS = {
         responses_per_prompt=8,
         gpus=4,
         overrides=GRPO | FOUR_H200,
+    ),
+    "W4s1": Workload(
+        shape="7b",
+        prompts=32,
+        response_tokens=256,
+        responses_per_prompt=8,
+        gpus=4,
+        overrides=GRPO | ONE_H200 | AHEAD | SPLIT_IN_HALF,
     ),
     "W5": W5,
     "W5s1": replace(W5, overrides=W5.overrides | AHEAD),
