@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import ray
 
 from hybridflow.metrics import Metric, Metrics
+from hybridflow.trackers.timeline import Span
 
 SECONDS_WORTH_LOGGING = 1e-4
 
@@ -46,6 +47,8 @@ class CallLog:
     """What workers have reported."""
     num_events: int = 0
     """Calls and answers since the run began: while it rises, the run gets on."""
+    spans: list[Span] = field(default_factory=list)
+    """When each call was at work."""
     own_seconds: float = 0.0
     """Spent distributing arguments and collecting results."""
 
@@ -57,11 +60,12 @@ class CallLog:
             self.num_bytes += num_bytes
             self.own_seconds += own_seconds
 
-    def answered(self, name: str, seconds: float, num_bytes: int, own_seconds: float) -> None:
+    def answered(self, span: Span, num_bytes: int, own_seconds: float) -> None:
         """Note its answers."""
         with self.lock:
             self.num_events += 1
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.seconds[span.name] = self.seconds.get(span.name, 0.0) + span.seconds
+            self.spans.append(span)
             self.num_bytes += num_bytes
             self.own_seconds += own_seconds
 
@@ -76,6 +80,12 @@ class CallLog:
         with self.lock:
             for name, peak in (("peak_allocated_gib", allocated_gib), ("peak_reserved_gib", reserved_gib)):
                 self.memory[name] = max(self.memory.get(name, 0.0), peak)
+
+    def take_spans(self) -> list[Span]:
+        """When calls that have been answered since the last time were at work."""
+        with self.lock:
+            taken, self.spans = self.spans, []
+        return taken
 
     def drain(self) -> Metrics:
         """Sums, peaks and what workers reported as metrics; all but the peaks start anew. Calls that did no work to speak of

@@ -21,6 +21,7 @@ from hybridflow.controller.waiting import Job, Ranks, results_of
 from hybridflow.errors import CallTimeoutError
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
+from hybridflow.trackers.timeline import Span
 from hybridflow.workers.remote import CombinedFuture
 
 Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, Heavy]]"]
@@ -168,12 +169,13 @@ class GroupDispatcher:
             results[rank] = answer.with_shard(call.replies[rank][1]) if rank in call.protocol.answering else answer.value
         collected = call.protocol.collect(results)
         num_bytes = sum(answer.num_bytes for answer in answers.values())
-        slowest = max(answer.seconds for answer in answers.values())
+        slowest = max(answers.values(), key=lambda answer: answer.seconds)
+        span = Span(self.pool.name, f"{self.role}.{call.method}", slowest.began, slowest.seconds)
         for answer in answers.values():
             if answer.memory:
                 self.log.used(allocated_gib=answer.memory.allocated_gib, reserved_gib=answer.memory.reserved_gib)
         reported = [answers[rank].reported for rank in call.protocol.answering if rank in answers]
-        self.log.answered(f"{self.role}.{call.method}", slowest, num_bytes, time.perf_counter() - started)
+        self.log.answered(span, num_bytes, time.perf_counter() - started)
         self.log.reported(Metrics.merged(reported))
         return collected
 

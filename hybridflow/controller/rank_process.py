@@ -63,6 +63,8 @@ class Answer:
     """Heavy columns that the second return value of the call holds."""
     num_rows: int = 0
     seconds: float = 0.0
+    began: float = 0.0
+    """Seconds since the epoch, by the clock of this node."""
     num_bytes: int = 0
     """Pickled size of `value`."""
     memory: Memory | None = None
@@ -194,7 +196,7 @@ class RankProcess:
     def call(self, invocation: Invocation) -> tuple[Answer, dict[str, Heavy]]:
         """Run a marked method of a role; the second value goes to the object store."""
         role, method, args, kwargs = invocation
-        started = time.perf_counter()
+        began, started = time.time(), time.perf_counter()
         worker = self.workers[role]
         marked = _marked_method(type(worker), method)
         worker.context.take_reported()  # outside of calls, as where a sync probes the actor, nobody asked for it
@@ -204,7 +206,7 @@ class RankProcess:
         except BaseException as error:  # also SystemExit, which would end the process without a word
             raise self._named(role, method, error) from None
         reported = worker.context.take_reported()
-        return (replace(answer, reported=reported) if reported else answer), heavy
+        return replace(answer, began=began, reported=reported), heavy
 
     def _memory(self) -> Memory | None:
         if self.place.device_type != "cuda":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hybridflow.errors import DataError
 from hybridflow.trackers.jsonl import read_lines
+from hybridflow.trackers.timeline import drawn_timeline, read_spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,6 +100,10 @@ def plot_run(folder: str | Path) -> list[Path]:
         if measured := [panel for panel in panels if _is_measured(panel, run)]:
             paths.append(target / f"{name}.png")
             drawn(run, measured, f"{run.name}: {name}").savefig(paths[-1], dpi=110)
+    recorded = Path(folder) / "timeline.json"
+    if spans := read_spans(recorded) if recorded.is_file() else []:
+        paths.append(target / "timeline.png")
+        drawn_timeline(spans, run.name).savefig(paths[-1], dpi=110)
     return paths
 
 

@@ -42,7 +42,7 @@ HOMES = {
     "torch.utils.tensorboard": ("trackers/tensorboard.py",),
     "tensorboard": ("trackers/tensorboard.py",),
     "aiohttp": ("environments/sessions.py",),
-    "matplotlib": ("trackers/plots.py",),
+    "matplotlib": ("trackers/plots.py", "trackers/timeline.py"),
 }
 """Each dependency and the only places below hybridflow/ that may import it."""
 
