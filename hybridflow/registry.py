@@ -45,6 +45,7 @@ ROLES = {
     "reward": "hybridflow.workers.reward:RewardWorker",
     "reward_model": "hybridflow.workers.reward_model:RewardModelWorker",
     "cost_model": "hybridflow.workers.reward_model:RewardModelWorker",
+    "validation": "hybridflow.workers.rollout:ValidationWorker",
 }
 
 ENGINES = {

@@ -82,7 +82,7 @@ class Algorithm(ABC):
     @classmethod
     def roles(cls, run: RunConfig) -> tuple[str, ...]:
         """The roles to be created: the attributes that are annotated with a class of worker, or with whatever
-        `placement.workers` names the class of, less `unused_roles`."""
+        `placement.workers` names the class of, less `unused_roles`; and `validation` where it has engines of its own."""
         declared, named = dict[str, None](), run.placement.workers
         for base in reversed(cls.__mro__):
             if issubclass(base, Algorithm) and base is not Algorithm:
@@ -91,6 +91,7 @@ class Algorithm(ABC):
         if run.reward_model.path is not None and "reward" in declared:  # its score is part of every reward
             declared["reward_model"] = None
         unused = cls.unused_roles(run)
+        declared |= {"validation": None} if run.validation.concurrent and "rollout" not in unused else {}
         return tuple(role for role in declared if role not in unused)
 
     @classmethod

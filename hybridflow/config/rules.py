@@ -174,6 +174,7 @@ RULES: tuple[Rule, ...] = (
     rules_environment.episodes_can_be_generated,
     rules_placement.pools_are_used,
     rules_placement.roles_have_pools,
+    rules_placement.validation_has_engines_of_its_own,
     rules_placement.roles_have_workers,
     rules_placement.ranks_divide,
     rules_placement.slots_suffice,

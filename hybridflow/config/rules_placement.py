@@ -10,6 +10,7 @@ from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError, FieldWarning, PlacementError
 from hybridflow.registry import nearest
 
+ENGINE_ROLES = ("rollout", "validation")
 SEQUENCE_PARALLEL_ROLES = frozenset(Config().models)
 
 
@@ -56,6 +57,19 @@ def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[Field
             problem = f"is missing: {config.algorithm.name} declares the role {role!r}{nearest(role, registry.ROLES) or '.'}"
             advice = "Name its class as my_package.module:Class"
             yield FieldError(f"placement.workers.{role}", f"{problem} {advice}", related=("algorithm.name",))
+
+
+def validation_has_engines_of_its_own(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+    """Engines that validate beside training are on a pool that neither trains nor generates for training."""
+    if "validation" not in roles:
+        return
+    if not config.data.validation_files:
+        yield FieldError("validation.concurrent", "there is nothing to validate on: data.validation_files is empty")
+    pool = pool_of("validation", config)
+    if others := [role for role in roles if role not in ("validation", "reward") and pool_of(role, config) == pool]:
+        problem = f"role 'validation' is on pool {pool!r}, together with {', '.join(others)}"
+        advice = "Name another by placement.roles.validation, or set validation.concurrent=false"
+        yield FieldError("validation.concurrent", f"{problem}. {advice}", related=("placement.roles", "placement.pools"))
 
 
 def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -151,7 +165,7 @@ def divisors(number: int) -> str:
 def _divisors_of(pool: str, config: Config, roles: tuple[str, ...]) -> dict[str, int]:
     """What must divide the ranks of a pool, by key."""
     here = {role for role in roles if pool_of(role, config) == pool}
-    divisors = {"rollout.tensor_parallel": config.rollout.tensor_parallel} if "rollout" in here else {}
+    divisors = {"rollout.tensor_parallel": config.rollout.tensor_parallel} if here.intersection(ENGINE_ROLES) else {}
     return divisors | ({"model.sequence_parallel": config.model.sequence_parallel} if here & SEQUENCE_PARALLEL_ROLES else {})
 
 

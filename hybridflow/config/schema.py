@@ -286,6 +286,9 @@ class ValidationConfig:
     """Only the first so many validation prompts; null means all."""
     num_samples_logged: Annotated[int, NOT_NEGATIVE] = 3
     """Prompts and responses written to the trackers and to samples.jsonl."""
+    concurrent: bool = False
+    """Validate beside training, by engines on the pool that `placement.roles.validation` names. What is found is logged
+    under the step whose weights were used."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ def evaluate(config: Config, ks: Sequence[int]) -> Results:
         interrupts.heed_sigterm()
         with reserved(config) as folder, launched(config) as groups:
             logger.info("answering %d prompts", groups.dataset.num_validation_prompts)
-            rows = answered(config, groups)
+            rows = answered(config, groups, groups.rollout)
             results = estimates(config, groups, rows, ks)
             groups.data.write_rows(rows, str(folder.path / ROWS_FILE))
     numbers = {source: {name: asdict(estimate) for name, estimate in found.items()} for source, found in results.items()}

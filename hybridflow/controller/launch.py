@@ -82,6 +82,15 @@ class Launched:
         return rollout
 
     @property
+    def validation(self) -> RolloutWorker | None:
+        """The engines that generate for validation alone, where validation is concurrent."""
+        from hybridflow.workers.rollout import RolloutWorker
+
+        validation = self.groups.get("validation")
+        assert validation is None or isinstance(validation, RolloutWorker)
+        return validation
+
+    @property
     def reward(self) -> RewardWorker | None:
         """The group that scores, where the algorithm has one."""
         from hybridflow.workers.reward import RewardWorker

@@ -17,11 +17,12 @@ from hybridflow.controller.checkpoints import Checkpoints
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.row_source import RowSource
 from hybridflow.controller.run_folder import RunFolder
-from hybridflow.controller.validation import validate
+from hybridflow.controller.validation import ConcurrentValidation, Validation
 from hybridflow.controller.weights import WeightSync
 from hybridflow.errors import HybridflowError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.trackers.base import Trackers
+from hybridflow.trackers.timeline import TimelineFile
 from hybridflow.workers.remote import Future
 
 OnStep = Callable[[int, Mapping[str, float]], object]
@@ -33,7 +34,7 @@ class Loop:
     def __init__(self, config: Config, launched: Launched, algorithm: Algorithm, folder: RunFolder, *, total_steps: int):
         self.config, self.launched, self.algorithm, self.total_steps = config, launched, algorithm, total_steps
         self.folder = folder
-        self.weights = WeightSync(launched, lets_sleep=launched.engine_sleeps)
+        self.weights = WeightSync(launched, engines=launched.rollout, lets_sleep=launched.engine_sleeps)
         self.rows = RowSource(config, launched, algorithm, total_steps=total_steps)
         self.checkpoints = Checkpoints(config, launched, algorithm, self.rows, total_steps=total_steps)
         self.seconds_saving = Metrics()
@@ -59,32 +60,42 @@ class Loop:
             last_step = self.checkpoints.resume()
         trackers = Trackers(self.config, total_steps=self.total_steps, resume_step=last_step)
         self.checkpoints.tell_lost_lines()
+        timeline = TimelineFile(Path(self.config.run.folder), resume_step=last_step)
+        validation = self.validation(trackers)
         try:
+            if last_step and self.is_validated(last_step):
+                validation.run_again(last_step)
             if last_step == 0 and self.config.validation.before_training:
-                validated = self.validate(0, trackers)
+                validated = self.validate(0, validation)
                 trackers.log(0, validated)
                 on_step(0, validated)
             for step in range(last_step + 1, self.total_steps + 1):
                 with phase(f"step {step} was taken"):
                     metrics = self.seconds_saving + self.step(step)
                 self.seconds_saving = Metrics()
-                if self.is_due(step, self.config.validation.every_steps, and_last=self.config.validation.every_steps > 0):
-                    metrics += self.validate(step, trackers)
+                validation.log_if_done()
+                if self.is_validated(step):
+                    metrics += self.validate(step, validation)
                 self.folder.check()
                 with phase(f"the metrics of step {step} were written"):
                     trackers.log(step, metrics)
+                timeline.write(step, self.launched.log.take_spans())
                 is_over = on_step(step, metrics) is False
                 save_last = self.config.checkpoint.save_last
                 if (is_over and save_last) or self.is_due(step, self.config.checkpoint.every_steps, and_last=save_last):
+                    validation.finish(before=step)  # one of this very step is run again where the run is resumed
                     with phase(f"the checkpoint of step {step} was written"):
                         self.seconds_saving = self.checkpoints.save(step, trackers)
                 if is_over:
                     break
+            validation.finish()
             if self.saving is not None:
                 self.saving.result()
         finally:
+            validation.close()
             self.rows.close()
             trackers.close()
+            timeline.close()
 
     def step(self, step: int) -> Metrics:
         """One step: rows in, updates made, metrics out."""
@@ -114,17 +125,24 @@ class Loop:
             self.saving.result()
         self.saving = self.launched.data.write_rows.start(chosen, str(Path(self.config.run.folder, f"rollouts/{step}.parquet")))
 
-    def validate(self, step: int, trackers: Trackers) -> Metrics:
+    def validation(self, trackers: Trackers) -> Validation:
+        """By the engines of training, or by those of its own."""
+        if self.launched.validation is not None:
+            return ConcurrentValidation(self.config, self.launched, trackers)
+        return Validation(self.config, self.launched, self.weights, trackers)
+
+    def validate(self, step: int, validation: Validation) -> Metrics:
         """Validate, if there is something to validate on; samples go to the trackers at once."""
         held_out = self.measure_held_out()
         if not self.config.data.validation_files or self.launched.rollout is None:
             return held_out
-        started = time.perf_counter()
         with phase(f"the validation after step {step} was made"):
-            self.weights.sync(version=step)
-            metrics, samples = validate(self.config, self.launched)
-        trackers.log_samples(step, samples)
-        return held_out + metrics + Metrics({"seconds/validation": time.perf_counter() - started})
+            return held_out + validation.run(step)
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the weights after a step are validated."""
+        every_steps = self.config.validation.every_steps
+        return self.is_due(step, every_steps, and_last=every_steps > 0)
 
     def measure_held_out(self) -> Metrics:
         """`held_out/...`: what the algorithm measures of `data.held_out_files`."""

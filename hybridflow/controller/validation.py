@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,31 +16,105 @@ from hybridflow.config.schema import Config
 from hybridflow.controller.batch_metrics import length_metrics, reward_metrics
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.measures import Answers, Estimate, as_metrics, powers_of_two
+from hybridflow.controller.weights import WeightSync
 from hybridflow.metrics import Metrics
-from hybridflow.trackers.base import Sample
+from hybridflow.trackers.base import Sample, Trackers
+from hybridflow.trackers.jsonl import read_lines
 from hybridflow.workers.respond import respond, with_model_score
 from hybridflow.workers.rollout import validation_sampling
 from hybridflow.workers.token_functions import AnswerKeys, CopyObjects
 
+if TYPE_CHECKING:
+    from hybridflow.workers.rollout import RolloutWorker
 
-def validate(config: Config, launched: Launched) -> tuple[Metrics, list[Sample]]:
+
+class Validation:
+    """Validation between two steps, by the engines of training."""
+
+    def __init__(self, config: Config, launched: Launched, weights: WeightSync, trackers: Trackers):
+        self.config, self.launched, self.weights, self.trackers = config, launched, weights, trackers
+
+    def run(self, step: int) -> Metrics:
+        """Validate the weights after `step`; samples go to the trackers at once, metrics are returned."""
+        self.weights.sync(version=step)
+        assert self.launched.rollout is not None
+        metrics, samples = validate(self.config, self.launched, self.launched.rollout)
+        self.trackers.log_samples(step, samples)
+        return metrics
+
+    def run_again(self, step: int) -> None:
+        """After a resume at `step`: what had been lost of its validation is made up for. Here nothing can be lost."""
+
+    def log_if_done(self) -> None:
+        """Log what has ended meanwhile."""
+
+    def finish(self, *, before: float = math.inf) -> None:
+        """Wait for a validation of a step before `before`, and log it."""
+
+    def close(self) -> None:
+        """The run has ended, or failed."""
+
+
+class ConcurrentValidation(Validation):
+    """Validation beside training, by engines of its own. One at a time; what it finds is logged under the step whose weights
+    it used, some steps later."""
+
+    def __init__(self, config: Config, launched: Launched, trackers: Trackers):
+        weights = WeightSync(launched, engines=launched.validation, role="validation")
+        super().__init__(config, launched, weights, trackers)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hybridflow-validation")
+        self._step = 0
+        self._running: Future[tuple[Metrics, list[Sample]]] | None = None
+
+    def run(self, step: int) -> Metrics:
+        self.finish()
+        self.weights.sync(version=step)
+        assert self.launched.validation is not None
+        self._step = step
+        self._running = self._thread.submit(validate, self.config, self.launched, self.launched.validation)
+        return Metrics()
+
+    def run_again(self, step: int) -> None:
+        lines = read_lines(Path(self.config.run.folder) / "metrics.jsonl")
+        if not any(line["step"] == step and any(name.startswith("validation/") for name in line) for line in lines):
+            self.run(step)
+
+    def log_if_done(self) -> None:
+        if self._running is not None and self._running.done():
+            self.finish()
+
+    def finish(self, *, before: float = math.inf) -> None:
+        if self._running is not None and self._step < before:
+            metrics, samples = self._running.result()
+            self._running = None
+            self.trackers.log_samples(self._step, samples)
+            self.trackers.log(self._step, metrics)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def validate(config: Config, launched: Launched, rollout: RolloutWorker) -> tuple[Metrics, list[Sample]]:
     """Mean reward, the user's metrics and what answers are worth over all validation prompts, and a few samples."""
-    rows = answered(config, launched)
+    started = time.perf_counter()
+    rows = answered(config, launched, rollout)
     metrics = reward_metrics(rows) + length_metrics(rows)
     metrics += as_metrics(estimates(config, launched, rows, powers_of_two(config.validation.responses_per_prompt)))
-    return metrics.prefixed("validation"), _samples(config, launched, rows)
+    metrics = metrics.prefixed("validation")
+    return metrics + Metrics({"seconds/validation": time.perf_counter() - started}), _samples(config, launched, rows)
 
 
-def answered(config: Config, launched: Launched) -> Batch:
-    """All validation prompts with their responses, scored.
+def answered(config: Config, launched: Launched, rollout: RolloutWorker | None) -> Batch:
+    """All validation prompts with their responses by `rollout`, scored.
 
     The same prompts get the same seeds each time, so two validations of the same weights agree.
     """
-    rollout, reward = launched.rollout, launched.reward
+    reward = launched.reward
     assert rollout is not None and reward is not None, "an algorithm with validation declares rollout and reward"
     rows = launched.data.validation_batch().repeat(config.validation.responses_per_prompt)
     rows = rows.with_columns(call=np.zeros(len(rows), np.int64))
-    if config.loop.max_staleness:  # rows of the stream may be under way, which are handed out to others
+    # Rows of the stream may be under way, which are handed out to others; and another thread must not hold up calls.
+    if config.loop.max_staleness or config.validation.concurrent:
         rows = rows.join(rollout.generate(rows, sampling=validation_sampling(config)))
         rows = rows.join(reward.score(rows))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.waiting import DEATHS_SHOW_S
@@ -11,16 +11,19 @@ from hybridflow.errors import HybridflowError, WorkerDiedError
 from hybridflow.metrics import Metrics
 from hybridflow.workers.remote import Future
 
+if TYPE_CHECKING:
+    from hybridflow.workers.rollout import RolloutWorker
+
 T = TypeVar("T")
 
 
 class WeightSync:
-    """Brings the actor's weights to the engines whenever they have changed."""
+    """Brings the actor's weights to the engines of a role whenever they have changed."""
 
-    def __init__(self, launched: Launched, *, lets_sleep: bool):
-        self.actor, self.rollout = launched.actor, launched.rollout
+    def __init__(self, launched: Launched, *, engines: RolloutWorker | None, role: str = "rollout", lets_sleep: bool = False):
+        self.actor, self.rollout, self.role = launched.actor, engines, role
         self.is_needed = self.actor is not None and self.rollout is not None
-        self.is_colocated = self.is_needed and launched.places["actor"].pool == launched.places["rollout"].pool
+        self.is_colocated = self.is_needed and launched.places["actor"].pool == launched.places[role].pool
         self.is_open = False
         self.synced_updates: int | None = None
         """Updates behind the weights that the engines have; None where they may have none."""
@@ -61,10 +64,10 @@ class WeightSync:
     def _between_pools(self, version: int) -> Metrics:
         assert self.actor is not None and self.rollout is not None
         if not self.is_open:
-            address = self.actor.transfer_address()
-            _both(self.actor.open_transfer.start(address), self.rollout.open_transfer.start(address))
+            address = self.actor.transfer_address(self.role)
+            _both(self.actor.open_transfer.start(address, self.role), self.rollout.open_transfer.start(address))
             self.is_open = True
-        sent, received = _both(self.actor.send_weights.start(), self.rollout.receive_weights.start(version))
+        sent, received = _both(self.actor.send_weights.start(self.role), self.rollout.receive_weights.start(version))
         return received + sent
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from hybridflow.config.pools import parse_pool
-from hybridflow.config.rules_placement import pool_of
+from hybridflow.config.rules_placement import ENGINE_ROLES, pool_of
 from hybridflow.config.schema import Config, ReferenceConfig, Switch, TrainingConfig
 from hybridflow.planner.memory import (
     CHECKPOINTING,
@@ -48,7 +48,7 @@ class PoolInfo:
 
 def model_paths(config: Config, roles: Set[str]) -> dict[str, str]:
     """The model that each of `roles` starts from; roles without one are left out."""
-    own = {role: section.path for role, section in config.models.items()} | {"rollout": None}
+    own = {role: section.path for role, section in config.models.items()} | dict.fromkeys(ENGINE_ROLES)
     return {role: path or config.model.path for role, path in own.items() if role in roles}
 
 
@@ -71,16 +71,17 @@ def has_open_switches(config: Config, roles: Set[str]) -> bool:
 
 def pool_needs(config: Config, pool: PoolInfo, run_roles: Set[str]) -> PoolNeeds:
     """What the roles of a pool need; `run_roles` are those of all pools."""
+    engines = [role for role in ENGINE_ROLES if role in pool.roles]
     models = tuple(_model_needs(config, role, pool) for role in pool.roles if role in config.models)
     return PoolNeeds(
         pool=pool.name,
         num_ranks=pool.num_ranks,
         ranks_multiple=math.lcm(
-            config.rollout.tensor_parallel if "rollout" in pool.roles else 1, config.model.sequence_parallel if models else 1
+            config.rollout.tensor_parallel if engines else 1, config.model.sequence_parallel if models else 1
         ),
         gpu=pool.gpu,
         models=models,
-        engine=_engine_needs(config, pool) if "rollout" in pool.roles else None,
+        engine=_engine_needs(config, pool, engines[0]) if engines else None,
         sync=_sync_needs(config, pool) if {"actor", "rollout"} <= run_roles else None,
         unknown_roles=tuple(role for role in pool.roles if role not in pool.sizes and role not in WITHOUT_GPU),
         fixed={
@@ -140,12 +141,12 @@ def _model_needs(config: Config, role: str, pool: PoolInfo) -> ModelNeeds:
     )
 
 
-def _engine_needs(config: Config, pool: PoolInfo) -> EngineNeeds:
+def _engine_needs(config: Config, pool: PoolInfo, role: str) -> EngineNeeds:
     rollout = config.rollout
-    weights = pool.sizes["rollout"].parameters * _engine_bytes(config) // rollout.tensor_parallel
+    weights = pool.sizes[role].parameters * _engine_bytes(config) // rollout.tensor_parallel
     frees_weights = rollout.engine in ENGINES_THAT_FREE_WEIGHTS
     return EngineNeeds(
-        role="rollout",
+        role=role,
         share=int(rollout.gpu_memory_utilization * pool.gpu.total),
         kept_asleep=0 if frees_weights else weights,
     )
@@ -153,7 +154,7 @@ def _engine_needs(config: Config, pool: PoolInfo) -> EngineNeeds:
 
 def _sync_needs(config: Config, pool: PoolInfo) -> SyncNeeds | None:
     """What weights travel in on this pool; None where neither side of a sync is on it."""
-    sides = [role for role in ("actor", "rollout") if role in pool.sizes]
+    sides = [role for role in ("actor", *ENGINE_ROLES) if role in pool.sizes]
     if not sides:
         return None
     size, tensor = pool.sizes[sides[0]], config.rollout.tensor_parallel
@@ -163,7 +164,7 @@ def _sync_needs(config: Config, pool: PoolInfo) -> SyncNeeds | None:
         bucket=max(config.rollout.sync_bucket_mib * 2**20, largest),
         received=size.parameters * _engine_bytes(config) // tensor,
         engine_ranks=tensor,
-        receives="rollout" in sides,
+        receives=not {"actor"}.issuperset(sides),
         num_senders=None if "actor" in sides else parse_pool(config.placement.pools[pool_of("actor", config)]).num_ranks,
     )
 

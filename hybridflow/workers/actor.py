@@ -118,19 +118,20 @@ class ActorWorker(Worker):
         self.core.restore(folder)
 
     @remote("rank_zero")
-    def transfer_address(self) -> str:
-        """`host:port` at which engines of another pool find the weights, for both sides' `open_transfer`."""
-        return self.weight_sync.address()
+    def transfer_address(self, receiver: str = "rollout") -> str:
+        """`host:port` at which the engines of a role on another pool find the weights, for both sides' `open_transfer`."""
+        return self.weight_sync.address(receiver)
 
     @remote("one_to_all")
-    def open_transfer(self, address: str) -> None:
-        """Prepare to send weights to the engines of another pool."""
-        self.weight_sync.open(address)
+    def open_transfer(self, address: str, receiver: str = "rollout") -> None:
+        """Prepare to send weights to the engines of a role on another pool."""
+        self.weight_sync.open(address, receiver)
 
     @remote("one_to_all")
-    def send_weights(self) -> Metrics:
-        """Send the current weights to every rank that is in `rollout.receive_weights`. Metrics are named `sync/send_...`."""
-        return self.weight_sync.send(self.named_tensors())
+    def send_weights(self, receiver: str = "rollout") -> Metrics:
+        """Send the current weights to every rank of that role that is in `receive_weights`. Metrics are named
+        `sync/send_...`."""
+        return self.weight_sync.send(self.named_tensors(), receiver)
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The current weights under their Hugging Face names, as this rank's shards, each once, adapters merged.

@@ -82,6 +82,9 @@ class RolloutWorker(Worker):
     """Whether rows may be had one by one as they finish (`submit`, `take_finished`). A class of your own whose `generate` does
     something else sets this to False, and is then asked for whole batches only. A class that replaces it has to say."""
 
+    placed_as: ClassVar[str] = "rollout"
+    """The role by which `placement.roles` names its pool."""
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "generate" in vars(cls) and "answers_row_by_row" not in vars(cls):
@@ -121,7 +124,7 @@ class RolloutWorker(Worker):
             divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
             problem = f"found {tensor}, which does not divide the {num_ranks} ranks of the pool. Use one of {divisors}"
             raise ConfigError([FieldError("rollout.tensor_parallel", problem)])
-        per_node = parse_pool(config.placement.pools[pool_of("rollout", config)]).ranks_per_node
+        per_node = parse_pool(config.placement.pools[pool_of(cls.placed_as, config)]).ranks_per_node
         # The paper's groups (section 5.3): what a rank trains then lies inside what it generates with, on one node.
         stride = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1
         return Layout(data=num_ranks // tensor, tensor=tensor, tensor_stride=stride)
@@ -284,6 +287,12 @@ class RolloutWorker(Worker):
         if self.environment is not None:
             self.environment.processes.close()
         self.engine.close()
+
+
+class ValidationWorker(RolloutWorker):
+    """Engines that generate for validation alone, on a pool of their own (`validation.concurrent`)."""
+
+    placed_as = "validation"
 
 
 def engine_spec(config: Config, context: RankContext) -> EngineSpec:

@@ -116,28 +116,31 @@ class ActorSync:
 
     def __init__(self, config: Config, context: RankContext):
         self.config, self.context = config, context
-        self.store: TransferStore | None = None
-        self.sender: WeightSender | None = None
+        self.stores: dict[str, TransferStore] = {}
+        self.senders: dict[str, WeightSender] = {}
+        """By the role of the engines that receive."""
 
-    def address(self) -> str:
-        """Open the rendezvous on this rank: `host:port`."""
-        self.store, port = host_transfer(device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
+    def address(self, receiver: str) -> str:
+        """Open the rendezvous with the engines of a role on this rank: `host:port`."""
+        self.stores[receiver], port = host_transfer(device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
         return f"{own_host()}:{port}"
 
-    def open(self, address: str) -> None:
-        """Meet the pool of the engines at `host:port`."""
-        store = self.store or join_transfer(address, device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
-        self.sender = WeightSender(
+    def open(self, address: str, receiver: str) -> None:
+        """Meet the pool of the engines of a role at `host:port`."""
+        store = self.stores.get(receiver) or join_transfer(
+            address, device=self.context.device, timeout_s=self.config.run.peer_timeout_s
+        )
+        self.senders[receiver] = WeightSender(
             sync_settings(self.config, self.context),
             store,
             rank=self.context.rank,
             num_ranks=self.context.layout.num_ranks,
         )
 
-    def send(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Metrics:
-        """Send these weights to every rank that receives."""
-        assert self.sender is not None, "open_transfer comes before send_weights"
-        return as_metrics(self.sender.send(tensors), prefix="sync/send_")
+    def send(self, tensors: Sequence[tuple[str, torch.Tensor]], receiver: str) -> Metrics:
+        """Send these weights to every rank of a role that receives."""
+        assert receiver in self.senders, "open_transfer comes before send_weights"
+        return as_metrics(self.senders[receiver].send(tensors), prefix="sync/send_")
 
 
 def sync_settings(config: Config, context: RankContext) -> SyncSettings:

@@ -49,5 +49,5 @@ class SendsNothing(ActorWorker):
     """Fails where engines of another pool wait for its weights."""
 
     @remote("one_to_all")
-    def send_weights(self) -> Metrics:
+    def send_weights(self, receiver: str = "rollout") -> Metrics:
         raise RuntimeError("nothing was sent")

@@ -49,15 +49,15 @@ class FakeActor(ActorWorker):
         return 1
 
     @remote("rank_zero")
-    def transfer_address(self) -> str:
+    def transfer_address(self, receiver: str = "rollout") -> str:
         return "here:1"
 
     @remote("one_to_all")
-    def open_transfer(self, address: str) -> None:
+    def open_transfer(self, address: str, receiver: str = "rollout") -> None:
         self.act("open_transfer")
 
     @remote("one_to_all")
-    def send_weights(self) -> Metrics:
+    def send_weights(self, receiver: str = "rollout") -> Metrics:
         self.act("send_weights")
         return Metrics({"sync/send_seconds": 1.0})
 
@@ -113,7 +113,7 @@ class Sides:
             DataSummary(num_prompts=1, steps_per_epoch=1, num_validation_prompts=0),
             engine_sleeps=True,
         )
-        self.sync = WeightSync(launched, lets_sleep=True)
+        self.sync = WeightSync(launched, engines=launched.rollout, lets_sleep=True)
 
 
 @pytest.fixture
