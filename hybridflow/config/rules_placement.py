@@ -66,7 +66,8 @@ def validation_has_engines_of_its_own(config: Config, roles: tuple[str, ...]) ->
     if not config.data.validation_files:
         yield FieldError("validation.concurrent", "there is nothing to validate on: data.validation_files is empty")
     pool = pool_of("validation", config)
-    if others := [role for role in roles if role not in ("validation", "reward") and pool_of(role, config) == pool]:
+    generating = set(ENGINE_ROLES) - {"validation"}
+    if others := [role for role in roles if role in {*config.models, *generating} and pool_of(role, config) == pool]:
         problem = f"role 'validation' is on pool {pool!r}, together with {', '.join(others)}"
         advice = "Name another by placement.roles.validation, or set validation.concurrent=false"
         yield FieldError("validation.concurrent", f"{problem}. {advice}", related=("placement.roles", "placement.pools"))
