@@ -85,6 +85,8 @@ class Conversations:
         return self._encode(text.rpartition(MARK)[2])
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        if self.tokenizer.is_fast:  # past its Python layer: called for each turn
+            return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         (tokens,) = encode(cast(Tokenizer, self.tokenizer), [text], add_special_tokens=add_special_tokens)
         return list(tokens)
 

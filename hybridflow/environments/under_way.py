@@ -58,10 +58,15 @@ class Surroundings:
         while end and turn[end - 1] in self.special_ids:
             end -= 1
         said = list(turn[:end])
-        message = dict(message_of(str(self.tokenizer.decode(said, skip_special_tokens=False)), self.tool_format))
-        if "tool_calls" not in message:
-            message["content"] = self.tokenizer.decode(said, skip_special_tokens=True)
+        message = dict(message_of(self.decode(said, skip_special_tokens=False), self.tool_format))
+        if "tool_calls" not in message and not self.special_ids.isdisjoint(said):
+            message["content"] = self.decode(said, skip_special_tokens=True)
         return message
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        """The text of tokens, past the tokenizer's Python layer where it has a Rust one."""
+        decoder = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else self.tokenizer
+        return str(decoder.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def note(self, failure: Failure | None) -> EpisodeError | None:
         """Count an episode that has ended; the error with which to end the run, where all of late have failed."""
