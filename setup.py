@@ -27,6 +27,7 @@ setup(
     packages=find_packages(include=["hybridflow", "hybridflow.*"]),
     install_requires=[
         "annotated-types>=0.6",
+        "httpx>=0.27,<1",
         "math-verify>=0.8",
         "matplotlib>=3.8",
         "numpy>=1.26",

@@ -59,6 +59,13 @@ REWARDS = {
     "gsm8k_flexible": "hybridflow.rewards.gsm8k:compute_score_flexible",
     "math": "hybridflow.rewards.math:compute_score",
     "by_data_source": "hybridflow.rewards.by_data_source:compute_score",
+    "multiple_choice": "hybridflow.rewards.multiple_choice:compute_score",
+    "exact_match": "hybridflow.rewards.exact_match:compute_score",
+    "format": "hybridflow.rewards.text_terms:format_score",
+    "length": "hybridflow.rewards.text_terms:length_score",
+    "code": "hybridflow.rewards.code:compute_score",
+    "judge": "hybridflow.rewards.judge:compute_score",
+    "http": "hybridflow.rewards.http:compute_score",
     "none": "hybridflow.rewards.none:compute_score",
 }
 

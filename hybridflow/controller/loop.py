@@ -14,6 +14,7 @@ from hybridflow.config.schema import Config
 from hybridflow.controller.batch_metrics import length_metrics, num_tokens, reward_metrics
 from hybridflow.controller.boundary import phase
 from hybridflow.controller.checkpoints import Checkpoints
+from hybridflow.controller.cut_off import CutOffWarning
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.row_source import RowSource
 from hybridflow.controller.run_folder import RunFolder
@@ -38,6 +39,7 @@ class Loop:
         self.rows = RowSource(config, launched, algorithm, total_steps=total_steps)
         self.checkpoints = Checkpoints(config, launched, algorithm, self.rows, total_steps=total_steps)
         self.seconds_saving = Metrics()
+        self.cut_off = CutOffWarning(max_response_tokens=config.data.max_response_tokens)
         self.saving: Future[None] | None = None
         """The rollouts of the last step, as they are written."""
 
@@ -110,6 +112,7 @@ class Loop:
         learned = self.algorithm.learn(batch)
         for call in begun:
             call.result()  # long done; what a role raised there is raised here
+        self.cut_off.look(step, batch)
         seconds = time.perf_counter() - started
         measured = self.launched.log.drain().without(learned)  # a loss with an entropy of its own has seen every update
         measured = Metrics.merged([learned, synced, measured, *batch_metrics(batch, seconds)])

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from hybridflow.batch import Ragged
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, RowError, Tokenizer, encode, is_templated, prompt_texts
-from hybridflow.data.parquet import ColumnSpec, is_messages, read_batches
+from hybridflow.data.parquet import ColumnSpec, is_messages, read_batches, without_nulls
 from hybridflow.errors import DataError
 
 PROMPT_TEXT = "prompt_text"
@@ -94,6 +94,8 @@ class ChunkReader:
         values = prompts.to_pylist()
         if prompts.null_count:
             raise RowError(values.index(None), "column 'prompt' is null")
+        if (empty := next((row for row, value in enumerate(values) if is_empty(value)), None)) is not None:
+            raise RowError(empty, f"the prompt is empty: column 'prompt' holds {values[empty]!r:.200}. Leave the row out")
         has_messages = is_messages(prompts.type)
         if not is_templated(self.tokenizer, has_messages=has_messages, use=self.data.apply_chat_template):
             texts = cast(list[str], values)
@@ -138,4 +140,12 @@ def conversation(prompt: str | list[Message]) -> list[Message]:
     """Chat messages, without the fields that only other rows of the file have."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    return [{name: value for name, value in message.items() if value is not None} for message in prompt]
+    return cast(list[Message], without_nulls(prompt))
+
+
+def is_empty(prompt: str | list[Message]) -> bool:
+    """Whether nothing is asked: there is no text, or the last message of the user has none."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    asked = [message.get("content") for message in prompt if message.get("role") == "user"]
+    return not prompt or bool(asked and not str(asked[-1] or "").strip())

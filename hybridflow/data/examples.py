@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hybridflow.batch import Array, Heavy, Ragged
 from hybridflow.config.schema import DataConfig
-from hybridflow.data.parquet import ColumnSpec, open_parquet, read_batches, warn_of_unread
+from hybridflow.data.parquet import ColumnSpec, open_parquet, read_batches, warn_of_unread, without_nulls
 from hybridflow.data.progress import Progress
 from hybridflow.errors import DataError
 
@@ -179,6 +179,7 @@ def read_examples(
             warn_of_unread(file, columns, where=findings.where)
             for batch in read_batches(file, columns, where=findings.where):
                 for row in batch.to_pylist():
+                    row = {name: without_nulls(value) for name, value in row.items()}
                     found = findings.examples(row, make)
                     if found:
                         examples += found

@@ -146,6 +146,22 @@ def read_batches(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: st
         raise DataError(f"{where}: its rows cannot be read ({error}). Was it damaged since it was written?") from error
 
 
+def without_nulls(value: object) -> object:
+    """The value without the null fields of structs, at every depth: Arrow gives each row the fields of all rows of its column.
+
+    Example:
+        >>> without_nulls([{"arguments": {"city": "Bern", "amount": None}}])
+        [{'arguments': {'city': 'Bern'}}]
+    """
+    match value:
+        case dict():
+            return {name: without_nulls(element) for name, element in value.items() if element is not None}
+        case list():
+            return [without_nulls(element) for element in value]
+        case _:
+            return value
+
+
 class StoredColumn:
     """A column as Arrow arrays, which take a fraction of the memory of Python objects; parts may differ in type."""
 
@@ -154,16 +170,16 @@ class StoredColumn:
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def take(self, rows: npt.NDArray[np.int64]) -> list[object]:
-        """The values at `rows`, as Python objects."""
+        """The values at `rows`, as Python objects, without the null fields of structs."""
         values: list[object] = [None] * len(rows)
         home = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(home):
             where = np.flatnonzero(home == part)
             found = self._parts[part].take(pa.array(rows[where] - self._starts[part])).to_pylist()
             for position, value in zip(where, found, strict=True):
-                values[position] = value
+                values[position] = without_nulls(value)
         return values
 
     def take_field(self, field: str, rows: npt.NDArray[np.int64]) -> list[object]:
         """Likewise, of a struct column: one of its fields."""
-        return [value[field] if isinstance(value, dict) else None for value in self.take(rows)]
+        return [value.get(field) if isinstance(value, dict) else None for value in self.take(rows)]

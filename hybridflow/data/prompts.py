@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import cast
@@ -15,7 +15,16 @@ from hybridflow.batch import Array, Heavy, Ragged
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, Tokenizer
 from hybridflow.data.chunks import PROMPT_TEXT, Chunk, ChunkReader, conversation
-from hybridflow.data.parquet import ColumnSpec, StoredColumn, has_fields, is_integer, is_messages, is_text, open_parquet
+from hybridflow.data.parquet import (
+    ROWS_PER_READ,
+    ColumnSpec,
+    StoredColumn,
+    has_fields,
+    is_integer,
+    is_messages,
+    is_text,
+    open_parquet,
+)
 from hybridflow.data.progress import Progress
 from hybridflow.errors import DataError
 
@@ -96,6 +105,16 @@ class Prompts:
     def rows_of(self, prompt_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The rows that have these `prompt_id`s."""
         return np.searchsorted(self.row_numbers, prompt_ids)
+
+    def ground_truths(self) -> Iterator[tuple[int, object, str]]:
+        """Number of the row in the files laid end to end, ground truth and data source of each prompt."""
+        for first in range(0, len(self), ROWS_PER_READ):
+            rows = np.arange(first, min(first + ROWS_PER_READ, len(self)))
+            truths, sources = (
+                self.stored["reward_model"].take_field("ground_truth", rows),
+                self.stored["data_source"].take(rows),
+            )
+            yield from zip(self.row_numbers[rows].tolist(), truths, map(str, sources), strict=True)
 
     def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
         """The batch columns that the files determine, for the given rows."""

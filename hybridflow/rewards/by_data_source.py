@@ -20,6 +20,17 @@ RULES = {
 }
 
 
+CHECKS = {
+    **dict.fromkeys(("openai/gsm8k", "hybridflow/arithmetic"), gsm8k.why_unmatchable),
+    **dict.fromkeys(("lighteval/MATH", "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"), math.why_unmatchable),
+}
+
+
+def why_unmatchable(ground_truth: object, data_source: str) -> str | None:
+    """As the rule of the data source says; one that no rule belongs to is told when it is scored."""
+    return CHECKS[data_source](ground_truth, data_source) if data_source in CHECKS else None
+
+
 def compute_score(reward_input: RewardInput) -> Mapping[str, float]:
     """The score by the rule of the data source.
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from hybridflow.rewards.call import RewardInput
+from hybridflow.rewards.ground_truths import why_no_integer_text
 
 REWARD_NAME = "gsm8k"
 
@@ -38,6 +39,14 @@ def compute_score_flexible(reward_input: RewardInput) -> Mapping[str, float]:
         return _result(is_correct=False, has_answer=False)
     is_correct = _number(numbers[-1]) == _number(str(reward_input["ground_truth"]))
     return _result(is_correct=is_correct, has_answer=True)
+
+
+def why_unmatchable(ground_truth: object, data_source: str) -> str | None:
+    """Why neither rule can find the ground truth in any response; None where one can."""
+    problem = why_no_integer_text(ground_truth)
+    if problem is None and not NUMBER.fullmatch(_plain(str(ground_truth))):
+        return f"{ground_truth!r:.80}, which is no number"
+    return problem
 
 
 def _result(*, is_correct: bool, has_answer: bool) -> Mapping[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from hybridflow.errors import RewardError
 from hybridflow.rewards.call import RewardInput
+from hybridflow.rewards.ground_truths import why_no_text
 
 try:  # at import, so that the seconds it takes do not count against the first response's time limit
     import math_verify
@@ -46,6 +47,11 @@ def compute_score(reward_input: RewardInput) -> Mapping[str, float]:
     answer = last_boxed(reward_input["response"])
     is_correct = answer is not None and is_equal(answer, str(reward_input["ground_truth"]))
     return {"overall": float(is_correct), "accuracy": float(is_correct), "format": float(answer is not None)}
+
+
+def why_unmatchable(ground_truth: object, data_source: str) -> str | None:
+    """Why no answer equals the ground truth; None where one can."""
+    return why_no_text(ground_truth)
 
 
 def is_equal(answer: str, ground_truth: str) -> bool:

@@ -10,12 +10,15 @@ from typing import ClassVar, TypeGuard
 from hybridflow.batch import Batch
 from hybridflow.checkpoint.arrays import load_arrays, save_arrays
 from hybridflow.checkpoint.manifest import read_json
+from hybridflow.config.load import load_algorithm
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import load_tokenizer
 from hybridflow.data.loader import PromptLoader, RowKind, build_loaders
 from hybridflow.data.parquet import identity_of
+from hybridflow.data.prompts import Prompts
 from hybridflow.data.rollouts import write_rows
 from hybridflow.errors import CheckpointError, DataError
+from hybridflow.rewards.ground_truths import check_ground_truths
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
 
@@ -56,8 +59,20 @@ class DataWorker(Worker):
         self.files = [identity_of(path) for path in self.config.data.train_files]
         loaders = build_loaders(self.config, load_tokenizer(self.config), rows)
         self.train, self.validation, self.held_out = loaders.train, loaders.validation, loaders.held_out
+        if rows == "prompts" and self._is_scored_by_rules():
+            for key, loader in (("data.train_files", self.train), ("data.validation_files", self.validation)):
+                if loader is not None and isinstance(loader.dataset, Prompts):
+                    check_ground_truths(self.config.reward, loader.dataset.ground_truths(), key=key)
         num_validation = self.validation.num_prompts if self.validation else 0
         return DataSummary(self.train.num_prompts, self.train.num_batches_per_epoch, num_validation)
+
+    def _is_scored_by_rules(self) -> bool:
+        """Whether responses go to the reward role that comes with the package."""
+        environment, workers = self.config.environment, self.config.placement.workers
+        is_asked = environment.add_reward or not environment.is_set
+        return (
+            is_asked and "reward" not in workers and "reward" in load_algorithm(self.config.algorithm.name).roles(self.config)
+        )
 
     @remote("rank_zero")
     def next_batch(self, step: int, count: int | None = None) -> Batch:

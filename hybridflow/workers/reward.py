@@ -11,7 +11,6 @@ import numpy as np
 
 from hybridflow.batch import Array, Batch
 from hybridflow.config.schema import Config
-from hybridflow.errors import ConfigError, FieldError
 from hybridflow.rewards.call import Messages, RewardInput
 from hybridflow.rewards.process_pool import RewardPool
 from hybridflow.rewards.results import Failure, Score
@@ -28,16 +27,13 @@ class RewardWorker(Worker):
 
     is_distributed: ClassVar[bool] = False
     scores_whole_batches: ClassVar[bool] = False
-    """True in a class of your own whose `score` compares rows: it is then given all rows of a call at once. A class that
-    replaces `score` has to say."""
+    """Whether `score` compares rows, and is therefore given all rows of a call at once. So it is of a class of your own that
+    replaces `score`, unless it says False."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "score" in vars(cls) and "scores_whole_batches" not in vars(cls):
-            problem = (
-                f"{cls.__name__} replaces `score` and does not say whether it compares rows. Set scores_whole_batches on it"
-            )
-            raise ConfigError([FieldError("placement.workers", problem)])
+            cls.scores_whole_batches = True
 
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)

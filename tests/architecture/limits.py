@@ -24,6 +24,9 @@ MAX_ALGORITHM_CODE_LINES = 120
 DICTATED_SIGNATURES = {
     ("hybridflow/models/attention.py", "attend"): "transformers calls attention functions with these arguments",
     ("hybridflow/rollout/slot_cache.py", "_attention"): "transformers calls attention functions with these arguments",
+    ("hybridflow/rewards/code.py", "compute_score"): "reward.options are keyword arguments, by whose names they are checked",
+    ("hybridflow/rewards/http.py", "compute_score"): "reward.options are keyword arguments, by whose names they are checked",
+    ("hybridflow/rewards/judge.py", "compute_score"): "reward.options are keyword arguments, by whose names they are checked",
 }
 """Functions whose many parameters another package prescribes, and which one."""
 

@@ -36,6 +36,7 @@ HOMES = {
     "annotated_types": ("config/",),
     "pyarrow": ("data/",),
     "math_verify": ("rewards/",),
+    "httpx": ("rewards/service.py",),
     "peft": ("models/",),
     "wandb": ("trackers/wandb.py",),
     "mlflow": ("trackers/mlflow.py",),

@@ -102,7 +102,7 @@ BUDGETS = {
     "hybridflow/parallel": 450,
     "hybridflow/planner": 900,
     "hybridflow/resharding": 1500,
-    "hybridflow/rewards": 2000,
+    "hybridflow/rewards": 2500,
     "hybridflow/rollout": 3400,
     "hybridflow/trackers": 1400,
     "hybridflow/workers": 3200,

@@ -187,7 +187,7 @@ def test_a_wrong_column_is_named_with_file_and_what_was_found(
         read_prompts([file], tokenizer, data=DataConfig())
 
 
-@pytest.mark.parametrize(("prompt", "problem"), [(None, "column 'prompt' is null"), ("", "the prompt has no tokens")])
+@pytest.mark.parametrize(("prompt", "problem"), [(None, "column 'prompt' is null"), ("", "the prompt is empty")])
 def test_an_unusable_prompt_is_named_by_its_row(tmp_path: Path, tokenizer: Tokenizer, prompt: object, problem: str) -> None:
     file = write(tmp_path / "a.parquet", ROW, {**ROW, "prompt": prompt})
     with pytest.raises(DataError, match=f"a.parquet: row 1: {problem}"):

@@ -266,13 +266,12 @@ def test_no_call_follows_one_that_failed(start: Start) -> None:
     assert called(reward, "score") == 1
 
 
-def test_a_class_that_replaces_score_or_generate_says_what_it_needs() -> None:
-    with pytest.raises(ConfigError, match="Set scores_whole_batches on it"):
+def test_a_class_that_replaces_score_gets_whole_batches_and_one_that_replaces_generate_says_what_it_needs() -> None:
+    class Replaces(RewardWorker):
+        def score(self, batch: Batch) -> Batch:  # type: ignore[override]
+            return batch
 
-        class Forgetful(RewardWorker):
-            def score(self, batch: Batch) -> Batch:  # type: ignore[override]
-                return batch
-
+    assert Replaces.scores_whole_batches and not RewardWorker.scores_whole_batches
     with pytest.raises(ConfigError, match="Set answers_row_by_row on it"):
 
         class AlsoForgetful(RolloutWorker):

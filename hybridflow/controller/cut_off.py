@@ -1,0 +1,28 @@
+"""Says when no response of a step has ended by itself: nothing that a response would end with is ever rewarded then."""
+
+from __future__ import annotations
+
+import logging
+
+from hybridflow.batch import Batch
+
+logger = logging.getLogger("hybridflow")
+
+
+class CutOffWarning:
+    """Warns once where such steps begin, and again where they begin anew."""
+
+    def __init__(self, *, max_response_tokens: int):
+        self.max_response_tokens = max_response_tokens
+        self.is_so = False
+
+    def look(self, step: int, rows: Batch) -> None:
+        """At the rows of a step."""
+        was_so, self.is_so = self.is_so, "truncated" in rows and len(rows) > 0 and bool(rows["truncated"].all())
+        if self.is_so and not was_so:
+            logger.warning(
+                "step %d: all %d responses were cut off by the length limit, none has ended by itself. Raise "
+                "data.max_response_tokens (%d), or look at what ends a response: the chat template's end of turn, "
+                "rollout.stop, rollout.stop_token_ids, rollout.ignore_eos",
+                *(step, len(rows), self.max_response_tokens),
+            )

@@ -1,0 +1,23 @@
+"""A step all of whose responses were cut off is a warning."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from hybridflow.batch import Batch
+from hybridflow.controller.cut_off import CutOffWarning
+
+
+def test_it_is_told_once_where_it_begins(caplog: pytest.LogCaptureFixture) -> None:
+    warning = CutOffWarning(max_response_tokens=7)
+    steps = [[True, True], [True, True], [True, False], [True, True], []]
+    with caplog.at_level(logging.WARNING, "hybridflow"):
+        for number, truncated in enumerate(steps, start=1):
+            warning.look(number, Batch({"truncated": np.array(truncated, np.bool_)}))
+        warning.look(6, Batch({"reward": np.ones(2)}))
+    assert [record.getMessage()[:26] for record in caplog.records] == [
+        "step 1: all 2 responses we",
+        "step 4: all 2 responses we",
+    ]
+    assert "data.max_response_tokens (7)" in caplog.text
