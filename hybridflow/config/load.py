@@ -19,6 +19,7 @@ from hybridflow.config import verl_keys
 from hybridflow.config.build import Builder, found, join, keys_of
 from hybridflow.config.rules import AlgorithmClass, check
 from hybridflow.config.schema import AlgorithmConfig, Config
+from hybridflow.config.secrets import FromEnvironment, referred, with_references
 from hybridflow.config.settings import KNOWN_KEYS, MAPPINGS, Setting, Settings
 from hybridflow.config.yaml_values import read_yaml
 from hybridflow.errors import ConfigError, FieldError, FieldReport
@@ -56,12 +57,11 @@ def load_config(
     """
     unread: list[FieldError] = []
     settings = Settings(resolve_value)
-    for layer in read_files(path, unread) if isinstance(path, str) else []:
+    layers = read_files(path, unread) if isinstance(path, str) else []
+    layers += [list(_flatten(tree, "", {})) for tree in (path, over) if isinstance(tree, Mapping)]
+    layers.append(read_overrides(overrides, settings.reports))
+    for layer in layers:
         settings.apply(layer)
-    for tree in (path, over):
-        if isinstance(tree, Mapping):
-            settings.apply(list(_flatten(tree, "", {})))
-    settings.apply(read_overrides(overrides, settings.reports))
     values, unresolved = resolve(settings)
     settings.reports += [] if unread else unresolved  # what an interpolation refers to may be in a file that was not read
     algorithm = _algorithm_of(values, settings) if not unread or settings.place_of("algorithm.name") else None
@@ -76,7 +76,7 @@ def load_config(
         if not mistaken.intersection(keys) and not (unread and not all(map(settings.place_of, keys))):
             reports.append(replace(report, where=report.where or settings.place_of(report.key)))
     _tell([*unread, *(report for report in reports if report.where or not unread)], is_dry_run=is_dry_run)
-    return config
+    return with_references(config, referred(setting.value for layer in layers for setting in layer))
 
 
 def read_files(path: str, errors: list[FieldError]) -> list[list[Setting]]:
@@ -232,7 +232,9 @@ def _tell(reports: Iterable[FieldReport], *, is_dry_run: bool) -> None:
 
 
 def _escaped(value: object) -> object:
-    """Text that looks like an interpolation, and is none, is written with a backslash."""
+    """Text that looks like an interpolation, and is none, is written with a backslash; what was one, as such."""
+    if isinstance(value, FromEnvironment):
+        return value.written
     if isinstance(value, Mapping):
         return {key: _escaped(element) for key, element in value.items()}
     if isinstance(value, list | tuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
@@ -16,6 +15,7 @@ from hybridflow.checkpoint.lineage import GROWING
 from hybridflow.checkpoint.resume import resume_point
 from hybridflow.checkpoint.store import CheckpointStore, RunState
 from hybridflow.config.schema import Config
+from hybridflow.config.secrets import as_written
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.row_source import RowSource
 from hybridflow.disk import PASSING, RETRY_S, flush
@@ -62,7 +62,7 @@ class Checkpoints:
             trackers.flush()
             state = RunState(
                 step=step,
-                config=dataclasses.asdict(self.config),
+                config=as_written(self.config),
                 algorithm=self.algorithm.state_dict(),
                 stream=self.rows.save(folder / "data"),
                 lines={name: num_lines(self.store.run_folder / name) for name in GROWING},
@@ -81,7 +81,7 @@ class Checkpoints:
             point.settle()
             return 0
         state = self.store.read_state(point.source)
-        changed = changes(state.config, dataclasses.asdict(self.config))
+        changed = changes(state.config, as_written(self.config))
         self._refuse_other_algorithm(point.source, state)
         if other := changes_of_the_policy(changed, has_adapters=self.config.model.lora_rank > 0):
             raise CheckpointError(

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from hybridflow.config.schema import Config
+from hybridflow.config.secrets import as_written
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, run_folder, run_name
 
@@ -36,7 +37,7 @@ class MlflowTracker(Tracker):
             return
         self.run_id = self._client.create_run(self._experiment(), run_name=run_name(config)).info.run_id
         id_file.write_text(self.run_id)
-        parameters = [Param(key, str(value)) for key, value in _flat(asdict(config))]
+        parameters = [Param(key, str(value)) for key, value in _flat(as_written(config))]
         for first in range(0, len(parameters), PARAMETERS_PER_CALL):
             self._client.log_batch(self.run_id, params=parameters[first : first + PARAMETERS_PER_CALL])
 

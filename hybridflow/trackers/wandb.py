@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import wandb
 
 from hybridflow.config.schema import Config
+from hybridflow.config.secrets import as_written
 from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, run_folder, run_name
@@ -35,7 +35,7 @@ class WandbTracker(Tracker):
             dir=str(folder),
             id=run_id,
             resume="allow" if is_resumed else None,
-            config=json.loads(json.dumps(asdict(config), default=str)),
+            config=json.loads(json.dumps(as_written(config), default=str)),
             settings=wandb.Settings(init_timeout=TIMEOUT_S, finish_timeout=TIMEOUT_S),
         )
         # With a step of our own, values that a resumed run logs again stand at their own step: wandb's counter only rises.
