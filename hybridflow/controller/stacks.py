@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +36,8 @@ WAITING_FOR_RANKS = ("torch/distributed/", "hybridflow/resharding/", "hybridflow
 WAITING_FOR_THREAD = ("/threading.py", "/queue.py", "/concurrent/futures/")
 CALLS = "hybridflow/controller/rank_process.py"
 LEADING = ("/ray/", "<frozen", "/runpy.py", "/pluggy/", CALLS)
+RANK = b"RankProcess"
+"""In the title of the process of a rank."""
 ENGINE_THREAD = "hybridflow-engine"
 State = Literal["busy", "waits for other ranks", "idle", "stopped", "gone", "unknown"]
 
@@ -145,12 +147,15 @@ def process_stack(pid: int) -> str:
     return _by_py_spy(pid, is_stopped=_state_letter(pid) == "T")[1]
 
 
-def starting_ranks() -> list[int]:
-    """Processes of this machine that Ray has started for this user, and in which Python has not come to Ray's own code."""
+def starting_ranks(known: Collection[int]) -> list[int]:
+    """Processes of this machine that Ray has started for this user and that have not come up as ranks, as `known` have: Python
+    starts in them, or the constructor runs."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if entry.stat().st_uid == os.getuid() and b"default_worker.py" in (entry / "cmdline").read_bytes():
+            command = (entry / "cmdline").read_bytes()
+            is_starting = b"default_worker.py" in command or (command.startswith(b"ray::") and RANK in command)
+            if is_starting and entry.stat().st_uid == os.getuid() and int(entry.name) not in known:
                 found.append(int(entry.name))
     return sorted(found)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import signal
 import sys
 import threading
@@ -88,6 +89,7 @@ class Episodes:
 
     def __init__(self, connection: Connection, config: EnvironmentConfig, make: Callable[[], object]):
         self.connection, self.config, self.make = connection, config, make
+        self.own = os.getpid()
         self.environments: dict[int, object] = {}
         self.threads = asyncio.Semaphore(MAX_THREADS)
         self.tasks: set[asyncio.Task[None]] = set()
@@ -130,6 +132,8 @@ class Episodes:
             result = Failure("timed out", f"{ask.method} has not returned within {allowed}")
         except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError):
             result = Failure("raised", traceback.format_exc())
+        if os.getpid() != self.own:  # a method that forks returns twice: what the copy says is nobody's answer
+            os._exit(0)
         if ask.method != "close":
             self.connection.send(Answer(ask.episode, result, is_stuck))
 

@@ -25,9 +25,17 @@ from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments.base import Message, Opening, Outcome, Row
 from hybridflow.environments.child import Alive, Answer, Ask, Failure, Ready, Stop
 from hybridflow.errors import EpisodeError
+from hybridflow.guardian import end_process
 
 logger = logging.getLogger("hybridflow")
 
+CODE = """
+import sys
+from hybridflow.guardian import guarded
+guarded(int(sys.argv[1]))
+from hybridflow.environments.child import main
+main()
+"""
 LOAD_TIMEOUT_S = 300.0
 """A user's file may import large packages from a slow disk."""
 SILENCE_S = 10.0
@@ -131,7 +139,7 @@ class EnvironmentProcesses:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         for child in list(self._children):
-            child.process.kill()
+            child.process.terminate()
             self._end_process(child)
 
     def _run(self) -> None:
@@ -199,18 +207,15 @@ class EnvironmentProcesses:
         """Its exit code."""
         self._children.remove(child)
         child.outbox.put(None)
-        try:
-            return child.process.wait(timeout=0.1)  # one that is ending by itself keeps its own exit code
-        except subprocess.TimeoutExpired:
-            child.process.kill()
-            return child.process.wait()
+        return end_process(child.process)
 
     def _spawn(self) -> _Child:
         ours, theirs = Pipe()
         # Not with -m: the classes of its messages would belong to __main__ there, and to another module here.
-        command = [sys.executable, "-P", "-c", "from hybridflow.environments.child import main; main()", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-c", CODE, str(theirs.fileno())]
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # `environment.name` may be one that only we find
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": path})
+        environment = {**os.environ, "PYTHONPATH": path}
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         theirs.close()
         child = _Child(process, ours, heard_at=time.monotonic())
         child.outbox.put(self.config)

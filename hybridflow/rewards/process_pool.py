@@ -22,15 +22,15 @@ from multiprocessing.connection import Connection, wait
 
 from hybridflow.config.schema import RewardConfig
 from hybridflow.errors import RewardError
+from hybridflow.guardian import end_process
 from hybridflow.rewards.call import RewardInput
 from hybridflow.rewards.child import Ready, Stop
-from hybridflow.rewards.guardian import ENDING_S
 from hybridflow.rewards.results import Failure, Score
 
 MAX_INPUTS_PER_MESSAGE = 32
 CODE = """
 import sys
-from hybridflow.rewards.guardian import guarded
+from hybridflow.guardian import guarded
 guarded(int(sys.argv[1]))
 from hybridflow.rewards.child import main
 main()
@@ -57,15 +57,9 @@ class _Child:
     """To the last list."""
 
     def end(self, patience_s: float = 0.5) -> int:
-        """End the process and all that it has started, unless it is ending by itself: then it keeps its own exit code, which is
-        returned."""
+        """As of `end_process`."""
         self.connection.close()
-        for patience, act in ((patience_s, self.process.terminate), (2 * ENDING_S, self.process.kill)):
-            try:
-                return self.process.wait(timeout=patience)
-            except subprocess.TimeoutExpired:
-                act()
-        return self.process.wait()
+        return end_process(self.process, patience_s)
 
     def is_answer(self, number: int, index: int) -> bool:
         """Whether an answer is the one that is due. Others are of copies of the process, or of no use any more."""

@@ -1,15 +1,20 @@
 """Worker classes for tests of groups; imported by the processes of the ranks."""
 
 import os
+import re
+import signal
 import time
 from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.controller.protocols import Arguments, Protocol
 from hybridflow.metrics import Metric, Metrics
+from hybridflow.resharding.links import host_transfer
 from hybridflow.workers.base import Worker
 from hybridflow.workers.remote import remote
 
@@ -76,6 +81,42 @@ class EchoWorker(Worker):
     @remote("one_to_all")
     def sleep_on_rank_one(self, seconds: float) -> None:
         time.sleep(seconds if self.context.rank == 1 else 0)
+
+    @remote("one_to_all")
+    def stop_on_rank_one(self) -> None:
+        """The process of rank 1 is stopped, as by a debugger."""
+        if self.context.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    @remote("one_to_all")
+    def meet(self, late: int) -> None:
+        """Rank `late` sleeps where all are to meet."""
+        if self.context.rank == late:
+            time.sleep(60)
+        dist.barrier()
+
+    @remote("one_to_all")
+    def wait_for_weights(self) -> None:
+        """As a rank does whose weights another pool sends."""
+        store, _ = host_transfer(device=torch.device("cpu"), timeout_s=60.0)
+        store.get("weights")
+
+    @remote("one_to_all")
+    def hold_the_interpreter(self) -> None:
+        """Rank 0 is in C code that lets no other thread run."""
+        if self.context.rank == 0:
+            re.match("(a+)+$", "a" * 60 + "b")
+
+    @remote("one_to_all")
+    def return_what_cannot_be_sent(self) -> object:
+        """Rank 1 returns a generator."""
+        return (number for number in range(3)) if self.context.rank == 1 else None
+
+    @remote("one_to_all")
+    def leave(self, kind: str) -> None:
+        """Rank 1 raises what no rank should."""
+        if self.context.rank == 1:
+            raise {"exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "base": GeneratorExit()}[kind]
 
     @remote("tests.ray.fake_workers:EveryOther")
     def visited(self) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ray.pausing_workers import MARKER
 from tests.ray.processes import StartedProcess, training, wait_until
-from tests.ray.runs import Toy
+from tests.ray.runs import Toy, metrics_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -49,3 +50,29 @@ def test_a_ctrl_c_that_python_forgets_ends_the_run_too(toy: Toy, tmp_path: Path)
         assert run.wait() == 130, run.log.read_text()
         assert "Exception ignored in" in run.log.read_text(), "the test itself: it arrived"
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1, "it ended in the second step"
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP,)], ids=str)
+def test_a_signal_in_a_long_call_has_its_exit_code_and_the_advice_leads_on(
+    toy: Toy, tmp_path: Path, numbers: tuple[signal.Signals, ...]
+) -> None:
+    folder = tmp_path / "run"
+    settings = [
+        "run.total_steps=8",
+        "checkpoint.every_steps=3",
+        "placement.workers.actor=tests.ray.pausing_workers:PausesInLearn",
+    ]
+    command = [str(toy.config), f"run.folder={folder}", "algorithm.prompts_per_update=2", *settings]
+    with training(command, tmp_path / "log") as run:
+        run.wait_for(folder / MARKER)
+        for number in numbers:
+            os.kill(run.driver.pid, number)
+            time.sleep(0.5)
+        assert run.wait() == 128 + numbers[0], run.log.read_text()
+        assert f"Stopped. The same command continues after {folder}/checkpoints/step_000006." in run.log.read_text()
+        assert "Traceback" not in run.log.read_text()
+        wait_until(lambda: not run.working(), lambda: "\n".join(run.working()))
+    with training(command, tmp_path / "log") as again:
+        assert again.wait() == 0, again.log.read_text()
+        assert f"resumed from {folder}/checkpoints/step_000006" in again.log.read_text()
+    assert [line["step"] for line in metrics_of(folder)] == list(range(1, 9))

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from hybridflow.config.schema import RewardConfig
+from hybridflow.guardian import MAX_OUTPUT_BYTES, descendants
 from hybridflow.rewards.call import RewardInput
-from hybridflow.rewards.guardian import MAX_OUTPUT_BYTES, descendants
 from hybridflow.rewards.process_pool import RewardPool
 from hybridflow.rewards.results import Failure, Score
 

@@ -1,8 +1,8 @@
-"""One process group per scoring process, all of which ends with it, whatever a reward function has started.
+"""One process group per process that runs code of a user, all of which ends with it, whatever that code has started.
 
-The process that `RewardPool` starts forks before it imports anything: the fork scores, and the guardian that stays ends it and
-all that comes of it, when it ends, when the pool says so, or when the pool's own process has gone. On Linux also what has left
-the group, as `start_new_session=True` does. What the function prints passes through here, at most so much of it.
+Such a process, of a reward function or of an environment, forks before it imports anything: the fork works, and the guardian
+that stays ends it and all that comes of it, when it ends, at SIGTERM, or when its parent has gone. On Linux also what has left
+the group, as `start_new_session=True` does. What the code prints passes through here, at most so much of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import resource
 import select
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -27,7 +28,7 @@ ENDING_S = 5.0
 
 
 def guarded(connection: int) -> None:
-    """Fork. Returns in the process that is to score; the guardian, which has `connection` closed, never returns."""
+    """Fork. Returns in the process that is to work; the guardian, which has `connection` closed, never returns."""
     parent, (reading, writing) = os.getppid(), os.pipe()
     _ask_linux(PR_SET_CHILD_SUBREAPER, 1)
     worker = os.fork()
@@ -50,7 +51,7 @@ def guarded(connection: int) -> None:
 
 
 class _Guardian:
-    """Of one process that scores."""
+    """Of one process that works."""
 
     def __init__(self, worker: int, parent: int, output: int):
         self.worker, self.parent, self.output = worker, parent, output
@@ -84,7 +85,7 @@ class _Guardian:
         return signal.SIGKILL if status is None else status
 
     def _status(self) -> int | None:
-        """Of the process that scores, where it has ended; orphans that have ended are collected as well."""
+        """Of the process that works, where it has ended; orphans that have ended are collected as well."""
         with suppress(ChildProcessError):
             while True:
                 number, status = os.waitpid(-1, os.WNOHANG)
@@ -107,16 +108,25 @@ class _Guardian:
         kept, self.bytes_left = text[: self.bytes_left], max(0, self.bytes_left - len(text))
         if len(kept) < len(text) and not self.has_said:
             self.has_said = True
-            kept += (
-                f"\n[the reward function writes more than {MAX_OUTPUT_BYTES} bytes a minute: the rest is dropped]\n".encode()
-            )
+            kept += f"\n[this process writes more than {MAX_OUTPUT_BYTES} bytes a minute: the rest is dropped]\n".encode()
         with suppress(OSError):
             if kept:
                 os.write(2, kept)
 
 
+def end_process(process: subprocess.Popen[bytes], patience_s: float = 0.5) -> int:
+    """For the parent: end a guarded process and all that it has started, unless it is ending by itself: then it keeps its own
+    exit code, which is returned."""
+    for patience, act in ((patience_s, process.terminate), (2 * ENDING_S, process.kill)):
+        try:
+            return process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            act()
+    return process.wait()
+
+
 def end_all(worker: int) -> None:
-    """Kill the group of a process that scores and, on Linux, all other descendants of this one, until none is left."""
+    """Kill the group of a process that works and, on Linux, all other descendants of this one, until none is left."""
     deadline = time.monotonic() + ENDING_S
     while True:
         with suppress(ProcessLookupError, PermissionError):
