@@ -13,6 +13,7 @@ from functools import partial
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 
 from hybridflow.config.pools import cpu_slots_of_this_machine
 from hybridflow.config.schema import Config
@@ -27,6 +28,7 @@ JOIN_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 240.0
 """For a connection to Ray. It has limits of its own of up to two minutes."""
 SHUTDOWN_TIMEOUT_S = 30.0
+LOOK_EVERY_S = 1.0
 HTTP2_SETTINGS = b"\x04"
 """The kind of the first frame on a connection."""
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -95,9 +97,7 @@ def _begun(begin: Callable[[], None]) -> Callable[[], None]:
     Raises:
         CallTimeoutError: it does not come up within `CONNECT_TIMEOUT_S`.
     """
-    # A process that has lost Ray's head ends itself after this time, without a word. What has to be said is said here.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
-    has_begun, leaves = threading.Event(), threading.Event()
+    has_begun, leaves, has_told = threading.Event(), threading.Event(), threading.Event()
     raised: list[BaseException] = []
 
     def live() -> None:
@@ -106,8 +106,11 @@ def _begun(begin: Callable[[], None]) -> Callable[[], None]:
         except BaseException as error:  # raised again by whoever waits
             raised.append(error)
         has_begun.set()
-        if not raised:
-            leaves.wait()
+        while not raised and not leaves.wait(LOOK_EVERY_S):
+            if (ended := _ended_here()) and not has_told.is_set():
+                has_told.set()
+                text = f"Ray's {' and '.join(ended)} on this machine ended (killed, or out of memory); the run cannot go on"
+                interrupts.fail(PlacementError(text))
         ray.shutdown()
 
     def end() -> None:
@@ -123,6 +126,13 @@ def _begun(begin: Callable[[], None]) -> Callable[[], None]:
     if raised:
         raise raised[0]
     return end
+
+
+def _ended_here() -> list[str]:
+    """Of the processes with which this one has started Ray here, those that have ended. Ray notices after a minute, and
+    then ends this process without a word."""
+    node = ray_worker._global_node
+    return [] if node is None else [str(kind) for kind, _ in node.dead_processes()]
 
 
 def is_in_copied_folder() -> bool:

@@ -17,6 +17,9 @@ from types import FrameType
 HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Of a user, of a scheduler or `ray job stop`, and of a terminal that was closed."""
 
+WAKING = signal.SIGUSR1
+"""Wakes the main thread for what another thread has found out."""
+
 
 @dataclass
 class _Noted:
@@ -29,6 +32,8 @@ class _Noted:
     is_ending: bool = False
     """From then on signals raise nothing: what ends a run must run to its end. They shorten it."""
     is_urgent: bool = False
+    failure: BaseException | None = None
+    """What another thread has found out, for the main thread to raise."""
 
 
 _noted = [_Noted()]
@@ -47,6 +52,7 @@ def noticed() -> Iterator[None]:
     for number, handler in before.items():
         if handler in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _note)
+    before[WAKING] = signal.signal(WAKING, _wake)
     try:
         yield
     finally:
@@ -61,8 +67,24 @@ def heed_sigterm() -> None:
         signal.signal(signal.SIGTERM, _note)
 
 
+def fail(error: BaseException) -> None:
+    """Have the main thread raise `error`, wherever it is, in a block of `noticed`. In a call to Ray it becomes a
+    KeyboardInterrupt: `failure` is what was meant."""
+    if not _noted[0].is_ending:
+        _noted[0].failure = error
+        signal.pthread_kill(threading.main_thread().ident or 0, WAKING)
+
+
+def failure() -> BaseException | None:
+    """What `fail` was given."""
+    return _noted[0].failure
+
+
 def raise_if_lost() -> None:
-    """Raise the KeyboardInterrupt that nobody has seen, in the main thread. Its argument is the number of the signal."""
+    """Raise what nobody has seen, in the main thread: the error of `fail`, or a KeyboardInterrupt with the signal's number."""
+    error = _noted[0].failure
+    if error is not None and not _noted[0].is_ending and threading.current_thread() is threading.main_thread():
+        raise error
     if _noted[0].lost and threading.current_thread() is threading.main_thread():
         number = _noted[0].lost[-1]
         _noted[0].lost.clear()
@@ -83,6 +105,12 @@ def is_urgent() -> bool:
 def number() -> int | None:
     """The signal that came before the run began to end; None where it ends for another reason."""
     return _noted[0].first
+
+
+def _wake(signal_number: int, frame: FrameType | None) -> None:
+    error = _noted[0].failure
+    if error is not None and not _noted[0].is_ending:
+        raise error
 
 
 def _note(signal_number: int, frame: FrameType | None) -> None:

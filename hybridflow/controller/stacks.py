@@ -35,7 +35,7 @@ WAITING_FOR_RANKS = ("torch/distributed/", "hybridflow/resharding/", "hybridflow
 """Files in which a rank waits until others do their part."""
 WAITING_FOR_THREAD = ("/threading.py", "/queue.py", "/concurrent/futures/")
 CALLS = "hybridflow/controller/rank_process.py"
-LEADING = ("/ray/", "<frozen", "/runpy.py", "/pluggy/", CALLS)
+LEADING = ("-packages/ray/", "<frozen", "/runpy.py", "/pluggy/", CALLS)
 RANK = b"RankProcess"
 """In the title of the process of a rank."""
 ENGINE_THREAD = "hybridflow-engine"
@@ -147,15 +147,16 @@ def process_stack(pid: int) -> str:
     return _by_py_spy(pid, is_stopped=_state_letter(pid) == "T")[1]
 
 
-def starting_ranks(known: Collection[int]) -> list[int]:
-    """Processes of this machine that Ray has started for this user and that have not come up as ranks, as `known` have: Python
-    starts in them, or the constructor runs."""
+def starting_ranks(known: Collection[int], node_id: str) -> list[int]:
+    """Processes that Ray has started on this node, which is this machine, and that have not come up as ranks, as `known` have:
+    Python starts in them, or the constructor runs."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            command = (entry / "cmdline").read_bytes()
+            command, parent = (entry / "cmdline").read_bytes(), (entry / "stat").read_text().rpartition(")")[2].split()[1]
             is_starting = b"default_worker.py" in command or (command.startswith(b"ray::") and RANK in command)
-            if is_starting and entry.stat().st_uid == os.getuid() and int(entry.name) not in known:
+            is_of_this_cluster = node_id.encode() in Path("/proc", parent, "cmdline").read_bytes()  # the raylet's
+            if is_starting and is_of_this_cluster and int(entry.name) not in known:
                 found.append(int(entry.name))
     return sorted(found)
 

@@ -181,7 +181,10 @@ def _stuck(late: Sequence[Job]) -> tuple[str, list[str]]:
     blamed = _blamed(mine) or _blamed(others) or [entry for entry in mine if entry[2].state == "unknown"]
     if starting:
         known = {identity.pid for ranks in pools for identity in ranks.identities}
-        started = {pid: stacks.process_stack(pid) for pid in stacks.starting_ranks(known)[:MAX_NAMED]}
+        started = {
+            pid: stacks.process_stack(pid)
+            for pid in stacks.starting_ranks(known, ray.get_runtime_context().get_node_id())[:MAX_NAMED]
+        }
         notes += [f"process {pid}, in which Python starts:\n{text}" for pid, text in started.items()]
         shown = "; ".join(f"process {pid} of this machine: {_innermost(text)}" for pid, text in started.items())
         return f"Their processes have not come up. {shown or 'None of this machine is starting'}.", notes

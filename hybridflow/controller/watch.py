@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from hybridflow.config.schema import Config
+from hybridflow.controller import interrupts
 from hybridflow.controller.boundary import ended_by
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.waiting import SECONDS_OF_SILENCE, thread_line, thread_text
@@ -29,52 +28,41 @@ BOUNDED = ("hybridflow/controller/waiting.py", "hybridflow/controller/weights.py
 """Files that wait with limits of their own. A stream does as well: `_next`."""
 LAST_WORD_S = 30.0
 """After this a main thread that does not even take a signal is given up, and the process with it."""
-WAKING = signal.SIGUSR1
 
 
 @contextmanager
 def watched(config: Config, log: CallLog) -> Iterator[None]:
-    """Raise a CallTimeoutError in the main thread when it gets nowhere for `run.timeout_s`, neither calling nor waiting for a
-    call. Elsewhere than in the main thread nothing happens."""
+    """In a block of `interrupts.noticed`: raise a CallTimeoutError in the main thread when it gets nowhere for `run.timeout_s`,
+    neither calling nor waiting for a call. Elsewhere than in the main thread nothing happens."""
     main = threading.current_thread()
     if main is not threading.main_thread():
         yield
         return
-    leaves, errors = threading.Event(), list[CallTimeoutError]()
-
-    def wake(number: int, frame: FrameType | None) -> None:
-        if errors and not leaves.is_set():
-            raise errors[-1]
-
-    before = signal.signal(WAKING, wake)
-    watch = threading.Thread(target=_watch, args=(main, config, log, leaves, errors), name="hybridflow-watch", daemon=True)
+    leaves = threading.Event()
+    watch = threading.Thread(target=_watch, args=(main, config, log, leaves), name="hybridflow-watch", daemon=True)
     watch.start()
     try:
         yield
     finally:
         leaves.set()
         watch.join(LOOK_EVERY_S)
-        signal.signal(WAKING, before)
 
 
-def _watch(
-    main: threading.Thread, config: Config, log: CallLog, leaves: threading.Event, errors: list[CallTimeoutError]
-) -> None:
+def _watch(main: threading.Thread, config: Config, log: CallLog, leaves: threading.Event) -> None:
+    late: CallTimeoutError | None = None
     limit_s, num_events, since = config.run.timeout_s, -1, time.monotonic()
     said = since
     while not leaves.wait(LOOK_EVERY_S):
         now = time.monotonic()
         if log.num_events != num_events or _waits_within_limits(main):
             num_events, since, said = log.num_events, now, now
-        elif now - since >= limit_s and not errors:
-            text = (
-                f"the controller's own code has got nowhere for run.timeout_s={limit_s:g} s; it is in {thread_line(main.ident)}"
-            )
-            errors.append(CallTimeoutError(f"{text}\nIf this takes long by nature, raise run.timeout_s"))
-            errors[-1].add_note(f"The main thread:\n{thread_text(main.ident)}")
-            signal.pthread_kill(main.ident or 0, WAKING)
-        elif errors and now - since >= limit_s + LAST_WORD_S:
-            os._exit(ended_by(errors[-1], config))
+        elif now - since >= limit_s and late is None:
+            text = f"the controller's own code has got nowhere for run.timeout_s={limit_s:g} s; it is in "
+            late = CallTimeoutError(f"{text}{thread_line(main.ident)}\nIf this takes long by nature, raise run.timeout_s")
+            late.add_note(f"The main thread:\n{thread_text(main.ident)}")
+            interrupts.fail(late)
+        elif late is not None and now - since >= limit_s + LAST_WORD_S:
+            os._exit(ended_by(late, config))
         elif now - said >= SECONDS_OF_SILENCE:
             said = now
             logger.info("the controller's own code is not done after %.0f s: %s", now - since, thread_line(main.ident))

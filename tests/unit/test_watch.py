@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from hybridflow.config.schema import Config, RunConfig
-from hybridflow.controller import watch
+from hybridflow.controller import interrupts, watch
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.waiting import bounded
 from hybridflow.errors import CallTimeoutError
@@ -34,6 +34,7 @@ def test_code_that_hangs_on_the_controller_is_named(
     started = time.monotonic()
     expected = rf"has got nowhere for run\.timeout_s=2 s; it is in {hangs.__name__} \(test_watch\.py"
     with (
+        interrupts.noticed(),
         pytest.raises(CallTimeoutError, match=expected),
         watch.watched(Config(run=RunConfig(timeout_s=2.0)), CallLog()),
     ):
@@ -45,7 +46,7 @@ def test_code_that_hangs_on_the_controller_is_named(
 def test_calls_and_waits_with_limits_of_their_own_are_no_reason_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.05)
     log = CallLog()
-    with watch.watched(Config(run=RunConfig(timeout_s=1.0)), log):
+    with interrupts.noticed(), watch.watched(Config(run=RunConfig(timeout_s=1.0)), log):
         bounded(lambda: time.sleep(2.0), 60.0, "something")
         for _ in range(8):
             time.sleep(0.25)
