@@ -52,6 +52,7 @@ setup(
         "wandb": ["wandb>=0.31,<1"],
         # MLflow with its database, without its server.
         "mlflow": ["mlflow-skinny>=3.5,<4", "SQLAlchemy>=2,<3", "alembic>=1.13,<2"],
+        "agents": ["aiohttp>=3.10,<4"],
         "dev": DEVELOPMENT,
     },
     classifiers=[

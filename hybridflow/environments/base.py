@@ -15,19 +15,17 @@ Imports no torch: the processes that environments run in load it.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import SupportsFloat, TypedDict
 
 from hybridflow import registry
 from hybridflow.config.schema import EnvironmentConfig
-from hybridflow.errors import EpisodeError
+from hybridflow.errors import EpisodeError, UserFileError
+from hybridflow.user_file import import_file
 
 Message = Mapping[str, object]
 """As in chat templates: `role`, `content`, and `tool_calls` where a model calls tools."""
@@ -137,7 +135,10 @@ def load_environment(config: EnvironmentConfig) -> Callable[[], object]:
     """
     if config.path is not None:
         asked = f"environment.path={config.path!r}"
-        found = _class_in(import_file(config.path, key="environment.path"), config.class_name, asked)
+        try:
+            found = _class_in(import_file(config.path), config.class_name, asked)
+        except UserFileError as error:
+            raise EpisodeError(f"{asked}: {error}") from error
     else:
         assert config.name is not None, "config/rules asks for one of the two"
         asked = f"environment.name={config.name!r}"
@@ -165,8 +166,11 @@ def _is_agent(found: object) -> bool:
 
 def _agent(found: Callable[..., object], options: Mapping[str, object], asked: str) -> Callable[[], object]:
     """What makes the environment of one run of an agent: `run(row, address)`, a function or a method."""
-    from hybridflow.environments.sessions import AgentEnvironment
-
+    try:
+        from hybridflow.environments.sessions import AgentEnvironment
+    except ImportError as error:
+        problem = f"an agent needs the package aiohttp, which does not import: {error}. pip install 'hybridflow[agents]'"
+        raise EpisodeError(f"{asked}: {problem}") from error
     is_class = inspect.isclass(found)
     parameters = inspect.signature(found).parameters
     try:
@@ -194,30 +198,6 @@ def _class_in(module: ModuleType, name: str | None, asked: str) -> object:
         listed = f"has {', '.join(fitting)}" if fitting else "has no class with reset and step, and no agent's run"
         raise EpisodeError(f"{asked}: the file {listed}. Name one in environment.class_name")
     return own[fitting[0]]
-
-
-def import_file(path: str, *, key: str) -> ModuleType:
-    """The module in a user's file, which `key` of the configuration named; files beside it can be imported by it.
-
-    Raises:
-        EpisodeError: there is no such file, or it does not import.
-    """
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise EpisodeError(f"{key}={path!r}: there is no such file")
-    name = f"hybridflow_user_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise EpisodeError(f"{key}={path!r}: is not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look the module up by its name
-    sys.path.append(str(file.parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        found = f"the file does not import: {type(error).__name__}: {error}"
-        raise EpisodeError(f"{key}={path!r}: {found}") from error
-    return module
 
 
 def _kind(value: object) -> str:
