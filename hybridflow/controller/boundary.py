@@ -23,6 +23,7 @@ from pathlib import Path
 
 from hybridflow.config.schema import Config
 from hybridflow.controller import interrupts
+from hybridflow.disk import NO_ROOM
 from hybridflow.errors import ConfigError, FolderInUseError, HybridflowError, WorkerError
 
 FAILED, MISCONFIGURED, BY_SIGNAL = 1, 2, 128
@@ -118,7 +119,7 @@ def how_to_go_on(config: Config) -> str:
 
     try:
         return how_to_go_on(CheckpointStore(config.run.folder, resume=config.checkpoint.resume))
-    except OSError as error:
+    except (HybridflowError, OSError) as error:
         return f"What was saved cannot be told: {error}"
 
 
@@ -139,10 +140,10 @@ def _described(error: BaseException) -> str:
         text = str(error).strip()
     except Exception as broken:
         return f"its text cannot be had ({type(broken).__name__})"
-    if isinstance(error, OSError) and isinstance(error.filename, str):
+    if isinstance(error, OSError) and isinstance(error.filename, str) and error.errno in NO_ROOM:
         with suppress(OSError):
             folder = error.filename if os.path.isdir(error.filename) else os.path.dirname(error.filename) or "."
-            text += f" ({shutil.disk_usage(folder).free:,} bytes are free there)"
+            text += f" ({shutil.disk_usage(folder).free:,} bytes are free there: make room)"
     return text
 
 
