@@ -12,9 +12,9 @@ import torch
 import yaml
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hybridflow import train
 from hybridflow.checkpoint.sharded import load_sharded, read_metadata
 from hybridflow.data.prepare import PreparedRow, write_parquet
+from hybridflow.train import main
 
 HERE = Path(__file__).parent
 UNREPEATABLE = ("time", "tokens_per_second", "mfu", "seconds/", "memory/", "controller/")
@@ -80,7 +80,7 @@ def _settings(toy: Toy) -> dict[str, object]:
 
 def trained(toy: Toy, folder: Path, *overrides: str) -> list[dict[str, float]]:
     """Run the training command in this process; returns the lines of metrics.jsonl, in `folder`."""
-    assert train.main([str(toy.config), f"run.folder={folder}", *overrides]) == 0, "the run failed: see the captured log"
+    assert main([str(toy.config), f"run.folder={folder}", *overrides]) == 0, "the run failed: see the captured log"
     return metrics_of(folder)
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from hybridflow import train
 from hybridflow.checkpoint.store import CheckpointStore
 from hybridflow.controller import placement
+from hybridflow.train import main
 from tests.ray.processes import training, wait_until
 from tests.ray.runs import HERE, Toy, metrics_of, trained
 from tests.small_disk import small_disk_at
@@ -26,7 +26,7 @@ CHECKPOINT = "checkpoints/step_000001"
 def said(toy: Toy, folder: Path, overrides: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit code of the command, and what it wrote to standard error beside its log."""
     capsys.readouterr()
-    code = train.main([str(toy.config), f"run.folder={folder}", *overrides])
+    code = main([str(toy.config), f"run.folder={folder}", *overrides])
     return code, capsys.readouterr().err
 
 

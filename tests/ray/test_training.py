@@ -14,8 +14,9 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybridflow import export, train
+from hybridflow import export
 from hybridflow.config.load import load_config
+from hybridflow.train import main
 from tests.ray.runs import Toy, metrics_of, trained
 from tests.toy import make_tiny_model
 
@@ -26,7 +27,7 @@ REAL_DATA = REPOSITORY.parent / "shared/data"
 def test_a_dry_run_prints_configuration_and_placement_and_starts_nothing(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train.main([str(toy.config), f"run.folder={tmp_path / 'run'}", "placement.pools.main=1x2", "--dry-run"]) == 0
+    assert main([str(toy.config), f"run.folder={tmp_path / 'run'}", "placement.pools.main=1x2", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert f"folder: {tmp_path / 'run'}" in text and "gae_lambda: 1.0" in text
     for role in ("actor", "critic", "reference", "rollout"):
@@ -143,7 +144,7 @@ def test_the_real_gsm8k_goes_through_the_whole_path(cluster: None, tmp_path: Pat
     files = [f"data.train_files={data}/train.parquet", f"data.validation_files={data}/test.parquet"]
     short = ["run.total_steps=1", "validation.max_prompts=4", "trackers.names=[]"]
     config = str(REPOSITORY / "configs/gsm8k_ppo_cpu.yaml")
-    assert train.main([config, f"run.folder={run}", f"model.path={model}", *files, *short]) == 0
+    assert main([config, f"run.folder={run}", f"model.path={model}", *files, *short]) == 0
 
     before, first = metrics_of(run)
     assert before["validation/reward/mean"] == 0, "random weights solve nothing"

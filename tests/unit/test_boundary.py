@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 import ray
 
-from hybridflow import errors, train
+from hybridflow import errors
 from hybridflow.config.schema import Config, RunConfig
 from hybridflow.controller import boundary, interrupts, run
 from hybridflow.controller.boundary import ended_by, phase, without_trace
+
+train = importlib.import_module("hybridflow.train")
+"""The module: `hybridflow.train` may be the function of that name, too."""
 
 
 class UnspeakableError(Exception):
@@ -135,7 +139,7 @@ def test_of_a_trace_its_last_lines_are_told_and_other_texts_stay() -> None:
 def test_what_fails_after_the_last_step_was_saved_leaves_the_run_finished(
     error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def finished(config: Config, is_finished: run.threading.Event) -> None:
+    def finished(config: Config, is_finished: run.threading.Event, on_step: object) -> None:
         is_finished.set()
         raise error
 
