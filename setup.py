@@ -25,6 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hybridflow", "hybridflow.*"]),
+    package_data={"hybridflow.config": ["verl_keys.txt"]},
     install_requires=[
         "annotated-types>=0.6",
         "httpx>=0.27,<1",

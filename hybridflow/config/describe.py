@@ -1,6 +1,7 @@
-"""The resolved configuration as YAML, and the tables of `docs/configuration.md`, made from the strings under the fields.
+"""The resolved configuration as YAML; the tables of `docs/configuration.md`, made from the strings under the fields; and that
+of `docs/from_verl.md`, made from verl_keys.txt.
 
-`python -m hybridflow.config.describe` writes the latter below the line that says so; what stands above is written by hand.
+`python -m hybridflow.config.describe` writes the tables below the line that says so; what stands above is written by hand.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hybridflow.config.load import load_algorithm, to_yaml
 from hybridflow.config.schema import Config
 
 FILE = Path(__file__).parents[2] / "docs/configuration.md"
+FROM_VERL = FILE.with_name("from_verl.md")
 MADE_BELOW = "<!-- What follows is made by `python -m hybridflow.config.describe`; do not edit. -->\n"
 
 
@@ -39,9 +41,32 @@ def documentation(text: str) -> str:
         if name == "algorithm":
             for algorithm in registry.ALGORITHMS:
                 parts += [f"### algorithm: {algorithm}\n", *_class_text(load_algorithm(algorithm).config_class, name)]
-    rows = [f"| `{key}` | {translation.becomes} |" for key, translation in verl_keys.KEYS.items()]
-    rows += [f"| `{key}*` | `{ours}*` |" for key, ours in verl_keys.PREFIXES.items()]
-    return "\n".join([*parts, "## verl's keys\n", "| verl | here |", "|---|---|", *rows, ""])
+    return "\n".join(parts)
+
+
+def verls_keys(text: str) -> str:
+    """`text` of `docs/from_verl.md` with the table in it as it is today."""
+    rows = [f"| `{key.name}` | {_default(key)} | {_meaning(key)} | {key.since} |" for key in verl_keys.KEYS.values()]
+    heading = "| verl's key | its default | here | since |\n|---|---|---|---|"
+    return "\n".join([f"{text.partition(MADE_BELOW)[0]}{MADE_BELOW}", heading, *rows, ""])
+
+
+def _default(key: verl_keys.Key) -> str:
+    shown = "" if key.default is None else _shown(key.default)
+    return shown if key.is_filled or not shown else f"{shown}, not taken over"
+
+
+def _meaning(key: verl_keys.Key) -> str:
+    """What a key becomes, or why it is refused, in the words of the table."""
+    match key.how:
+        case "-":
+            return f"nothing: {key.words}"
+        case "only":
+            passing = " or ".join(f"`{value}`" for value in (key.default, *key.ours.split()) if value is not None)
+            return f"only {passing or 'unset'}; else: {key.words}"
+    ours = ", ".join(f"`{name.strip()}`" for name in key.ours.split(","))
+    words = f"as {ours}, or not at all" if key.how == "same" else ours
+    return f"{words}; {key.words}" if key.words else words
 
 
 def field_docs(kind: type) -> dict[str, str]:
@@ -80,4 +105,5 @@ def _shown(value: object) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(documentation(FILE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, made in ((FILE, documentation), (FROM_VERL, verls_keys)):
+        path.write_text(made(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -6,7 +6,7 @@ import difflib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridflow import registry
 from hybridflow.config import verl_keys
-from hybridflow.config.build import Builder, found, join, keys_of
+from hybridflow.config.build import Builder, default_of, found, join, keys_of
 from hybridflow.config.rules import AlgorithmClass, check
 from hybridflow.config.schema import AlgorithmConfig, Config
 from hybridflow.config.secrets import FromEnvironment, referred, with_references
-from hybridflow.config.settings import KNOWN_KEYS, MAPPINGS, Setting, Settings
+from hybridflow.config.settings import DROPPED, KNOWN_KEYS, MAPPINGS, Chosen, Settings
+from hybridflow.config.tree import Setting
 from hybridflow.config.yaml_values import read_yaml
 from hybridflow.errors import ConfigError, FieldError, FieldReport
 
@@ -40,7 +41,7 @@ def load_config(
     """The configuration in the YAML file at `path` (None: the defaults alone; or the tree of one) with the tree `over` and
     `key=value` overrides on top.
 
-    Keys of verl are accepted in both, and translated (hybridflow/config/verl_keys.py). Neither torch nor Ray is imported.
+    Keys of verl are accepted in both, and translated (docs/from_verl.md). Neither torch nor Ray is imported.
     With `asks_hub`, models that are named as on the hub are asked for there. In a dry run, what this machine lacks and another
     may have is a warning. Warnings are logged.
 
@@ -56,12 +57,11 @@ def load_config(
         ConfigError: with every error found, not only the first.
     """
     unread: list[FieldError] = []
-    settings = Settings(resolve_value)
+    settings = Settings(resolve_value, _chosen)
     layers = read_files(path, unread) if isinstance(path, str) else []
     layers += [list(_flatten(tree, "", {})) for tree in (path, over) if isinstance(tree, Mapping)]
     layers.append(read_overrides(overrides, settings.reports))
-    for layer in layers:
-        settings.apply(layer)
+    settings.take(layers, has_file=len(layers) > 1)
     values, unresolved = resolve(settings)
     settings.reports += [] if unread else unresolved  # what an interpolation refers to may be in a file that was not read
     algorithm = _algorithm_of(values, settings) if not unread or settings.place_of("algorithm.name") else None
@@ -105,7 +105,8 @@ def read_files(path: str, errors: list[FieldError]) -> list[list[Setting]]:
 
 
 def read_overrides(overrides: Sequence[str], reports: list[FieldReport]) -> list[Setting]:
-    """The settings of `key=value` arguments; values are YAML. A leading `+`, as Hydra wants for new keys, is ignored.
+    """The settings of `key=value` arguments; values are YAML. As in Hydra, `~key` takes a key out of the files. A leading `+`
+    and an empty argument do nothing.
 
     Example:
         >>> read_overrides(["+rollout.stop=[a, b]", "actor.learning_rate=1e-6"], reports=[])
@@ -115,6 +116,15 @@ def read_overrides(overrides: Sequence[str], reports: list[FieldReport]) -> list
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip().lstrip("+")
+        if not override.strip():
+            continue
+        if key.startswith("~"):
+            settings.append(Setting(key[1:], DROPPED, COMMAND_LINE))
+            continue
+        if "@" in key:
+            advice = "Give the keys that the group would set"
+            reports.append(FieldError(key, f"groups of Hydra's are not read. {advice}", COMMAND_LINE))
+            continue
         if not equals or not key:
             reports.append(FieldError(override, "is not of the form key=value", COMMAND_LINE))
             continue
@@ -174,6 +184,16 @@ def load_algorithm(name: str) -> AlgorithmClass:
         raise ConfigError([FieldError("algorithm.name", problem)])
     algorithm: AlgorithmClass = loaded  # type: ignore[assignment]
     return algorithm
+
+
+def _chosen(name: str) -> Chosen | None:
+    """What translations of verl's keys depend on; None where there is no such algorithm, which is told later."""
+    try:
+        algorithm = load_algorithm(name)
+    except ConfigError:
+        return None
+    options = {field.name: default_of(field) for field in fields(algorithm.config_class)}
+    return Chosen(options, "critic" in algorithm.roles(Config()))
 
 
 def to_yaml(value: Mapping[str, object], *, flow: bool = False) -> str:

@@ -167,6 +167,8 @@ class TrainingConfig:
     """Course of the rate after warm-up, over the steps of the run."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps of the run (not updates) over which the rate rises from zero."""
+    warmup_ratio: Annotated[float, SHARE] = 0.0
+    """The same as a share of the run's steps, rounded down, where `warmup_steps` is 0."""
     min_learning_rate_ratio: Annotated[float, SHARE] = 0.0
     """Where linear and cosine schedules end, as a share of the peak."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 from hybridflow.config import verl_keys
-from hybridflow.config.build import keys_of
-from hybridflow.config.schema import Config
-from hybridflow.config.verl_values import UntranslatableError
+from hybridflow.config.build import found, keys_of, suggestion
+from hybridflow.config.schema import AlgorithmConfig, Config
+from hybridflow.config.tree import Setting, insert, lookup, merged
+from hybridflow.config.verl import OF_THE_MACHINE, PAGE, Translated, VerlSet
+from hybridflow.config.verl_values import is_off
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
 
 KNOWN_KEYS = tuple(key for key in keys_of(Config) if key != "algorithm.options")
@@ -20,22 +23,29 @@ MAPPINGS: Mapping[str, Mapping[str, object]] = {
     if isinstance(value, Mapping)
 }
 """The keys whose value is a mapping, such as `placement.pools`, with their defaults."""
-CHOICES_OF_ALGORITHM = frozenset({"algorithm", "algorithm.name", "algorithm.adv_estimator"})
+CHOICES = ("algorithm", "algorithm.name")
+DROPPED = object()
+"""Value of a key that `~key` takes out of the layers below."""
+
+
+VERLS_DEFAULT = "verl's default"
+"""Place of a value that verl has where nobody gave one."""
+BOTH = frozenset({"algorithm.gamma"})
+"""Options that are called so here and in verl; no other key of ours has a name of verl's."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One key with its value, as given."""
+class Chosen:
+    """What translations depend on of an algorithm."""
 
-    key: str
-    value: object
-    place: str
-    """`file:line` or `command line`."""
+    options: Mapping[str, object]
+    """With their defaults."""
+    has_critic: bool
 
 
 @dataclass
 class Settings:
-    """What was given so far; a later layer wins over an earlier one.
+    """What was given; a later layer wins over an earlier one, and within a layer our keys over verl's.
 
     A list or a mapping such as `placement.pools` is replaced as a whole; a dotted key (`placement.pools.main`) changes one
     entry of a mapping.
@@ -43,21 +53,27 @@ class Settings:
 
     resolve: Callable[[object, Mapping[str, object]], object]
     """Replaces the interpolations in a value by what they refer to."""
+    choose: Callable[[str], Chosen | None]
+    """What there is to know of the algorithm of a name; None where there is none."""
     values: dict[str, object] = field(default_factory=dict)
     """As a tree, not resolved."""
     reports: list[FieldReport] = field(default_factory=list)
-    _verl_values: dict[str, object] = field(default_factory=dict)  # kept for interpolations that name verl's keys
+    _verl_values: Mapping[str, object] = field(default_factory=dict)  # kept for interpolations that name verl's keys
     _places: dict[str, str] = field(default_factory=dict)
+    _equal: list[tuple[Setting, str, str]] = field(default_factory=list)
 
-    def apply(self, layer: Iterable[Setting]) -> None:
-        """Put a layer over what is there. The algorithm is chosen first, so that options before and after refine it."""
-        settings = [leaf for setting in layer for leaf in _leaves(setting)]
-        for setting in sorted(settings, key=lambda setting: setting.key not in CHOICES_OF_ALGORITHM):
-            translation = None if self._is_ours(setting.key) else verl_keys.find(setting.key)
-            if translation is None:
+    def take(self, layers: Sequence[Sequence[Setting]], *, has_file: bool) -> None:
+        """Put the layers over one another, the lowest first; where any key of verl's is among them, on verl's defaults."""
+        leaves = [[leaf for setting in layer for leaf in _leaves(setting)] for layer in layers]
+        leaves = [_without_dropped(layer, leaves[number + 1 :]) for number, layer in enumerate(leaves)]
+        ours, verls = self._divided(leaves)
+        if verls:
+            ours = self._with_verls(ours, verls, has_file=has_file)
+        for layer in ours:
+            # The algorithm is chosen first, so that options before and after refine it.
+            for setting in sorted(layer, key=lambda setting: setting.key not in CHOICES):
                 self._put(setting.key, setting.value, setting.place)
-            else:
-                self._translate(setting, translation)
+        self._check_equal()
 
     def place_of(self, key: str) -> str:
         """Where `key`, or the closest section around it, was given; empty where it was not."""
@@ -67,34 +83,84 @@ class Settings:
 
     def context(self) -> dict[str, object]:
         """Everything given, verl's keys too: what interpolations can refer to."""
-        return _merged(self._verl_values, self.values)
+        return merged(self._verl_values, self.values)
 
-    def get(self, key: str) -> object:
-        """The value of `key`, verl's or ours, as given so far; None where it was not given."""
-        return self.resolve(self._unresolved(key), self.context())
+    def _divided(self, leaves: Sequence[Sequence[Setting]]) -> tuple[list[list[Setting]], VerlSet]:
+        """Our keys by layer, and verl's as one set."""
+        names = [name for layer in leaves if (name := _algorithm_in(layer))]
+        verls = VerlSet(lambda value: self.resolve(value, context), reports=self.reports)
+        ours: list[list[Setting]] = [[] for _ in leaves]
+        raw: dict[str, object] = {}
+        for number, layer in enumerate(leaves):
+            for setting in layer:
+                if _is_ours(setting.key, names) or not verl_keys.is_verls(verl_keys.full_name(setting.key)):
+                    ours[number].append(setting)
+                    insert(raw, setting.key, setting.value)
+                else:
+                    verls.add(setting, number)
+        if verls:
+            self._verl_values = _with_short_forms(verls.tree)
+        context = merged(merged(_verls_defaults(), self._verl_values) if verls else {}, raw)
+        return ours, verls
+
+    def _with_verls(self, ours: Sequence[list[Setting]], verls: VerlSet, *, has_file: bool) -> list[list[Setting]]:
+        """Layers with what verl's keys make of ours in them; the lowest, new one is that of verl's defaults."""
+        chosen = list(verls.algorithm_name())
+        name, since = _last_choice(ours, chosen)
+        verls.algorithm, algorithm = name, self.choose(name)
+        said = {setting.key: str(setting.value) for layer in ours for setting in layer}
+        verls.pool, verls.engine = said.get("placement.pools.main", ""), said.get("rollout.engine", "")
+        options = algorithm.options if algorithm else {}
+        values = [one for one in chosen if one.setting.key != "algorithm.name" and one.setting.key.partition(".")[2] in options]
+        has_critic = algorithm is None or algorithm.has_critic
+        values += verls.translated(options, has_critic=has_critic)
+        self._equal = list(verls.equal_keys(has_critic=has_critic))
+        place = next((one.setting.place for one in chosen if one.setting.value == name), "") or VERLS_DEFAULT
+        layers = [[Setting("algorithm.name", name, place)]]
+        for number, layer in enumerate(ours):
+            layers.append([one for one in layer if not (number < since and one.key.startswith("algorithm"))])
+            layers[-1] = [one for one in layers[-1] if self._is_taken(one, options) and one.key not in CHOICES]
+        for one in values:
+            if one.layer >= 0:
+                layers[one.layer + 1].insert(0, one.setting)
+            elif not (has_file and one.setting.key.startswith(OF_THE_MACHINE)):
+                layers[0].append(replace(one.setting, place=VERLS_DEFAULT))
+        self._tell_defaults(layers, options)
+        return layers
+
+    def _is_taken(self, setting: Setting, options: Mapping[str, object]) -> bool:
+        """False for what is no key of ours or verl's, which is told, and for verl's gamma where there is none here."""
+        section, _, option = setting.key.partition(".")
+        is_known = setting.key in KNOWN_KEYS or setting.key in CHOICES or any(setting.key.startswith(f"{m}.") for m in MAPPINGS)
+        if is_known or (section == "algorithm" and option in options) or section not in SECTIONS:
+            return True
+        if setting.key not in BOTH and not is_off(setting.value):
+            near = suggestion(setting.key, KNOWN_KEYS, verl_keys.stands_for())
+            problem = f"is neither a key of ours nor one of verl's that is known here{near} {PAGE} lists verl's"
+            self.reports.append(FieldError(setting.key, problem, setting.place))
+        return False
+
+    def _tell_defaults(self, layers: Sequence[Sequence[Setting]], options: Mapping[str, object]) -> None:
+        """One line for what verl has otherwise than we where nobody said anything."""
+        given = {setting.key for layer in layers[1:] for setting in layer}
+        own = {f"{name}.{key}": value for name, section in vars(Config()).items() for key, value in vars(section).items()}
+        own |= {f"algorithm.{option}": value for option, value in options.items()}
+        filled = [one for one in layers[0] if one.key not in given and _text(own.get(one.key)) != _text(one.value)]
+        if told := [f"{one.key}={_text(one.value)}" for one in filled if one.key not in CHOICES]:
+            reason = f"what they leave out has verl's default, not ours ({PAGE}): {', '.join(told)}"
+            self.reports.append(FieldWarning("verl's keys", reason))
+
+    def _check_equal(self) -> None:
+        """The keys of verl's that may only repeat what another says."""
+        for setting, ours, words in self._equal:
+            other = self.resolve(lookup(self.values, ours), self.context())
+            if other is not None and setting.value != other:
+                because = f", {words}" if words else ""
+                problem = f"found {found(setting.value)}, but {ours} is {other!r}{because}. Set it to {other!r}"
+                self.reports.append(FieldError(setting.key, problem, setting.place))
 
     def _unresolved(self, key: str) -> object:
-        value: object = self.context()
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
-
-    def _is_ours(self, key: str) -> bool:
-        if key in KNOWN_KEYS or any(key.startswith(f"{mapping}.") for mapping in MAPPINGS):
-            return True
-        # An algorithm of the user's own may have an option that is called like a key of verl's.
-        return key.startswith("algorithm.") and ":" in str(self._unresolved("algorithm.name"))
-
-    def _translate(self, setting: Setting, translation: verl_keys.Translation) -> None:
-        try:
-            value = self.resolve(setting.value, self.context())
-            _insert(self._verl_values, verl_keys.full_name(setting.key), value)
-            if translation.warning and value is not None:
-                self.reports.append(FieldWarning(setting.key, translation.warning, setting.place))
-            for key, translated in translation.apply(value, self.get).items():
-                self._put(key, translated, f"{setting.place} ({setting.key})")
-        except (UntranslatableError, ValueError) as error:  # the latter of an interpolation that cannot be resolved
-            self.reports.append(FieldError(setting.key, str(error).partition("\n")[0], setting.place))
+        return lookup(self.values, key)
 
     def _put(self, key: str, value: object, place: str) -> None:
         if key == "algorithm" and isinstance(value, str):
@@ -104,10 +170,10 @@ class Settings:
             self._forget_algorithm()
         mapping = key.rpartition(".")[0]
         if mapping in MAPPINGS and self._unresolved(mapping) is None:
-            _insert(self.values, mapping, dict(MAPPINGS[mapping]))
+            insert(self.values, mapping, dict(MAPPINGS[mapping]))
         if value is None and key in SECTIONS:
             return  # a section whose keys are all commented out changes nothing
-        if not _insert(self.values, key, value):
+        if not insert(self.values, key, value):
             self.reports.append(FieldError(key, "the section around it was given as one value, not as keys", place))
         self._forget_places(key)
         self._places[key] = place
@@ -130,22 +196,56 @@ def _leaves(setting: Setting) -> Iterator[Setting]:
         yield from _leaves(Setting(f"{setting.key}.{name}", value, setting.place))
 
 
-def _insert(tree: dict[str, object], key: str, value: object) -> bool:
-    """Set the dotted `key`; False where something on the way is not a section."""
-    *sections, name = key.split(".")
-    for section in sections:
-        child = tree.setdefault(section, {})
-        if not isinstance(child, dict):
-            return False
-        tree = child
-    tree[name] = value
-    return True
+def _without_dropped(layer: Sequence[Setting], above: Sequence[Sequence[Setting]]) -> list[Setting]:
+    """`layer` without what layers above it drop, and without its own word for that."""
+    dropped = [f"{verl_keys.full_name(one.key)}." for other in above for one in other if one.value is DROPPED]
+    kept = [one for one in layer if one.value is not DROPPED]
+    return [one for one in kept if not f"{verl_keys.full_name(one.key)}.".startswith(tuple(dropped))]
 
 
-def _merged(under: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
-    merged = {**under, **over}
-    for key in under.keys() & over.keys():
-        below, above = under[key], over[key]
-        if isinstance(below, Mapping) and isinstance(above, Mapping):
-            merged[key] = _merged(below, above)
-    return merged
+def _algorithm_in(layer: Iterable[Setting]) -> str:
+    """The name of the algorithm that our keys give; empty where they give none."""
+    names = [str(setting.value) for setting in layer if setting.key in CHOICES]
+    return names[-1] if names else ""
+
+
+def _last_choice(ours: Sequence[Sequence[Setting]], chosen: Sequence[Translated]) -> tuple[str, int]:
+    """The algorithm, and the layer since which it is this one: options of layers below belong to another."""
+    verls = {one.layer: str(one.setting.value) for one in chosen if one.setting.key == "algorithm.name"}
+    name, since = verls.get(-1, ""), 0
+    for number, layer in enumerate(ours):
+        choice = _algorithm_in(layer) or verls.get(number, "")
+        if choice and choice != name:
+            name, since = choice, number
+    return name or AlgorithmConfig.name, since
+
+
+def _is_ours(key: str, algorithms: Iterable[str]) -> bool:
+    if key in KNOWN_KEYS or key in BOTH or any(key.startswith(f"{mapping}.") for mapping in MAPPINGS):
+        return True
+    # An algorithm of the user's own may have an option that is called like a key of verl's.
+    return key.startswith("algorithm.") and any(":" in name for name in algorithms)
+
+
+def _with_short_forms(tree: Mapping[str, object]) -> dict[str, object]:
+    """verl's keys, and those that may be called without their beginning by that name too."""
+    short: dict[str, object] = {}
+    for prefix in verl_keys.SHORT_FORMS:
+        section = tree.get(prefix.removesuffix("."))
+        short = merged(section, short) if isinstance(section, Mapping) else short
+    return merged(short, tree)
+
+
+@cache
+def _verls_defaults() -> Mapping[str, object]:
+    tree: dict[str, object] = {}
+    for key in verl_keys.KEYS.values():
+        if key.default is not None:
+            insert(tree, key.name, key.default)
+    return tree
+
+
+def _text(value: object) -> str:
+    return (
+        str(list(value) if isinstance(value, tuple) else value).replace(".0", "") if not isinstance(value, bool) else str(value)
+    )

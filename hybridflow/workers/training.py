@@ -39,12 +39,13 @@ Observe = Callable[[Microbatches, list[tuple[Microbatch, Outputs]]], dict[str, T
 def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     """The rate of step `step` of `total_steps`, from 1.
 
-    It reaches the peak at step `warmup_steps`. The step after has the peak still, and from there linear and cosine
+    It reaches the peak at the last step of the warm-up. The step after has the peak still, and from there linear and cosine
     schedules fall so that a step after the last one would have the minimum.
     """
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    progress = (step - 1 - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    warmup_steps = config.warmup_steps or int(config.warmup_ratio * total_steps)
+    if step <= warmup_steps:
+        return config.learning_rate * step / warmup_steps
+    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
     match config.schedule:
         case "constant":
             share = 1.0

@@ -23,6 +23,7 @@ LEVELS = (
     ("algorithms",),
     ("controller",),
     ("__init__", "train", "export", "report", "evaluate", "api"),
+    ("model_merger",),
 )
 """From what everything may import to what nothing may."""
 

@@ -67,13 +67,25 @@ def test_a_class_that_does_not_import_ends_a_dry_run_as_a_mistake(yaml_file: str
     assert "placement.workers.actor: 'no_such_package.x:Y' needs module" in capsys.readouterr().err
 
 
-def test_a_command_without_a_file_says_that_one_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["rollout.engine=torch", "run.seed=1"])
-    assert ended.value.code == 2
-    text = capsys.readouterr().err
-    assert "a YAML file comes first, and the first argument is 'rollout.engine=torch'" in text
-    assert "python -m hybridflow.train configs/quickstart.yaml rollout.engine=torch" in text
+def test_a_command_without_a_file_starts_from_the_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*right_run(tmp_path), "run.seed=5", "model.path=org/name", "--dry-run"]) == 0
+    assert "seed: 5" in capsys.readouterr().out
+
+
+def test_a_config_name_of_hydras_is_the_file(yaml_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(Path(yaml_file).parent)
+    assert main([f"--config-path={folder}", "--config-name", "run", "run.seed=6", "--cfg", "job"]) == 0
+    assert "seed: 6" in capsys.readouterr().out
+    assert main([f"--config-path={folder}", "--config-name=absent", "run.seed=6", "--dry-run"]) == 2
+    assert "absent.yaml" in capsys.readouterr().err
+    assert main(["--config-name=ppo_trainer", yaml_file, " ", "run.seed=7", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun", "--info", "--package=x", "--hydra-help"])
+def test_other_flags_of_hydras_are_refused_by_name(yaml_file: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([yaml_file, flag])
+    assert "of Hydra's is not known here: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
