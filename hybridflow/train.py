@@ -2,65 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from hybridflow.api import TrainModule
+from hybridflow.config.command_line import parse
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import Config
 from hybridflow.controller.boundary import ended_by, leave
 
 sys.modules[__name__].__class__ = TrainModule
-
-HYDRA = {
-    "-m --multirun": "start one run for each value",
-    "-i --info": "use --dry-run",
-    "-p --package": "write the keys with their section",
-    "--hydra-help": "use --help",
-    "--experimental-rerun": "give RUN/config.yaml as the file",
-    "-sc --shell-completion": "there is none",
-}
-"""Flags of Hydra's that mean nothing here, and what to do."""
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; `config` is None where no file is given."""
-    parser = argparse.ArgumentParser(prog="python -m hybridflow.train", description=__doc__, allow_abbrev=False)
-    first = "YAML file, which may be left out; docs/configuration.md lists every key, docs/from_verl.md those of verl"
-    parser.add_argument("config", nargs="?", help=first)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key, for example actor.learning_rate=1e-6")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run where; what is missing here is a warning")
-    hydra = parser.add_argument_group("as in Hydra")
-    hydra.add_argument("--config-name", "-cn", metavar="NAME", help="the file NAME.yaml")
-    hydra.add_argument("--config-path", "-cp", "--config-dir", "-cd", metavar="DIR", default=".", help="its folder")
-    hydra.add_argument("--cfg", "-c", choices=["job", "all"], help="a dry run")
-    hydra.add_argument("--run", "-r", "--resolve", action="store_true", help=argparse.SUPPRESS)
-    for flags in HYDRA:
-        hydra.add_argument(*flags.split(), dest=flags, nargs="?", const=True, help=argparse.SUPPRESS)
-    options = parser.parse_intermixed_args(arguments)  # options may stand between the overrides
-    if given := [flags for flags in HYDRA if vars(options)[flags]]:
-        parser.error(f"{given[0].split()[-1]} of Hydra's is not known here: {HYDRA[given[0]]}")
-    options.dry_run |= bool(options.cfg)
-    if options.config is not None and not is_file(options.config):
-        options.overrides.insert(0, options.config)
-        options.config = None
-    if options.config_name and options.config_name != VERLS_OWN_FILE:
-        if options.config is not None:
-            parser.error(f"found the file {options.config} and --config-name {options.config_name}; give one of them")
-        options.config = str(Path(options.config_path, options.config_name).with_suffix(".yaml"))
-    return options
-
-
-VERLS_OWN_FILE = "ppo_trainer"
-
-
-def is_file(argument: str) -> bool:
-    """Whether the first argument is a YAML file, and not an override."""
-    return bool(argument.strip()) and ("=" not in argument or Path(argument).is_file()) and not argument.startswith("~")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

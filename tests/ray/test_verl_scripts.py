@@ -32,6 +32,23 @@ ON_A_CPU = [
 """For the script's own `"$@"`: two steps with the engine that needs no GPU."""
 
 
+REWARD = """
+import re
+from typing import Any
+
+REWARD_NAME = "gsm8k"
+REWARD_TYPE = "sequential"
+
+
+def compute_score(reward_input: dict[str, Any], **kwargs) -> dict[str, float]:
+    numbers = re.findall(r"-?[0-9]+", reward_input["response"])
+    accuracy = float(bool(numbers) and numbers[-1] == reward_input["ground_truth"])
+    form = 0.2 * bool(re.search(r"####|<answer>", reward_input["response"])) + 0.3 * bool(numbers)
+    return {{"overall": {weight} * accuracy + (1 - {weight}) * form, "accuracy": accuracy, "format": form}}
+"""
+"""Of the form of the article's two files, whose indentation the article has lost."""
+
+
 def part(begin: str, end: str) -> str:
     """What the article has from `begin` to just before `end`."""
     text = ARTICLES[0].read_text()
@@ -40,15 +57,14 @@ def part(begin: str, end: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, GSM8K-like data with string prompts, both reward files of the article, and its script."""
+    """A folder with a model, GSM8K-like data with string prompts, reward files like the article's, and its script."""
     folder = tmp_path_factory.mktemp("verl")
     make_tiny_model(folder / "model")
     for name, source in (("train", "openai/gsm8k"), ("test", "openai/gsm8k"), ("math", "DigitalLearningGmbH/MATH-lighteval")):
         rows = [PreparedRow(prompt=f"{n} + {n} = ", ground_truth=str(2 * n), data_source=source) for n in range(24)]
         write_parquet(rows, folder / f"{name}.parquet")
-    begin, end = "# gsm8k_reward.py", "Key design points"
-    (folder / "gsm8k_reward.py").write_text(part(begin, end))
-    (folder / "gsm8k_reward_advanced.py").write_text(part("# gsm8k_reward_advanced.py", "To use the advanced reward"))
+    for name, weight in (("gsm8k_reward", 1.0), ("gsm8k_reward_advanced", 0.75)):
+        (folder / f"{name}.py").write_text(REWARD.format(weight=weight))
     script = part("#!/bin/bash\n# run_qwen2.5_0.5b_ppo_single_gpu.sh", "How to Read the Configuration")
     assert script.count("verl.trainer.main_ppo") == 1
     (folder / "run.sh").write_text(script.replace("verl.trainer.main_ppo", "hybridflow.train"))

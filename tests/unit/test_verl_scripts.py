@@ -87,12 +87,11 @@ def test_most_scripts_pass_and_no_refusal_is_without_advice() -> None:
     passed = [name for name, found in outcomes.items() if isinstance(found, Config)]
     assert len(scripts()) == 78 and len(passed) >= LEAST
     told = {line for found in outcomes.values() if isinstance(found, set) for line in found}
-    told = {line for line in told if "chat_template_options" not in line and "reward_model." not in line}
     assert not [line for line in told if "no such key" in line or "leave it out" in line.lower()]
     assert not [line for line in told if not re.search(ADVICE, line)]
 
 
-LEAST = 41
+LEAST = 51
 ADVICE = r"[Ss]et |[Uu]se |write |needed|edit |merge |call |list |name |give |prepare |put "
 
 
