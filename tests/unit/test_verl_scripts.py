@@ -82,6 +82,7 @@ def key_of(argument: str) -> str:
     return full_name(argument.partition("=")[0].lstrip("+"))
 
 
+@pytest.mark.slow
 def test_most_scripts_pass_and_no_refusal_is_without_advice() -> None:
     outcomes = {name: outcome(arguments) for name, arguments in scripts().items()}
     passed = [name for name, found in outcomes.items() if isinstance(found, Config)]
@@ -95,7 +96,7 @@ LEAST = 51
 ADVICE = r"[Ss]et |[Uu]se |write |needed|edit |merge |call |list |name |give |prepare |put "
 
 
-@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_the_order_of_keys_changes_nothing(share: int) -> None:
     for number, (name, arguments) in enumerate(scripts().items()):
         if number % share == 0:
