@@ -1,4 +1,4 @@
-"""The numbers of configuration that published texts about PPO with verl name, in verl's words and in those of our own script."""
+"""The numbers of configuration that published texts about PPO with verl name, in verl's words and in those of our script."""
 
 from __future__ import annotations
 
@@ -133,6 +133,7 @@ OURS: dict[str, tuple[dict[str, str], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="bash")
 @pytest.mark.parametrize("name", OURS)
 def test_our_own_script_means_the_same(tmp_path: Path, name: str) -> None:
