@@ -6,6 +6,7 @@ from annotated_types import Interval
 
 COUNT = Interval(ge=1)
 NOT_NEGATIVE = Interval(ge=0)
+FLOAT32 = Interval(ge=-3.4e38, le=3.4e38)
 POSITIVE = Interval(gt=0)
 SHARE = Interval(ge=0, le=1)
 TOP_P = Interval(gt=0, le=1)

@@ -17,6 +17,7 @@ from hybridflow import registry
 from hybridflow.config.ranges import (
     BELOW_ONE,
     COUNT,
+    FLOAT32,
     NOT_NEGATIVE,
     OPEN_SHARE,
     POSITIVE,
@@ -206,7 +207,7 @@ class RewardModelConfig(TrainingConfig):
 
     learning_rate: Annotated[float, NOT_NEGATIVE] = 1e-5
     """Peak rate of AdamW, where it is trained."""
-    weight: float = 1.0
+    weight: Annotated[float, FLOAT32] = 1.0
     """Of its score in the reward, beside what the rules of `reward` give; reward.name=none has no rules."""
 
 
@@ -334,7 +335,7 @@ class RewardConfig:
     """For one sample; a batch function gets this times the number of samples."""
     concurrency: Annotated[int, COUNT] = 32
     """Calls of an `async` function under way at once, in each process."""
-    failure_reward: float = 0.0
+    failure_reward: Annotated[float, FLOAT32] = 0.0
     """Given to a sample whose function raised or timed out."""
     max_failed_share: Annotated[float, SHARE] = 0.5
     """A step of which more samples than this share could not be scored ends the run with the cause; 1 lets it go on always."""

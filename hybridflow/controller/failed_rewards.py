@@ -26,10 +26,11 @@ class FailedRewards:
         self._prompts = self._rows = self._failed = 0
 
     def watching(self, collect: Collect) -> Collect:
-        """`collect`, raising RewardError where too much of a step has failed."""
+        """`collect`, raising RewardError where too much of a step has failed, or a reward is not finite."""
 
         def watched(prompts: Batch) -> Batch:
             rows = collect(prompts)
+            _check_finite(rows)
             self.count(len(prompts), rows)
             return rows
 
@@ -57,3 +58,20 @@ class FailedRewards:
                 f"{self.max_share:g} allows. {self.cause()}\nCorrect the reward function; with reward.max_failed_share=1 such "
                 "responses get reward.failure_reward, and the run goes on"
             )
+
+
+def _check_finite(rows: Batch) -> None:
+    """Whoever gave the rewards, a role or an environment of the user's too: as float32, which they are by now.
+
+    Raises:
+        RewardError: a reward is not finite.
+    """
+    if "reward" not in rows:
+        return
+    with np.errstate(over="ignore"):
+        bad = np.flatnonzero(~np.isfinite(rows["reward"].astype(np.float32)))
+    if bad.size:
+        raise RewardError(
+            f"{bad.size} of {len(rows)} rewards are not finite as float32, the first is {rows['reward'][bad[0]]}. Look at what "
+            "gives them: the reward function, a reward role or an environment of your own. Rewards are at most 3.4e38"
+        )

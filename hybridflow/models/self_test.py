@@ -24,6 +24,7 @@ from hybridflow.models.heads import ValueModel
 from hybridflow.models.packing import Packed, pack, to_device
 from hybridflow.models.policy import PolicyModel
 from hybridflow.parallel import fsdp
+from hybridflow.parallel.finite import largest, listed, not_finite
 
 OWN_ATTENTION = "eager"
 """The attention that every model of transformers has."""
@@ -86,6 +87,10 @@ def check(model: PolicyModel | ValueModel, *, path: str, device: torch.device, d
         model.train(was_training)
         fsdp.drop_gathered(model)
     if not difference <= TOLERANCE[dtype]:  # not a number counts as different
+        if bad := not_finite(largest(part.named_parameters())):
+            raise ModelError(
+                f"{path!r} ({_name(part)}) holds weights that are not finite numbers: {listed(bad)}. Use another model"
+            )
         raise ModelError(
             f"{path!r} ({_name(part)}) computes on packed rows something else than transformers does on one row at a time: "
             f"{difference:.3g} of difference on average, {TOLERANCE[dtype]:g} is allowed. It would be trained wrongly: its "

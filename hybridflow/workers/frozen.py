@@ -10,6 +10,7 @@ from hybridflow.models.heads import ValueModel
 from hybridflow.models.policy import PolicyModel
 from hybridflow.parallel import fsdp
 from hybridflow.workers.base import RankContext
+from hybridflow.workers.finite import WeightCheck
 from hybridflow.workers.microbatches import Microbatch, Microbatches
 from hybridflow.workers.training import CPU, Outputs, evaluate
 
@@ -28,6 +29,7 @@ class FrozenCore:
     ):
         self.model, self.config, self.context = model.requires_grad_(False), config, context
         self.temperature, self.reads_rows = temperature, reads_rows
+        WeightCheck(context).check(model.named_parameters(), when="when the model was loaded")
         if config.offload_parameters:
             fsdp.move_model(model, CPU)
 

@@ -22,8 +22,9 @@ from hybridflow.models.policy import PolicyModel
 from hybridflow.ops.losses import Loss, TokenBatch
 from hybridflow.ops.reduce import TokenMetric, accumulate, to_metrics, token_weights
 from hybridflow.parallel import fsdp
+from hybridflow.parallel.finite import largest
 from hybridflow.workers.base import RankContext
-from hybridflow.workers.finite import SkippedUpdates, WeightCheck, largest, why_skipped
+from hybridflow.workers.finite import SkippedUpdates, WeightCheck, why_skipped
 from hybridflow.workers.microbatches import Microbatch, Microbatches
 from hybridflow.workers.utilisation import flops_per_token, peak_flops, utilisation
 
@@ -101,6 +102,7 @@ class TrainingCore:
         """Calls of `update`."""
         self.step = 0
         self.weights = WeightCheck(context)
+        self.weights.check(model.named_parameters(), when="when the model was loaded")
         self.skipped = SkippedUpdates(context, most=max_skipped_updates)
         self.peak_flops, self.flops_per_token = peak_flops(context.device), flops_per_token(model)
         self.offload()
@@ -247,6 +249,7 @@ class TrainingCore:
 
         Raises:
             CheckpointError: the state is damaged, or of another model.
+            DivergenceError: it holds a weight that is not finite.
         """
         fsdp.drop_gathered(self.model)
         state = self._state()
@@ -255,6 +258,7 @@ class TrainingCore:
         random_state = state["random"]
         assert isinstance(random_state, torch.Tensor)
         torch.set_rng_state(random_state)
+        self.weights.check(self.model.named_parameters(), when=f"in the checkpoint {folder}")
 
     def _state(self) -> dict[str, object]:
         """Tensors that share memory with the model and the optimizer, so that loading into them is loading them.

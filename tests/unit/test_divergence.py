@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, RunConfig
-from hybridflow.errors import DivergenceError
+from hybridflow.controller.failed_rewards import FailedRewards
+from hybridflow.errors import DivergenceError, RewardError
 from hybridflow.ops.losses import PolicyLoss, ValueLoss
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.critic import CriticWorker
+from hybridflow.workers.reference import ReferenceWorker
 from tests.training_rows import context_of, model_without_zero_weights, random_batch, training_config
 
 WORKERS = [ActorWorker, CriticWorker]
@@ -110,3 +114,45 @@ def test_the_number_of_updates_is_the_users(model_path: str) -> None:
         if most is not None:
             with pytest.raises(DivergenceError, match=f"{most} updates in a row"):
                 worker.update(rows(scale=3e38), loss=ValueLoss(clip=None))
+
+
+class Broken:
+    """Loads weights of which one is not finite, by whatever worker."""
+
+    def __init__(self, folder: Path, source: str):
+        shutil.copytree(source, folder / "broken")
+        file = folder / "broken" / "model.safetensors"
+        tensors = load_file(file)
+        self.name = next(name for name in tensors if "up_proj" in name)
+        tensors[self.name].view(-1)[3] = float("nan")
+        save_file(tensors, file, metadata={"format": "pt"})
+        self.config = training_config(str(folder / "broken"))
+
+
+@pytest.mark.parametrize("kind", [ActorWorker, CriticWorker, ReferenceWorker])
+def test_a_model_that_is_not_finite_is_refused_when_it_is_loaded(
+    model_path: str, tmp_path: Path, kind: type[ReferenceWorker]
+) -> None:
+    broken = Broken(tmp_path, model_path)
+    with pytest.raises(ModelError, match=r"holds weights that are not finite numbers: .*up_proj"):
+        kind(broken.config, context_of(kind.__name__))
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_when_it_is_read(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_of(CriticWorker, training_config(model_path))
+    with monkeypatch.context() as unchecked, torch.no_grad():  # as one that was written before weights were checked
+        unchecked.setattr(worker.core.weights, "check", lambda *arguments, **named: None)
+        next(iter(worker.model.parameters())).view(-1)[7] = float("nan")
+        worker.save(str(tmp_path))
+    with pytest.raises(DivergenceError, match=r"1 of .* not finite in the checkpoint"):
+        worker_of(CriticWorker, training_config(model_path)).restore(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [1e39, float("nan"), float("-inf")])
+def test_rewards_of_any_role_are_judged_as_float32(value: float) -> None:
+    rows = Batch({"reward": np.array([0.0, value]), "group": np.zeros(2, np.int64)})
+    guard = FailedRewards(prompts_per_step=1, max_share=1.0, cause=lambda: "")
+    with pytest.raises(RewardError, match="1 of 2 rewards are not finite as float32"):
+        guard.watching(lambda prompts: rows)(Batch({"prompt_id": np.arange(1)}))
