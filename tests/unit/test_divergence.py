@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, RunConfig
 from hybridflow.controller.failed_rewards import FailedRewards
-from hybridflow.errors import DivergenceError, RewardError
+from hybridflow.errors import DivergenceError, ModelError, RewardError
 from hybridflow.ops.losses import PolicyLoss, ValueLoss
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.critic import CriticWorker
