@@ -35,7 +35,12 @@ class Loop:
     def __init__(self, config: Config, launched: Launched, algorithm: Algorithm, folder: RunFolder, *, total_steps: int):
         self.config, self.launched, self.algorithm, self.total_steps = config, launched, algorithm, total_steps
         self.folder = folder
-        self.weights = WeightSync(launched, engines=launched.rollout, lets_sleep=launched.engine_sleeps)
+        self.weights = WeightSync(
+            launched,
+            engines=launched.rollout,
+            lets_sleep=launched.engine_sleeps,
+            verifies=config.rollout.verify_weights,
+        )
         self.rows = RowSource(config, launched, algorithm, total_steps=total_steps)
         self.checkpoints = Checkpoints(config, launched, algorithm, self.rows, total_steps=total_steps)
         self.seconds_saving = Metrics()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import TYPE_CHECKING, TypeVar
 
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.waiting import DEATHS_SHOW_S
-from hybridflow.errors import HybridflowError, WorkerDiedError
+from hybridflow.errors import HybridflowError, WeightMismatchError, WorkerDiedError
 from hybridflow.metrics import Metrics
+from hybridflow.workers.proof import kinds_of, not_taken
 from hybridflow.workers.remote import Future
+from hybridflow.workers.sync import PROBED_SYNCS
 
 if TYPE_CHECKING:
     from hybridflow.workers.rollout import RolloutWorker
@@ -20,7 +23,16 @@ T = TypeVar("T")
 class WeightSync:
     """Brings the actor's weights to the engines of a role whenever they have changed."""
 
-    def __init__(self, launched: Launched, *, engines: RolloutWorker | None, role: str = "rollout", lets_sleep: bool = False):
+    def __init__(
+        self,
+        launched: Launched,
+        *,
+        engines: RolloutWorker | None,
+        role: str = "rollout",
+        lets_sleep: bool = False,
+        verifies: bool = False,
+    ):
+        """With `verifies`, engines of other pools are probed after the first syncs; those of the actor's do it themselves."""
         self.actor, self.rollout, self.role = launched.actor, engines, role
         self.is_needed = self.actor is not None and self.rollout is not None
         self.is_colocated = self.is_needed and launched.places["actor"].pool == launched.places[role].pool
@@ -28,6 +40,7 @@ class WeightSync:
         self.synced_updates: int | None = None
         """Updates behind the weights that the engines have; None where they may have none."""
         self.lets_sleep = lets_sleep
+        self.probes_left = PROBED_SYNCS if verifies else 0
         self.falling_asleep: Future[None] | None = None
         """The call after which the engines sleep; None while they are awake."""
 
@@ -67,8 +80,46 @@ class WeightSync:
             address = self.actor.transfer_address(self.role)
             _both(self.actor.open_transfer.start(address, self.role), self.rollout.open_transfer.start(address))
             self.is_open = True
+        metrics = self._transfer(version)
+        if self.probes_left:
+            self._probe(self.rollout.unreadable_weights() if self.probes_left == PROBED_SYNCS else (), version)
+            self.probes_left -= 1
+        return metrics
+
+    def _transfer(self, version: int) -> Metrics:
+        assert self.actor is not None and self.rollout is not None
         sent, received = _both(self.actor.send_weights.start(self.role), self.rollout.receive_weights.start(version))
         return received + sent
+
+    def _probe(self, unreadable: Sequence[str], version: int) -> None:
+        """Engines and trainer compute the same; and with other values of what engines cannot show as well.
+
+        Raises:
+            WeightMismatchError: they do not.
+        """
+        if (difference := self._probe_difference()) is not None:
+            raise WeightMismatchError(
+                f"after the weight sync an engine gives probe tokens log-probabilities that differ from the trainer's by up to "
+                f"{difference:.3g} nats. Either weights did not arrive, or the engine does not compute this model as training "
+                "does. rollout.verify_weights=false turns this check off"
+            )
+        if not unreadable:
+            return
+        assert self.actor is not None
+        self.actor.flip_signs(unreadable)
+        self._transfer(version)
+        difference = self._probe_difference()
+        self.actor.flip_signs(unreadable)
+        self._transfer(version)
+        if difference is not None:
+            raise WeightMismatchError(not_taken(kinds_of(unreadable), difference))
+
+    def _probe_difference(self) -> float | None:
+        """The largest of a token, in nats, where that is above what is allowed."""
+        assert self.actor is not None and self.rollout is not None
+        rows = self.rollout.probe_rows()
+        found = self.actor.probe_differences(rows)["difference"]
+        return None if (found <= rows["tolerance"]).all() else float(found.max())
 
 
 def _both(sending: Future[T], receiving: Future[T]) -> tuple[T, T]:

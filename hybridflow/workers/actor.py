@@ -140,6 +140,14 @@ class ActorWorker(Worker):
         """
         return self.core.named_tensors()
 
+    @remote("split_by_data_rank")
+    def probe_differences(self, rows: Batch) -> Batch:
+        """Column `difference` of the rows of `rollout.probe_rows`: the largest of each, in nats."""
+        from hybridflow.workers.proof import differences
+
+        return Batch({"difference": differences(rows, self, self.context)})
+
+    @remote("one_to_all")
     def flip_signs(self, names: Collection[str]) -> None:
         """Change the sign of half of the elements of these weights, the same ones each time: for `workers/proof.py`."""
         from hybridflow.models.build import flip_signs

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config
@@ -58,14 +57,15 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
             f"{len(prompt)} probe tokens from its prefix cache, which holds keys and values of older weights. Look at the "
             "engine's reset_prefix_cache"
         )
-    given, trained = scored([request], [response], actor)
+    row = as_rows([request], [response])
+    trained = actor.log_probs(without_log_probs(row)).tokens("log_probs").values
     if not np.isfinite(trained).all():
         raise DivergenceError(
             f"the trained model gives {np.sum(~np.isfinite(trained))} of {len(trained)} probe tokens log-probabilities that "
             "are not finite, though its weights are: it has diverged. Go on from an earlier checkpoint with a lower "
             "actor.learning_rate; before the first update, look at the files of model.path"
         )
-    difference = float(np.abs(trained - given).mean())
+    difference = float(np.abs(trained - row.tokens("rollout_log_probs").values).mean())
     tolerance = TOLERANCE[probe_dtype(engine, config, context)]
     if not difference <= tolerance:  # not a number counts as different
         raise WeightMismatchError(
@@ -76,21 +76,26 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
     return difference
 
 
-def scored(
-    requests: Sequence[Request], responses: Sequence[Response], actor: ScoresRows
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Log-probabilities of all response tokens as the engine gave them, and as the trainer has them: shape [R] each."""
+def as_rows(requests: Sequence[Request], responses: Sequence[Response]) -> Batch:
+    """What was asked and answered, with the engine's `rollout_log_probs`."""
     given = [response.log_probs for response in responses if response.log_probs is not None]
     assert len(given) == len(responses), "the engine left out log-probabilities that were asked for"
-    rows = Batch.from_columns(
+    return Batch.from_columns(
         {
             "prompt": Ragged.from_rows([request.prompt for request in requests], np.int32),
             "response": Ragged.from_rows([response.tokens for response in responses], np.int32),
+            "rollout_log_probs": Ragged.from_rows(given, np.float32),
             "prompt_tokens": np.array([len(request.prompt) for request in requests]),
             "response_tokens": np.array([len(response.tokens) for response in responses]),
         }
     )
-    return np.concatenate(given), actor.log_probs(rows).tokens("log_probs").values
+
+
+def without_log_probs(rows: Batch) -> Batch:
+    """As whoever scores them is to see them: a mismatch of a probe is none of the step's."""
+    tokens = {name: rows.tokens(name) for name in ("prompt", "response")}
+    counts = {name: rows[name] for name in ("prompt_tokens", "response_tokens")}
+    return Batch.from_columns({**tokens, **counts})
 
 
 def probe_dtype(engine: Engine, config: Config, context: RankContext) -> Literal["bfloat16", "float32"]:

@@ -9,20 +9,22 @@ pass it. Then the signs change back, which is exact, and the weights are given o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
 from hybridflow.errors import WeightMismatchError
 from hybridflow.models.load import load_config
 from hybridflow.models.self_test import text_rows
 from hybridflow.rollout.base import Engine, Request, Sampling
 from hybridflow.workers.base import RankContext
-from hybridflow.workers.probe import ScoresRows, probe_dtype, scored
+from hybridflow.workers.probe import ScoresRows, as_rows, probe_dtype, without_log_probs
 
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 6, 48, 6
 """Enough different tokens that some reach each of many experts."""
@@ -65,12 +67,17 @@ def prove(
         wrong = [kind for kind, members in kinds.items() if differs_with(members) is not None] or list(kinds)
     sync()
     if difference is not None:
-        raise WeightMismatchError(
-            f"the engine of {context.role} rank {context.rank} accepts weights and does not take their values: with other "
-            f"values of {', '.join(wrong)} its log-probabilities differ from the trainer's by up to {difference:.3g} nats. "
-            "Responses would come from other weights than those that learn. Look at the engine's load_weights for these names; "
-            "rollout.verify_weights=false turns this check off"
-        )
+        raise WeightMismatchError(not_taken(wrong, difference))
+
+
+def not_taken(kinds: Iterable[str], difference: float) -> str:
+    """What is told where an engine accepts weights of these kinds and goes on with the old ones."""
+    return (
+        f"an engine accepts weights and does not take their values: with other values of {', '.join(kinds)} its "
+        f"log-probabilities differ from the trainer's by up to {difference:.3g} nats. Responses would come from other weights "
+        "than those that learn. Look at the engine's load_weights for these names; rollout.verify_weights=false turns this "
+        "check off"
+    )
 
 
 def kinds_of(names: Sequence[str]) -> dict[str, list[str]]:
@@ -81,15 +88,33 @@ def kinds_of(names: Sequence[str]) -> dict[str, list[str]]:
     return kinds
 
 
-def _largest_difference(engine: Engine, actor: ScoresRows, config: Config, context: RankContext) -> float:
+def probe_rows(engine: Engine, config: Config, context: RankContext) -> Batch:
+    """Responses of an idle engine to fixed prompts, with its `rollout_log_probs`, and the `tolerance` of each row."""
     most = engine.spec.max_model_tokens
     num_response = min(RESPONSE_TOKENS, most - 1)
     lengths = (min(PROMPT_TOKENS, most - num_response),) * NUM_PROMPTS
     prompts = text_rows(load_config(engine.spec.model, trust_remote_code=config.model.trust_remote_code), lengths)
     sampling = Sampling(temperature=config.rollout.temperature or 1.0, max_tokens=num_response, ignore_eos=True)
     requests = [Request(id=i, prompt=row.astype(np.int32), sampling=sampling, seed=i) for i, row in enumerate(prompts)]
-    found, trained = scored(requests, engine.generate(requests), actor)
-    worst = torch.tensor(np.abs(found - trained).max(), device=context.device).nan_to_num(nan=torch.inf)
+    rows = as_rows(requests, engine.generate(requests))
+    tolerance = TOLERANCE[probe_dtype(engine, config, context)]
+    return rows.with_columns(tolerance=np.full(len(rows), tolerance))
+
+
+def differences(rows: Batch, actor: ScoresRows, context: RankContext) -> npt.NDArray[np.float64]:
+    """The largest |difference| of each row between `rollout_log_probs` and the trainer's, in nats; infinite where one is no
+    number. Every rank of the trainer calls this, and nothing of it is reported."""
+    reported = list(context.reported)
+    trained = actor.log_probs(without_log_probs(rows)).tokens("log_probs")
+    context.reported[:] = reported
+    given = rows.tokens("rollout_log_probs")
+    by_row = [np.abs(a - b).max(initial=0.0) for a, b in zip(given, trained, strict=True)]
+    return np.nan_to_num(np.array(by_row, np.float64), nan=np.inf)
+
+
+def _largest_difference(engine: Engine, actor: ScoresRows, config: Config, context: RankContext) -> float:
+    found = differences(probe_rows(engine, config, context), actor, context).max()
+    worst = torch.tensor(found, dtype=torch.float32, device=context.device)
     if context.group is not None:  # all ranks go on alike
         dist.all_reduce(worst, dist.ReduceOp.MAX, group=context.group)
     return float(worst)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -32,6 +33,7 @@ from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.stopping import detokenizer
 from hybridflow.rollout.under_way import RowsUnderWay, RowUnderWay
 from hybridflow.workers.base import RankContext, Worker
+from hybridflow.workers.proof import probe_rows
 from hybridflow.workers.remote import remote
 from hybridflow.workers.sync import RolloutSync
 
@@ -255,16 +257,35 @@ class RolloutWorker(Worker):
         """Take the weights that `actor.send_weights` sends at the same time. Metrics and errors as of `sync_weights`."""
         return self._exchange(self.weight_sync.receive, version)
 
+    @remote("one_to_all")
+    def unreadable_weights(self) -> tuple[str, ...]:
+        """Weights that the engine cannot show as they were sent; known after the first sync."""
+        return self.weight_sync.unreadable
+
+    @remote("gather_rows")
+    def probe_rows(self) -> Batch:
+        """A few responses to fixed prompts, for `actor.probe_differences`. Rows that run meanwhile are interrupted."""
+        with self._held_rows(), self.engine.paused() as engine:
+            return probe_rows(engine, self.config, self.context)
+
+    @contextmanager
+    def _held_rows(self) -> Iterator[bool]:
+        """A block in which no row runs; whether any did."""
+        is_generating = not self.rows.is_held and self.rows.num_left > 0
+        if is_generating:
+            self.rows.interrupt()
+        yield is_generating
+        if is_generating:
+            self.rows.resume()
+
     def _exchange(self, take_weights: Callable[[], Metrics], version: int) -> Metrics:
         """Rows that run meanwhile are interrupted, and go on with the new weights; `sync/seconds_without_generation` is how
         long."""
-        is_generating, started = not self.rows.is_held and self.rows.num_left > 0, time.perf_counter()
+        started = time.perf_counter()
+        with self._held_rows() as is_generating:
+            metrics = take_weights()
+            self.rows.version = version
         if is_generating:
-            self.rows.interrupt()
-        metrics = take_weights()
-        self.rows.version = version
-        if is_generating:
-            self.rows.resume()
             seconds = Metric(time.perf_counter() - started, kind="max")
             metrics += Metrics({"sync/seconds_without_generation": seconds})
         return metrics

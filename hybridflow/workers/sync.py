@@ -50,6 +50,8 @@ class RolloutSync:
     def __init__(self, config: Config, context: RankContext, engine: EngineThread):
         self.config, self.context, self.engine = config, context, engine
         self.num_syncs = 0
+        self.unreadable: tuple[str, ...] = ()
+        """Weights that the engine cannot show."""
         self.probe_difference: float | None = None
         """What the last probe found, in nats. No metric, since a resumed run probes again and has no metrics of its own."""
         self.colocated: ColocatedSync | None = None
@@ -108,7 +110,9 @@ class RolloutSync:
         """
         assert self.receiver is not None, "open_transfer comes before receive_weights"
         with self.engine.paused() as engine:
-            return as_metrics(self.receiver.receive(engine))
+            report = self.receiver.receive(engine)
+        self.unreadable = report.unreadable
+        return as_metrics(report)
 
 
 class ActorSync:

@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
+from hybridflow.batch import Batch
 from hybridflow.config.schema import Config, ModelConfig, PlacementConfig, RolloutConfig
 from hybridflow.controller import weights
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.placement import places
 from hybridflow.controller.weights import WeightSync
-from hybridflow.errors import WorkerDiedError, WorkerError
+from hybridflow.errors import WeightMismatchError, WorkerDiedError, WorkerError
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.actor import ActorWorker
@@ -149,3 +151,65 @@ def test_engines_that_could_not_fall_asleep_are_told_at_the_next_sync(sides: Sid
     sides.sync.sleep()
     with pytest.raises(WorkerError, match=r"rollout\.sleep failed"):
         sides.sync.sync(version=1)
+
+
+EXPERTS = ("layers.0.experts.down_proj", "layers.1.experts.down_proj")
+
+
+class PerturbedActor(FakeActor):
+    """Differs from its engines by as much as `differences` says, before and after signs were flipped."""
+
+    def __init__(self, differences: tuple[float, float]):
+        super().__init__({})
+        self.differences, self.are_flipped, self.flips = differences, False, 0
+
+    @remote("one_to_all")
+    def flip_signs(self, names: tuple[str, ...]) -> None:
+        assert names == EXPERTS
+        self.are_flipped, self.flips = not self.are_flipped, self.flips + 1
+
+    @remote("split_by_data_rank")
+    def probe_differences(self, rows: Batch) -> Batch:
+        return Batch({"difference": np.full(len(rows), self.differences[self.are_flipped])})
+
+
+class ProbedRollout(FakeRollout):
+    @remote("one_to_all")
+    def unreadable_weights(self) -> tuple[str, ...]:
+        return EXPERTS
+
+    @remote("gather_rows")
+    def probe_rows(self) -> Batch:
+        return Batch({"tolerance": np.full(2, 0.01)})
+
+
+def probed(differences: tuple[float, float]) -> tuple[PerturbedActor, WeightSync]:
+    """Engines of another pool that say which weights they cannot show."""
+    actor = PerturbedActor(differences)
+    groups = {
+        "actor": PerturbedActor.group(LocalDispatcher([actor], Layout(), pool_name="main")),
+        "rollout": ProbedRollout.group(LocalDispatcher([ProbedRollout(actor, {})], Layout(), pool_name="gen")),
+    }
+    config = Config(model=ModelConfig(path="model"), rollout=RolloutConfig(), placement=SEPARATE)
+    summary = DataSummary(num_prompts=1, steps_per_epoch=1, num_validation_prompts=0)
+    launched = Launched(groups, places(config, tuple(groups)), CallLog(), summary, engine_sleeps=False)
+    return actor, WeightSync(launched, engines=launched.rollout, verifies=True)
+
+
+def test_engines_of_another_pool_are_probed_and_weights_are_what_they_were_afterwards() -> None:
+    actor, sync = probed((1e-5, 1e-5))
+    sync.sync(version=1)
+    assert (actor.flips, actor.are_flipped) == (2, False)
+
+
+def test_an_engine_of_another_pool_that_computes_otherwise_is_told() -> None:
+    _, sync = probed((0.5, 0.5))
+    with pytest.raises(WeightMismatchError, match=r"differ from the trainer's by up to 0\.5 nats"):
+        sync.sync(version=1)
+
+
+def test_an_engine_of_another_pool_that_takes_no_values_is_told_and_weights_are_what_they_were() -> None:
+    actor, sync = probed((1e-5, 0.5))
+    with pytest.raises(WeightMismatchError, match=r"with other values of layers\.\*\.experts\.down_proj its"):
+        sync.sync(version=1)
+    assert not actor.are_flipped
