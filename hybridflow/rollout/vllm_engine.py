@@ -181,6 +181,7 @@ class VllmEngine(Engine):
         else:
             # The CPU kernels have packed the weights, so vLLM builds each layer anew. It keeps what it is given until
             # the layer is complete, longer than the caller's buffers last: hence copies.
+            patches.pack_experts_at_reload(self.model)
             copies = ((name, tensor.clone()) for name, tensor in named)
             self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
             patches.pack_heads(self.model)

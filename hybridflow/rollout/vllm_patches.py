@@ -13,6 +13,7 @@ that it names. Where a release has moved a private name, a warning tells so and 
 | `silence_internals` | names of loggers | they warn of what users cannot act on | more lines on the console |
 | `partial_outputs` | `output_processor.request_states` | tokens of unfinished requests are given to streams alone | an interrupted request starts again from its prompt |
 | `pack_heads` | `quant_method` of output layers (0.32, CPU) | a reload packs only layers that it is given weights for; with tied embeddings the output layer would keep the old ones | checksums stop the run |
+| `pack_experts_at_reload` | `quant_method.moe_kernel` of experts (0.32, CPU) | a reload packs experts only when their kernel is made, which a reload does not do | the perturbed probe of the first sync stops the run |
 | `weight_parts`, `held_weight` | `packed_modules_mapping`, `quant_method.apply` | weights are stacked, and packed on the CPU | no checksums of the engine's weights |
 """  # noqa: E501, a table
 
@@ -72,6 +73,7 @@ keep_all_log_probs: Callable[..., None] | None = _private("vllm.v1.engine.logpro
 """vLLM's own, which `keep_chosen_log_probs` replaces."""
 make_group: Callable[..., object] | None = _private("vllm.distributed.parallel_state:init_model_parallel_group")
 """vLLM's own, which `groups_of` replaces."""
+FusedMoEMethod: Any = _private("vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase")
 SPEAK_OF_INTERNALS = (
     "config.scheduler",  # that the scheduler is not its own
     "config.vllm",  # that eager means no compiling
@@ -266,6 +268,15 @@ def pack_heads(model: torch.nn.Module) -> None:
     with tied embeddings (seen in 0.32) the output layer would go on with the old ones."""
     for head in _heads(model).values():
         head.quant_method.process_weights_after_loading(head)
+
+
+def pack_experts_at_reload(model: torch.nn.Module) -> None:
+    """Have mixtures of experts make their kernels at the coming reload: vLLM (seen in 0.32, CPU) packs the weights of experts
+    only when it makes a kernel, and would compute with unpacked ones after every reload."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if FusedMoEMethod is not None and isinstance(method, FusedMoEMethod):
+            method.moe_kernel = None
 
 
 def held_weight(model: torch.nn.Module, name: str, module: torch.nn.Module, spec: EngineSpec) -> torch.Tensor | None:

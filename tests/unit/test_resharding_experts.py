@@ -23,8 +23,8 @@ from tests.training_rows import whole_weights
 NO_VLLM = importlib.util.find_spec("vllm") is None
 needs_vllm = pytest.mark.skipif(NO_VLLM, reason="NOT RUN: vLLM is not installed")
 Weights = Iterable[tuple[str, torch.Tensor]]
-FOR_VLLM = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "moe_intermediate_size": 64}
-"""Sizes that vLLM's kernels on CPU take."""
+FOR_VLLM = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128, "moe_intermediate_size": 64, "sliding_window": None}
+"""Sizes that vLLM's kernels on CPU take, and no window, which rows of the probe would exceed."""
 
 
 def workers_on(folder: str, engine: str) -> dict[str, Worker]:
