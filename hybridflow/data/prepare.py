@@ -35,7 +35,9 @@ class PreparedRow:
     """A good answer, for supervised fine-tuning; all rows of a file have one, or none."""
 
 
-MapRow = Callable[[Example, str, int], PreparedRow | None]
+Prepared = PreparedRow | Mapping[str, object]
+"""A row, or one as the file is to have it: `messages` of a chat, or `prompt`, `chosen` and `rejected`."""
+MapRow = Callable[[Example, str, int], Prepared | None]
 """(example, split, number within the split) -> row, or None to leave the example out."""
 
 
@@ -51,7 +53,7 @@ def run_from_command_line(map_row: MapRow, *, hub: HubName, arguments: Sequence[
     """What a preparation script does: read its options, prepare every split, and say where the files are."""
     parser = argparse.ArgumentParser(description=f"Write {hub.name} as train.parquet and test.parquet.")
     parser.add_argument("--local_dir", type=Path, required=True, help="where the files go")
-    parser.add_argument("--source", type=Path, help="folder with train.jsonl and test.jsonl, instead of the hub")
+    parser.add_argument("--source", type=Path, help="folder with train and test as .jsonl, .json or .parquet")
     options = parser.parse_args(arguments)
     try:
         for path, count in prepare(map_row, hub=hub, source=options.source, local_dir=options.local_dir).items():
@@ -74,7 +76,7 @@ def prepare(map_row: MapRow, *, hub: HubName, source: Path | None, local_dir: Pa
     return written
 
 
-def map_rows(examples: Iterable[Example], map_row: MapRow, *, split: str) -> list[PreparedRow]:
+def map_rows(examples: Iterable[Example], map_row: MapRow, *, split: str) -> list[Prepared]:
     """The rows that `map_row` makes of the examples.
 
     Raises:
@@ -94,14 +96,29 @@ def map_rows(examples: Iterable[Example], map_row: MapRow, *, split: str) -> lis
     return rows
 
 
-def write_parquet(rows: Sequence[PreparedRow], path: Path) -> int:
-    """Write the rows in the schema of docs/data.md, and return how many.
+def write_parquet(rows: Sequence[Prepared], path: Path) -> int:
+    """Write the rows in the schema of docs/data.md, and return how many; all of them are of one kind.
 
     Raises:
         DataError: there are none, their types differ, or only some have a response.
     """
     if not rows:
         raise DataError(f"{path}: there are no rows to write")
+    prepared = [row for row in rows if isinstance(row, PreparedRow)]
+    if prepared and len(prepared) < len(rows):
+        raise DataError(f"{path}: {len(prepared)} of {len(rows)} rows are a PreparedRow; give one kind of row")
+    plain = [row for row in rows if not isinstance(row, PreparedRow)]
+    columns = _columns(prepared, path) if prepared else {name: [row.get(name) for row in plain] for name in plain[0]}
+    try:
+        table = pa.table(columns)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: the rows do not fit one schema: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return len(rows)
+
+
+def _columns(rows: Sequence[PreparedRow], path: Path) -> dict[str, list[object]]:
     num_responses = sum(row.response is not None for row in rows)
     if num_responses not in (0, len(rows)):
         raise DataError(f"{path}: {num_responses} of {len(rows)} rows have a response; give one to all or to none")
@@ -114,13 +131,7 @@ def write_parquet(rows: Sequence[PreparedRow], path: Path) -> int:
         columns["response"] = [row.response for row in rows]
     if any(row.extra_info for row in rows):
         columns["extra_info"] = [dict(row.extra_info) for row in rows]
-    try:
-        table = pa.table(columns)
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: the rows do not fit one schema: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-    return len(rows)
+    return columns
 
 
 def text_field(example: Example, name: str) -> str:
@@ -137,12 +148,31 @@ def text_field(example: Example, name: str) -> str:
 
 
 def _from_folder(folder: Path) -> dict[str, list[Example]]:
-    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
-    splits = {split: _read_jsonl(path) for split, path in paths.items() if path.is_file()}
+    paths = [folder / f"{split}{suffix}" for split in SPLITS for suffix in READERS]
+    splits = {path.stem: READERS[path.suffix](path) for path in paths if path.is_file()}
     if not splits:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())) if folder.is_dir() else "no such folder"
-        raise DataError(f"--source {folder}: expected train.jsonl or test.jsonl; found {found or 'nothing'}")
+        raise DataError(f"--source {folder}: expected train or test as {', '.join(READERS)}; found {found or 'nothing'}")
     return splits
+
+
+def _read_json(path: Path) -> list[Example]:
+    """A list of examples, as LIMR and others are published."""
+    try:
+        examples = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(examples, list) or not all(isinstance(example, dict) for example in examples):
+        raise DataError(f"{path}: expected a list of objects")
+    return examples
+
+
+def _read_parquet(path: Path) -> list[Example]:
+    try:
+        rows: list[Example] = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is not a Parquet file that can be read: {error}") from error
+    return rows
 
 
 def _read_jsonl(path: Path) -> list[Example]:
@@ -159,6 +189,10 @@ def _read_jsonl(path: Path) -> list[Example]:
                 raise DataError(f"{path}:{number}: expected one object per line, found a {type(example).__name__}")
             examples.append(example)
     return examples
+
+
+READERS: dict[str, Callable[[Path], list[Example]]] = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+"""By the end of a file's name."""
 
 
 def _from_hub(hub: HubName) -> dict[str, Iterable[Example]]:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 NOT_PHASES_OF_A_STEP = {"seconds/step", "seconds/validation", "seconds/checkpoint"}
 COLORS = tuple(f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive"))
+OF_THE_FRAMEWORK = (
+    *("actor", "agreement", "controller", "critic", "held_out", "importance", "kl", "memory", "prompt", "response", "reward"),
+    *("seconds", "staleness", "stream", "sync", "validation"),
+)
+"""First words of metrics that the framework reports itself; other metrics are the run's own."""
 MAX_PHASES = 7
 """Phases with a colour of their own; the shorter ones are drawn together."""
 SMOOTHED_FROM_STEPS = 40
@@ -85,7 +90,8 @@ class Panel:
 
 
 def plot_run(folder: str | Path) -> list[Path]:
-    """Draw `plots/learning.png`, `plots/health.png` and `plots/speed.png` in the run's folder; returns their paths.
+    """Draw `plots/learning.png`, `plots/health.png`, `plots/speed.png` and `plots/own_metrics.png` in the run's folder; returns
+    their paths.
 
     A figure of which nothing was measured is left out.
 
@@ -124,7 +130,7 @@ def read_run(folder: Path) -> Run:
 
 def figures(run: Run) -> dict[str, tuple[Panel, ...]]:
     """File name -> its panels, in reading order. The run says which metrics of the user's own there are."""
-    return {"learning": _learning(run), "health": HEALTH, "speed": SPEED}
+    return {"learning": _learning(run), "health": HEALTH, "speed": SPEED, "own_metrics": _own(run)}
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -140,6 +146,51 @@ def _learning(run: Run) -> tuple[Panel, ...]:
     return (
         Panel(title="Training: the step's responses", unit="mean over responses", lines=tuple(training_lines)),
         Panel(title="Validation: held-out prompts", unit="mean over responses", lines=tuple(validation_lines)),
+        *_quality(run),
+    )
+
+
+def _own(run: Run) -> tuple[Panel, ...]:
+    """A panel for each first word of the metrics that are the run's own: what its rewards, roles or algorithm have reported."""
+    drawn_elsewhere = {line.metric for panel in (*_learning(run), *HEALTH, *SPEED) for line in panel.lines}
+    words: dict[str, list[str]] = {}
+    for name in run.names(""):
+        word = name.partition("/")[0]
+        if "/" in name and word not in OF_THE_FRAMEWORK and name not in drawn_elsewhere:
+            words.setdefault(word, []).append(name)
+    return tuple(
+        Panel(
+            title=word.replace("_", " "),
+            unit="as reported",
+            lines=tuple(
+                Line(name, name.partition("/")[2].replace("_", " "), color)
+                for name, color in zip(names, cycle(COLORS), strict=False)
+            ),
+        )
+        for word, names in words.items()
+    )
+
+
+def _quality(run: Run) -> tuple[Panel, ...]:
+    """Of validation, what answers are worth; of rows that are held out, what the algorithm measures."""
+    measures = ("accuracy", "pass", "majority")
+    found = [name for name in run.names("validation/") if name.rpartition("/")[2].partition("@")[0] in measures]
+    worth = [name for name in found if not name.startswith("validation/reward/")]
+    parts = {
+        "Validation: what answers are worth": ("validation/", worth),
+        "Held-out rows": ("held_out/", run.names("held_out/")),
+    }
+    return tuple(
+        Panel(
+            title=title,
+            unit="share" if prefix == "validation/" else "as measured",
+            lines=tuple(
+                Line(name, name.removeprefix(prefix), color, with_ends=True)
+                for name, color in zip(names, cycle(COLORS), strict=False)
+            ),
+        )
+        for title, (prefix, names) in parts.items()
+        if names
     )
 
 

@@ -103,7 +103,7 @@ def test_an_example_that_does_not_fit_is_named(tmp_path: Path, name: str, exampl
 def test_a_folder_without_splits_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("")
     module = script("gsm8k")
-    with pytest.raises(DataError, match=r"expected train.jsonl or test.jsonl; found data.csv"):
+    with pytest.raises(DataError, match=r"expected train or test as .jsonl, .json, .parquet; found data.csv"):
         prepare(module.map_row, hub=module.HUB, source=tmp_path, local_dir=tmp_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hybridflow.errors import DataError
 from hybridflow.report import main
-from hybridflow.trackers.plots import HEALTH, SPEED, drawn, figures, merged, plot_run, read_run, running_mean
+from hybridflow.trackers.plots import HEALTH, SPEED, Run, drawn, figures, merged, plot_run, read_run, running_mean
 
 pytest.importorskip("matplotlib")
 
@@ -139,3 +139,14 @@ def test_every_metric_that_is_drawn_is_documented():
     documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     missing = [line.metric for panel in (*HEALTH, *SPEED) for line in panel.lines if f"`{line.metric}`" not in documented]
     assert not missing
+
+
+def test_metrics_of_the_runs_own_have_a_figure():
+    lines = [
+        {"step": step, "actor/loss": 1.0, "judge/words": step, "judge/minutes": 2.0, "held_out/loss": 1.0} for step in (1, 2)
+    ]
+    run = Run("run", lines)
+    assert [(panel.title, [line.metric for line in panel.lines]) for panel in figures(run)["own_metrics"]] == [
+        ("judge", ["judge/words", "judge/minutes"])
+    ]
+    assert "Held-out rows" in [panel.title for panel in figures(run)["learning"]]
