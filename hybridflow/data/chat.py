@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
         ...
 
     def apply_chat_template(
-        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **options: object
     ) -> list[str]:
         """Each conversation as one text."""
         ...
@@ -113,24 +113,29 @@ class RowError(Exception):
         self.row, self.problem = row, problem
 
 
-def prompt_texts(tokenizer: Tokenizer, conversations: list[list[Message]]) -> list[str]:
-    """Each conversation as the text that ends where the model's answer begins.
+def prompt_texts(
+    tokenizer: Tokenizer, conversations: list[list[Message]], options: Sequence[Mapping[str, object]] | None = None
+) -> list[str]:
+    """Each conversation as the text that ends where the model's answer begins; `options` of each are variables of the template.
 
     Raises:
         RowError: the chat template refuses a conversation.
     """
     from jinja2 import TemplateError
 
-    def render(some: list[list[Message]]) -> list[str]:
-        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True)
+    def render(some: list[list[Message]], given: Mapping[str, object]) -> list[str]:
+        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True, **given)
 
     refusals = (TemplateError, TypeError, ValueError, KeyError)
+    each = options or [{}] * len(conversations)
     try:
-        return render(conversations)
+        if all(given == each[0] for given in each):
+            return render(conversations, each[0] if each else {})
+        return [render([conversation], given)[0] for conversation, given in zip(conversations, each, strict=True)]
     except refusals as first_error:
-        for row, conversation in enumerate(conversations):
+        for row, (conversation, given) in enumerate(zip(conversations, each, strict=True)):
             try:
-                render([conversation])
+                render([conversation], given)
             except refusals as error:
                 problem = f"the tokenizer's chat template refuses the prompt ({error}): {conversation!s:.500}"
                 raise RowError(row, problem) from error

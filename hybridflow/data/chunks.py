@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 from hybridflow.batch import Ragged
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, RowError, Tokenizer, encode, is_templated, prompt_texts
+from hybridflow.data.conversations import TEMPLATE_COLUMNS, template_options
+from hybridflow.data.examples import BadRowError
 from hybridflow.data.parquet import ColumnSpec, is_messages, read_batches, without_nulls
 from hybridflow.errors import DataError
 
@@ -68,7 +70,7 @@ class ChunkReader:
             start, kept = start + batch.num_rows, kept + len(chunk)
 
     def _chunk(self, batch: pa.RecordBatch, max_prompts: int | None) -> Chunk:
-        texts, tokens = self._tokenised(batch.column(PROMPT))
+        texts, tokens = self._tokenised(batch)
         lengths = np.array([len(row) for row in tokens], np.int64)
         if (empty := np.flatnonzero(lengths == 0)).size:
             raise RowError(int(empty[0]), f"the prompt has no tokens: {texts[int(empty[0])]!r:.200}")
@@ -89,8 +91,9 @@ class ChunkReader:
             longest_tokens=int(lengths.max(initial=0)),
         )
 
-    def _tokenised(self, prompts: pa.Array) -> tuple[list[str], list[list[int]]]:
+    def _tokenised(self, batch: pa.RecordBatch) -> tuple[list[str], list[list[int]]]:
         """Text and token ids of each prompt."""
+        prompts = batch.column("prompt")
         values = prompts.to_pylist()
         if prompts.null_count:
             raise RowError(values.index(None), "column 'prompt' is null")
@@ -100,8 +103,20 @@ class ChunkReader:
         if not is_templated(self.tokenizer, has_messages=has_messages, use=self.data.apply_chat_template):
             texts = cast(list[str], values)
             return texts, encode(self.tokenizer, texts, add_special_tokens=True)
-        texts = prompt_texts(self.tokenizer, [conversation(value) for value in values])
+        texts = prompt_texts(self.tokenizer, [conversation(value) for value in values], self._template_options(batch))
         return texts, encode(self.tokenizer, texts, add_special_tokens=False)  # the template writes them itself
+
+    def _template_options(self, batch: pa.RecordBatch) -> list[dict[str, object]]:
+        """What the chat template is given for each prompt, beside its messages."""
+        names = [spec.name for spec in TEMPLATE_COLUMNS if spec.name in batch.schema.names]
+        rows = batch.select(names).to_pylist() if names else [{}] * batch.num_rows
+        options = []
+        for number, row in enumerate(rows):
+            try:
+                options.append({**self.data.chat_template_options, **template_options(row)})
+            except BadRowError as error:
+                raise RowError(number, str(error)) from error
+        return options
 
     def _treat_overlong(
         self, overlong: npt.NDArray[np.int64], texts: list[str], tokens: list[list[int]]

@@ -28,7 +28,9 @@ TOOLS = ColumnSpec(
 TEMPLATE_OPTIONS = ColumnSpec(
     name="chat_template_kwargs", expected="a struct", fits=lambda kind: has_fields(kind) or is_text(kind), is_required=False
 )
-CHAT_COLUMNS = (MESSAGES, TOOLS, TEMPLATE_OPTIONS)
+TEMPLATE_COLUMNS = (TOOLS, TEMPLATE_OPTIONS)
+"""What a row may give its chat template."""
+CHAT_COLUMNS = (MESSAGES, *TEMPLATE_COLUMNS)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:

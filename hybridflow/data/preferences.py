@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, Tokenizer, encode, is_templated
-from hybridflow.data.conversations import TEMPLATE_OPTIONS, TOOLS, Conversations, checked_messages, template_options
+from hybridflow.data.conversations import TEMPLATE_COLUMNS, Conversations, checked_messages, template_options
 from hybridflow.data.examples import BadRowError, Example, Row, UselessRowError, limited
 from hybridflow.data.marks import Template
 from hybridflow.data.parquet import ColumnSpec, is_messages, is_number, is_text
@@ -36,8 +36,7 @@ PREFERENCE_COLUMNS = (
     _response("chosen"),
     _response("rejected"),
     ColumnSpec(name="margin", expected="a number", fits=lambda kind: is_number(kind), is_required=False),
-    TOOLS,
-    TEMPLATE_OPTIONS,
+    *TEMPLATE_COLUMNS,
 )
 
 
@@ -63,7 +62,7 @@ class Preferences:
         return pair
 
     def _of_texts(self, row: Row, chosen: str, rejected: str) -> list[Example]:
-        prompt, options = row.get("prompt"), self.data.chat_template_options
+        prompt, options = row.get("prompt"), {**self.data.chat_template_options, **template_options(row)}
         if prompt is None:  # both tell the whole conversation, in a format of their own
             prompt = _shared(chosen, rejected)
             if not prompt:

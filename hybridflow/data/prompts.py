@@ -15,8 +15,13 @@ from hybridflow.batch import Array, Heavy, Ragged
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, Tokenizer
 from hybridflow.data.chunks import PROMPT_TEXT, Chunk, ChunkReader, conversation
+<<<<<<< HEAD
 from hybridflow.data.parquet import (
     ROWS_PER_READ,
+=======
+from hybridflow.data.conversations import TEMPLATE_COLUMNS
+from hybridflow.data.parquet import (
+>>>>>>> 1f24632 (Prompts get tools and options of the chat template; columns that nobody reads are named)
     ColumnSpec,
     StoredColumn,
     has_fields,
@@ -24,6 +29,10 @@ from hybridflow.data.parquet import (
     is_messages,
     is_text,
     open_parquet,
+<<<<<<< HEAD
+=======
+    warn_of_unread,
+>>>>>>> 1f24632 (Prompts get tools and options of the chat template; columns that nobody reads are named)
 )
 from hybridflow.data.progress import Progress
 from hybridflow.errors import DataError
@@ -46,13 +55,14 @@ EXTRA_INFO = ColumnSpec(name="extra_info", expected="a struct", fits=lambda kind
 MAX_RESPONSE_TOKENS = ColumnSpec(
     name="max_response_tokens", expected="an integer", fits=lambda kind: is_integer(kind), is_required=False
 )
-PROMPT_COLUMNS = (PROMPT, GROUND_TRUTH, DATA_SOURCE, EXTRA_INFO, MAX_RESPONSE_TOKENS)
+PROMPT_COLUMNS = (PROMPT, GROUND_TRUTH, DATA_SOURCE, EXTRA_INFO, MAX_RESPONSE_TOKENS, *TEMPLATE_COLUMNS)
 EPISODE_COLUMNS = (
     PROMPT,
     replace(GROUND_TRUTH, is_required=False),
     replace(DATA_SOURCE, is_required=False),
     EXTRA_INFO,
     MAX_RESPONSE_TOKENS,
+    *TEMPLATE_COLUMNS,
 )
 """An environment may know by itself what is right."""
 
@@ -157,6 +167,7 @@ def read_prompts(
     chunks: list[list[Chunk]] = []
     with Progress("reading and tokenising prompts", sum(file.metadata.num_rows for file in opened)) as progress:
         for path, file in zip(files, opened, strict=True):
+            warn_of_unread(file, columns, where=f"{key}: {path}")
             chunks.append([])
             for chunk in reader.chunks(file, where=f"{key}: {path}", max_prompts=room):
                 progress.advance(chunk.num_rows)

@@ -13,6 +13,7 @@ from hybridflow.batch import Array, Heavy, Ragged
 from hybridflow.config.rules_agreement import turn_end
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Tokenizer, encode
+from hybridflow.data.conversations import TEMPLATE_COLUMNS
 from hybridflow.data.parquet import ColumnSpec, is_text
 from hybridflow.data.prompts import DATA_SOURCE, EXTRA_INFO, GROUND_TRUTH, PROMPT, Prompts, PromptSummary, read_prompts
 from hybridflow.errors import DataError, ModelError
@@ -27,6 +28,7 @@ RESPONSE_COLUMNS = (
     replace(GROUND_TRUTH, is_required=False),
     replace(DATA_SOURCE, is_required=False),
     EXTRA_INFO,
+    *TEMPLATE_COLUMNS,
 )
 """Learning from responses needs neither a ground truth nor its source."""
 

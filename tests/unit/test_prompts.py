@@ -1,6 +1,7 @@
 """Prompts from Parquet files, and what is said where a file is not as it should be."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +226,21 @@ def test_a_page_that_was_damaged_later_is_told_with_its_file(tmp_path: Path, tok
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"data\.train_files: .*a\.parquet: its rows cannot be read .*damaged since"):
         first_text(str(file), tokenizer)
+
+
+def test_tools_and_options_of_the_template_reach_prompts_and_other_columns_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}{{ mood }}:{{ messages[0].content }}"
+    rows = [
+        {"prompt": "1+1", "tools": '[{"name": "sum"}]', "chat_template_kwargs": '{"mood": "calm"}', "level": 3},
+        {"prompt": "2+2", "tools": None, "chat_template_kwargs": None, "level": 1},
+    ]
+    row = {"reward_model": {"ground_truth": "2"}, "data_source": "x"}
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.Table.from_pylist([{**row, **more} for more in rows]), path)
+    with caplog.at_level(logging.WARNING):
+        prompts = read_prompts([str(path)], tokenizer, data=DataConfig(chat_template_options={"mood": "wild"}))
+    assert prompts.columns(np.arange(2))["prompt_text"] == ["sumcalm:1+1", "wild:2+2"]
+    assert "columns that are not read: level" in caplog.text
