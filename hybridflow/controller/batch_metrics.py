@@ -36,6 +36,13 @@ def length_metrics(batch: Batch) -> Metrics:
     return Metrics(metrics)
 
 
+def success_rates(batch: Batch, correct_reward: float) -> Batch:
+    """For each prompt, `prompt_id` and the share of its responses with at least this reward, `rate`."""
+    prompts, of_row = np.unique(batch["prompt_id"], return_inverse=True)
+    correct = (batch["reward"] >= correct_reward - 1e-6).astype(np.float64)
+    return Batch({"prompt_id": prompts, "rate": np.bincount(of_row, weights=correct) / np.bincount(of_row)})
+
+
 def num_tokens(batch: Batch) -> int:
     """Prompt and response tokens of all rows."""
     response = int(batch["response_tokens"].sum()) if "response_tokens" in batch else 0

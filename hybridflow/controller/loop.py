@@ -11,7 +11,7 @@ import numpy as np
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
-from hybridflow.controller.batch_metrics import length_metrics, num_tokens, reward_metrics
+from hybridflow.controller.batch_metrics import length_metrics, num_tokens, reward_metrics, success_rates
 from hybridflow.controller.boundary import phase
 from hybridflow.controller.checkpoints import Checkpoints
 from hybridflow.controller.cut_off import CutOffWarning
@@ -114,6 +114,8 @@ class Loop:
         batch, streamed = self.rows.take(step)
         self.weights.sleep()
         self.save_rollouts(step, batch)
+        if self.config.data.curriculum is not None and "reward" in batch:
+            self.launched.data.note_success(success_rates(batch, self.config.validation.correct_reward))
         learned = self.algorithm.learn(batch)
         for call in begun:
             call.result()  # long done; what a role raised there is raised here

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,11 @@ from hybridflow.batch import Array, Batch, Heavy
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import Tokenizer
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations
+from hybridflow.data.curriculum import SUCCESS_RATE, ByColumn, BySuccess, Curriculum
 from hybridflow.data.examples import read_examples
-from hybridflow.data.parquet import ColumnSpec, has_column
+from hybridflow.data.parquet import ColumnSpec, has_column, is_number
 from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences
-from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS, read_prompts
+from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS, Prompts, read_prompts
 from hybridflow.data.responses import read_responses
 from hybridflow.errors import DataError
 
@@ -66,14 +67,22 @@ class PromptLoader:
     """
 
     def __init__(
-        self, dataset: Dataset, *, prompts_per_step: int, seed: int, shuffle: bool = True, weights: Sequence[float] = ()
+        self,
+        dataset: Dataset,
+        *,
+        prompts_per_step: int,
+        seed: int,
+        shuffle: bool = True,
+        weights: Sequence[float] = (),
+        curriculum: Curriculum | None = None,
     ):
         self.dataset, self.prompts_per_step, self.seed = dataset, prompts_per_step, seed
         sizes = dataset.rows_per_file if weights else (len(dataset),)
         _check_weights(weights, sizes)
+        self.curriculum = curriculum
         starts = np.cumsum([0, *sizes])
         self._streams = [
-            _Stream(first=int(first), num_rows=size, key=(seed % 2**63, index), shuffle=shuffle)
+            _Stream(int(first), size, key=(seed % 2**63, index), shuffle=shuffle, curriculum=curriculum)
             for index, (first, size) in enumerate(zip(starts, sizes, strict=False))
         ]
         self._shares = np.array(weights or [1.0], np.float64) / sum(weights or [1.0])
@@ -133,11 +142,17 @@ class PromptLoader:
         rows = self.dataset.rows_of(keys["prompt_id"])
         return Batch.from_columns(self.dataset.columns(rows)).join(keys)
 
-    def state_dict(self) -> dict[str, list[int]]:
-        """Position in each stream, and the streams' sizes."""
-        return {"drawn": self._drawn.tolist(), "num_rows": [stream.num_rows for stream in self._streams]}
+    def note_success(self, prompt_ids: Rows, rates: npt.NDArray[np.float64]) -> None:
+        """Prompts were answered with these success rates, which an order by success goes by."""
+        if self.curriculum is not None:
+            self.curriculum.note(self.dataset.rows_of(prompt_ids), rates)
 
-    def load_state_dict(self, state: Mapping[str, Sequence[int]]) -> None:
+    def state_dict(self) -> dict[str, object]:
+        """Position in each stream, the streams' sizes, and what the curriculum has learned."""
+        own = {} if self.curriculum is None else {"curriculum": self.curriculum.state_dict()}
+        return {"drawn": self._drawn.tolist(), "num_rows": [stream.num_rows for stream in self._streams], **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken.
 
         Raises:
@@ -150,13 +165,15 @@ class PromptLoader:
                 "Use the data.train_files, data.train_weights and data.max_prompt_tokens of then"
             )
         self._drawn = np.array(state["drawn"], np.int64)
+        if self.curriculum is not None:
+            self.curriculum.load_state_dict(state.get("curriculum", {}))
 
 
 class _Stream:
     """An endless sequence of rows: epoch after epoch, each in its own order."""
 
-    def __init__(self, *, first: int, num_rows: int, key: tuple[int, int], shuffle: bool):
-        self.first, self.num_rows, self.key, self.shuffle = first, num_rows, key, shuffle
+    def __init__(self, first: int, num_rows: int, *, key: tuple[int, int], shuffle: bool, curriculum: Curriculum | None):
+        self.first, self.num_rows, self.key, self.shuffle, self.curriculum = first, num_rows, key, shuffle, curriculum
         self._epoch_order = lru_cache(maxsize=2)(self._draw_order)
 
     def rows(self, position: int, count: int) -> Rows:
@@ -169,9 +186,13 @@ class _Stream:
         return rows + self.first
 
     def _draw_order(self, epoch: int) -> Rows:
-        if not self.shuffle:
-            return np.arange(self.num_rows)
-        return np.random.default_rng([*self.key, epoch]).permutation(self.num_rows)
+        order = np.arange(self.num_rows)
+        if self.shuffle:
+            order = np.random.default_rng([*self.key, epoch]).permutation(self.num_rows)
+        if self.curriculum is None:
+            return order
+        keys = self.curriculum.keys(self.key[1], epoch, slice(self.first, self.first + self.num_rows))
+        return order[np.argsort(keys[order], kind="stable")]
 
 
 def prompt_seed(run_seed: int, step: int, prompt: int, *, occurrence: int = 0) -> int:
@@ -214,12 +235,14 @@ def build_loaders(config: Config, tokenizer: Tokenizer, rows: RowKind) -> Loader
         DataError: a file or column is missing or malformed, or nothing is left after filtering.
     """
     data, seed = config.data, config.run.seed
+    trained = read_rows(config, data.train_files, tokenizer, rows, key="data.train_files")
     train = PromptLoader(
-        read_rows(config, data.train_files, tokenizer, rows, key="data.train_files"),
+        trained,
         prompts_per_step=data.prompts_per_step,
         seed=seed,
         shuffle=data.shuffle,
         weights=data.train_weights,
+        curriculum=curriculum_of(config, trained),
     )
     validation = held_out = None
     if data.validation_files:
@@ -243,13 +266,30 @@ def read_rows(config: Config, files: Sequence[str], tokenizer: Tokenizer, rows: 
     whole = cast("PreTrainedTokenizerBase", tokenizer)
     match rows:
         case "prompts":
-            return read_prompts(files, tokenizer, data=config.data, key=key, columns=prompt_columns(config))
+            columns = [*prompt_columns(config), *order_columns(config)]
+            return read_prompts(files, tokenizer, data=config.data, key=key, columns=columns)
         case "preferences":
             return read_examples(files, PREFERENCE_COLUMNS, Preferences(whole, config.data), key=key, per_row=2)
         case "responses":
             if all(has_column(path, "messages", key=key) for path in files):
                 return read_examples(files, CHAT_COLUMNS, Conversations(whole, config.data), key=key)
             return read_responses(files, tokenizer, data=config.data, key=key)
+
+
+def order_columns(config: Config) -> list[ColumnSpec]:
+    """The column that `data.curriculum` names."""
+    name = config.data.curriculum
+    if name in (None, SUCCESS_RATE):
+        return []
+    return [ColumnSpec(name=name, expected="a number, by which data.curriculum orders", fits=lambda kind: is_number(kind))]
+
+
+def curriculum_of(config: Config, dataset: Dataset) -> Curriculum | None:
+    """The order that `data.curriculum` asks for."""
+    name = config.data.curriculum
+    if name is None or not isinstance(dataset, Prompts):
+        return None
+    return BySuccess(len(dataset)) if name == SUCCESS_RATE else ByColumn(dataset.stored[name].take(np.arange(len(dataset))))
 
 
 def prompt_columns(config: Config) -> Sequence[ColumnSpec]:

@@ -99,6 +99,12 @@ class DataWorker(Worker):
         write_rows(rows, path)
 
     @remote("rank_zero")
+    def note_success(self, rates: Batch) -> None:
+        """Prompts `prompt_id` were answered with success rates `rate`."""
+        assert self.train is not None, "DataWorker.open comes first"
+        self.train.note_success(rates["prompt_id"], rates["rate"])
+
+    @remote("rank_zero")
     def save_under_way(self, folder: str, prompts: Batch, said: Batch | None) -> None:
         """Write which prompts are under way (numbers of their rows), and what their rows have said so far."""
         save_arrays(Path(folder, PROMPTS_FILE), prompts)
