@@ -150,8 +150,8 @@ class DataConfig:
     shuffle: bool = True
     """Draw prompts in random order, new in each epoch; else in file order."""
     curriculum: str | None = None
-    """Of prompts: a column of numbers by which each epoch goes from low to high, or `success_rate`, from prompts that this run has
-    answered well to those that it has not; null for the order of `shuffle`, which also decides between equals."""
+    """Of prompts: a column of numbers by which each epoch goes from low to high, or `success_rate`, from prompts that this run
+    has answered well to those that it has not; null for the order of `shuffle`, which also decides between equals."""
     chat_template_options: Mapping[str, object] = field(default_factory=dict)
     """Variables of the chat template, for example `{enable_thinking: false}`; a row's column `chat_template_kwargs` goes before
     them."""
