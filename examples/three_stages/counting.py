@@ -26,7 +26,9 @@ NUM_HELD_OUT = 200
 """Of the 1,000 numbers of three digits."""
 CARE = 0.55
 """How often a pupil counts right."""
-CHATS_PER_NUMBER, PAIRS_PER_NUMBER = 3, 6
+CLEAR = 3 / NUM_DIGITS - 1e-9
+"""Least difference of the true scores of a pair."""
+CHATS_PER_NUMBER, PAIRS_PER_NUMBER = 3, 12
 Row = Mapping[str, object]
 
 
@@ -60,10 +62,10 @@ def chat(number: str, draw: random.Random) -> Row:
 
 
 def preference(number: str, draw: random.Random) -> Row:
-    """Two answers of different worth, the better one chosen."""
+    """Two answers of clearly different worth, the better one chosen."""
     while True:
         pair = sorted((careless(number, draw) for _ in range(2)), key=lambda response: true_score(number, response))
-        if true_score(number, pair[0]) < true_score(number, pair[1]):
+        if true_score(number, pair[1]) - true_score(number, pair[0]) >= CLEAR:
             rejected, chosen = ([{"role": "assistant", "content": response}] for response in pair)
             return {"prompt": [{"role": "user", "content": number}], "chosen": chosen, "rejected": rejected}
 
