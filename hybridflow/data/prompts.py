@@ -15,13 +15,9 @@ from hybridflow.batch import Array, Heavy, Ragged
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, Tokenizer
 from hybridflow.data.chunks import PROMPT_TEXT, Chunk, ChunkReader, conversation
-<<<<<<< HEAD
-from hybridflow.data.parquet import (
-    ROWS_PER_READ,
-=======
 from hybridflow.data.conversations import TEMPLATE_COLUMNS
 from hybridflow.data.parquet import (
->>>>>>> 1f24632 (Prompts get tools and options of the chat template; columns that nobody reads are named)
+    ROWS_PER_READ,
     ColumnSpec,
     StoredColumn,
     has_fields,
@@ -29,10 +25,7 @@ from hybridflow.data.parquet import (
     is_messages,
     is_text,
     open_parquet,
-<<<<<<< HEAD
-=======
     warn_of_unread,
->>>>>>> 1f24632 (Prompts get tools and options of the chat template; columns that nobody reads are named)
 )
 from hybridflow.data.progress import Progress
 from hybridflow.errors import DataError
