@@ -61,7 +61,7 @@ def roles_have_workers(config: Config, roles: tuple[str, ...]) -> Iterator[Field
 
 def validation_has_engines_of_its_own(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Engines that validate beside training are on a pool that neither trains nor generates for training."""
-    if "validation" not in roles:
+    if "validation" not in roles or not config.validation.concurrent:
         return
     if not config.data.validation_files:
         yield FieldError("validation.concurrent", "there is nothing to validate on: data.validation_files is empty")
