@@ -6,15 +6,18 @@ where every piece of every tensor is, and reading cuts the tensors anew for what
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -23,9 +26,16 @@ from hybridflow.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.checkpoint.metadata import Metadata
 
 METADATA = ".metadata"
+_DESCRIBING = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    *((_DESCRIBING, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((_DESCRIBING, f"{name}StorageMetadata") for name in ("Tensor", "Bytes", "Chunk")),
+    *((_DESCRIBING, "TensorProperties"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")),
+    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("collections", "OrderedDict")),
+}
+"""What a metadata file is made of, beside the names of dtypes. Unpickling anything else might run code."""
 
 
 def save_sharded(folder: str, state: dict[str, object], group: ProcessGroup | None) -> None:
@@ -54,7 +64,7 @@ def load_sharded(folder: str, state: dict[str, object], group: ProcessGroup | No
     """
     read_metadata(folder)
     with _explained("read", Path(folder)):
-        load(state, checkpoint_id=folder, process_group=group, no_dist=_is_alone(group))
+        load(state, storage_reader=_Reader(folder), process_group=group, no_dist=_is_alone(group))
 
 
 def check_same_parts(folder: str, state: Mapping[str, object]) -> None:
@@ -63,7 +73,8 @@ def check_same_parts(folder: str, state: Mapping[str, object]) -> None:
     Raises:
         CheckpointError: it does not; says how many of each, and names the first.
     """
-    saved = {name: tuple(getattr(entry, "size", ())) for name, entry in read_metadata(folder).state_dict_metadata.items()}
+    entries = read_metadata(folder).state_dict_metadata.items()
+    saved = {name: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None for name, entry in entries}
     wanted = dict(_shapes(state, ""))
     if saved == wanted:
         return
@@ -77,13 +88,14 @@ def check_same_parts(folder: str, state: Mapping[str, object]) -> None:
     raise CheckpointError(f"{folder} is of another model: {'; '.join(filter(None, found))}")
 
 
-def _shapes(state: Mapping[str, object], path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(state: Mapping[str, object], path: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """Of tensors; None of other values."""
     for key, value in state.items():
         name = f"{path}.{key}" if path else str(key)
         if isinstance(value, Mapping):
             yield from _shapes(value, name)
         else:
-            yield name, tuple(getattr(value, "shape", ()))
+            yield name, tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
 def read_metadata(folder: str) -> Metadata:
@@ -101,7 +113,26 @@ def read_metadata(folder: str) -> Metadata:
             "Give the checkpoint of a run whose configuration has this role"
         )
     with _explained("read", path / METADATA):
-        return FileSystemReader(folder).read_metadata()
+        return _Reader(folder).read_metadata()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which describes no tensor")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """torch's, but that the metadata cannot run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with Path(self.path, METADATA).open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 def _check_shared(folder: Path, metadata: Metadata) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
-from hybridflow.checkpoint.sharded import load_sharded, save_sharded
+from hybridflow.checkpoint.sharded import check_same_parts, load_sharded, save_sharded
 from hybridflow.errors import CheckpointError
 
 
@@ -81,3 +83,41 @@ def test_a_folder_without_sharded_state_says_what_it_holds(tmp_path: Path):
 def test_a_full_disk_is_an_error_that_says_how_much_is_free(small_disk: Path):
     with pytest.raises(CheckpointError, match=r"actor could not be written: .*; [\d,]+ bytes are free there"):
         save_sharded(str(small_disk / "actor"), {"model": {"weight": torch.randn(1000, 1000)}}, None)
+
+
+class RunsCode:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_metadata_file_cannot_run_code(tmp_path: Path):
+    state = {"model": {"a": torch.ones(3)}}
+    save_sharded(str(tmp_path / "actor"), state, None)
+    (tmp_path / "actor/.metadata").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match=r"\.metadata could not be read: .*refers to posix\.system"):
+        load_sharded(str(tmp_path / "actor"), state, None)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"a": torch.zeros(3)}, r"1 saved parts have no place in it, the first is model\.b"),
+        (
+            {"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(1)},
+            "1 of its parts were not saved, the first is model",
+        ),
+        ({"a": torch.zeros(3), "b": torch.zeros(4)}, r"model\.b was saved as \(2,\) and is \(4,\)"),
+        ({"a": torch.zeros(3), "b": 5}, r"model\.b was saved as \(2,\) and is None"),
+    ],
+)
+def test_a_checkpoint_with_more_or_fewer_or_other_parts_than_the_model_is_refused(
+    tmp_path: Path, now: dict[str, object], words: str
+):
+    save_sharded(str(tmp_path), {"model": {"a": torch.ones(3), "b": torch.ones(2)}}, None)
+    check_same_parts(str(tmp_path), {"model": {"a": torch.zeros(3), "b": torch.zeros(2)}})
+    with pytest.raises(CheckpointError, match=words):
+        check_same_parts(str(tmp_path), {"model": now})
