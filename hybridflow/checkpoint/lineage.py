@@ -24,7 +24,7 @@ ASIDE = "aside"
 """Folder within a run's folder for what belongs to other runs, or to steps that were superseded."""
 GROWING = ("metrics.jsonl", "samples.jsonl")
 """Files of a run's folder that grow line by line."""
-CONTENTS = (*GROWING, "tensorboard", "rollouts", "wandb_run_id", "mlflow_run_id", "checkpoints")
+CONTENTS = (*GROWING, "timeline.json", "tensorboard", "rollouts", "wandb_run_id", "mlflow_run_id", "checkpoints")
 """What a run writes to its folder, by which the next start of another run there must not be led."""
 
 

@@ -91,6 +91,8 @@ class Loop:
                 save_last = self.config.checkpoint.save_last
                 if (is_over and save_last) or self.is_due(step, self.config.checkpoint.every_steps, and_last=save_last):
                     validation.finish(before=step)  # one of this very step is run again where the run is resumed
+                    if self.saving is not None:
+                        self.saving.result()
                     with phase(f"the checkpoint of step {step} was written"):
                         self.seconds_saving = self.checkpoints.save(step, trackers)
                 if is_over:
