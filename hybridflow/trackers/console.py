@@ -15,6 +15,7 @@ from rich.text import Text
 from hybridflow.config.schema import Config
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker
+from hybridflow.trackers.own import own_metrics
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ NOT_PHASES = {"seconds/step", "seconds/validation"}
 """The whole, a part of another phase, and what has a line of its own."""
 MAX_SAMPLES = 3
 MAX_USER_METRICS = 3
+MAX_OWN_METRICS = 4
+"""Of the algorithm, its loss and its roles: those that come first."""
 SMALLEST_SHARE_SHOWN = 0.05
 """Phases that take less of a step are left out of its line."""
 MAX_CHARACTERS = 160
@@ -134,10 +137,12 @@ class ConsoleTracker(Tracker):
 
 def step_line(metrics: Metrics, *, max_characters: int) -> str:
     """What training measured in a step, the seconds of its phases, and its speed: of all that, the most important that fits."""
-    measured, phases, speed = [*_rewards(metrics), *_texts(SHOWN, metrics)], _phases(metrics), _speed(metrics)
+    rewards, own, phases, speed = _rewards(metrics), _own(metrics), _phases(metrics), _speed(metrics)
+    measured = [*rewards, *own, *_texts(SHOWN, metrics)]
     sections = (measured, phases, speed)
+    num_first = max(5, len(rewards) + len(own))
     kept: set[str] = set()
-    for text in (*measured[:5], *speed[:2], *phases[:2], *measured[5:], *phases[2:], *speed[2:]):
+    for text in (*measured[:num_first], *speed[:2], *phases[:2], *measured[num_first:], *phases[2:], *speed[2:]):
         if len(_joined(sections, kept | {text})) <= max_characters:
             kept.add(text)
     return _joined(sections, kept)
@@ -174,6 +179,12 @@ def _rewards(metrics: Metrics) -> list[str]:
     numbers = [REWARD, *(Number(name.removeprefix("reward/"), (name,), REWARD.form) for name in own)]
     texts = {text.rpartition(" ")[2]: text for text in reversed(_texts(numbers, metrics))}
     return list(reversed(texts.values()))[: 1 + MAX_USER_METRICS]
+
+
+def _own(metrics: Metrics) -> list[str]:
+    """What the algorithm measured beyond what all do."""
+    names = own_metrics(metrics)[:MAX_OWN_METRICS]
+    return _texts([Number(name.rpartition("/")[2].replace("_", " "), (name,), ".3g") for name in names], metrics)
 
 
 def _phases(metrics: Metrics) -> list[str]:

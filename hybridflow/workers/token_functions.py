@@ -29,7 +29,8 @@ class TokenAdvantages:
     last. Reads `reward`, `values` and, where the batch has them, `loss_mask` and `reference_log_probs` with the column named
     `log_probs`. Without a critic all values are 0: with `lam` 1 the advantage of a token is the discounted sum of the rewards
     from it on.
-    Writes `advantages`, `returns`, and the light column `kl`: mean KL to the reference per token of each row, in nats.
+    Writes `advantages`, `returns`, and the light column `kl`: mean KL to the reference per token of each row, in nats. Reports
+    `kl/mean` of all.
     """
 
     gamma: float
@@ -58,6 +59,7 @@ class TokenAdvantages:
             log_probs_T, reference_T = (_tensor(batch, name) for name in (self.log_probs, "reference_log_probs"))
             kl_T = ops.kl_estimate(log_probs_T, reference_T, self.kl_estimator)
             light["kl"] = ops.row_means(kl_T, offsets_B1.diff()).numpy()
+            context.report(Metrics({"kl/mean": Metric(float(kl_T.sum(dtype=torch.float64)), float(len(kl_T)))}))
             rewards_T = ops.kl_in_reward(rewards_T, kl_T, self.kl_coefficient)
         advantages_T, returns_T = ops.gae(rewards_T, values_T, offsets_B1, gamma=self.gamma, lam=self.lam)
         if self.whiten:

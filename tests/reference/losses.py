@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 Rows = Sequence[Sequence[float]]
 
 
-def kl(log_prob: float, reference: float, kind: Literal["k1", "k2", "k3"]) -> float:
-    """Schulman's three estimators, from probabilities."""
+def kl(log_prob: float, reference: float, kind: str) -> float:
+    """Schulman's three estimators and the absolute one, from probabilities."""
     ratio = math.exp(reference) / math.exp(log_prob)
-    return {"k1": -math.log(ratio), "k2": math.log(ratio) ** 2 / 2, "k3": (ratio - 1) - math.log(ratio)}[kind]
+    logarithm = math.log(ratio)
+    return {"k1": -logarithm, "k2": logarithm**2 / 2, "k3": (ratio - 1) - logarithm, "abs": abs(logarithm)}[kind]
 
 
 def policy_token(ratio: float, advantage: float, clip: tuple[float, float], dual_clip: float | None = None) -> float:
@@ -34,10 +34,10 @@ def value_token(value: float, old: float, target: float, clip: float | None) -> 
     return max(free, 0.5 * (moved - target) ** 2)
 
 
-def aggregate(losses: Rows, how: Literal["token_mean", "sequence_mean", "sequence_sum"], max_tokens: int) -> float:
+def aggregate(losses: Rows, how: str, max_tokens: int) -> float:
     """One number from the losses of the tokens of all rows."""
-    if how == "token_mean":
-        every = [loss for row in losses for loss in row]
-        return math.fsum(every) / len(every)
-    length = {"sequence_mean": len, "sequence_sum": lambda row: max_tokens}[how]
+    every = [loss for row in losses for loss in row]
+    if how in ("token_mean", "token_sum"):
+        return math.fsum(every) / (len(every) if how == "token_mean" else 1)
+    length = {"sequence_mean": len, "sequence_sum": lambda row: max_tokens, "sequence_mean_of_sums": lambda row: 1}[how]
     return math.fsum(math.fsum(row) / length(row) for row in losses) / len(losses)

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from hybridflow.trackers import behind
 from hybridflow.trackers.base import Sample, Tracker, Trackers
 from hybridflow.trackers.console import REWARD, SHOWN, SPEED, ConsoleTracker, shortened, step_line, validation_line
 from hybridflow.trackers.jsonl import JsonlTracker, read_lines
+from hybridflow.trackers.own import own_metrics
 
 
 def config(folder: Path, *names: str) -> Config:
@@ -246,6 +248,21 @@ def test_scores_that_are_equal_show_once():
 def test_a_critic_that_explains_nothing_shows_as_such_however_far_off_it_is():
     assert step_line(Metrics({"critic/explained_variance": -12795.61}), max_characters=160) == "explained <-10"
     assert step_line(Metrics({"critic/explained_variance": -0.5}), max_characters=160) == "explained -0.50"
+
+
+def test_the_metrics_of_an_algorithm_of_ones_own_show_in_the_line_of_a_step():
+    own = Metrics({"dpo/loss": 0.6931, "actor/margin": -1.25, "judge/words": 12.0, "actor/loss": 0.5})
+    line = step_line(METRICS + own, max_characters=160)
+    assert "loss 0.693  margin -1.25  words 12" in line and "reward 0.413" in line and "step 2.1s" in line
+
+
+def test_every_metric_of_the_framework_is_known_as_such():
+    text = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
+    of_all, _, rest = text.partition("## Of some algorithms")
+    of_some, _, others = rest.partition("\n## ")
+    in_tables = re.compile(r"^\| `([a-z_]+/[a-z_0-9]+)`", re.MULTILINE)
+    assert len(in_tables.findall(of_all + others)) > 50 and own_metrics(in_tables.findall(of_all + others)) == []
+    assert own_metrics(in_tables.findall(of_some)) == in_tables.findall(of_some) != []
 
 
 def test_failed_rewards_show_in_the_line_of_a_step():
