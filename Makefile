@@ -38,12 +38,16 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## List the commands
 	@echo "make COMMAND [variable=value ...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  with algorithm=ppo|grpo seed=0 engine=torch|vllm steps=N folder=DIR for quickstart; VENV=.venv PYTHON=python3 for all"
+	@echo "  with algorithm=ppo|grpo|dapo|... seed=0 engine=torch|vllm steps=N folder=DIR for quickstart; VENV=.venv PYTHON=python3 for all"
 
 .PHONY: quickstart
 quickstart: $(VENV)/.has-package $(if $(filter vllm,$(engine)),$(VENV)/.has-vllm) ## Train a toy model by PPO on this machine and show what it learned
 	@$(BIN)/python examples/quickstart/run.py --algorithm $(algorithm) --seed $(seed) --engine $(engine) \
 		--folder "$(folder)" $(if $(steps),--steps $(steps))
+
+.PHONY: curves
+curves: $(VENV)/.has-package ## Train the toy model by every algorithm and draw docs/algorithms.png: about half an hour
+	@$(BIN)/python -m examples.quickstart.curves --folder "$(if $(filter outputs/quickstart,$(folder)),outputs/curves,$(folder))"
 
 .PHONY: check
 check: $(VENV)/.has-dev ## Style, types, architecture and fast unit tests: under two minutes

@@ -25,11 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridflow import registry
+from hybridflow.config.load import load_algorithm
 from hybridflow.config.rules import PACKAGES, is_installed
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[2] / "configs"))
 RL_CONFIGS = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
+NEED_MORE = {"distillation", "safe_rlhf", "ppo_ptx"}
+"""Algorithms that learn from a teacher, a cost or further data: docs/algorithms.md says how to run them."""
 ACCURACY = "validation/reward/mean"
 
 console = Console()
@@ -95,20 +98,27 @@ def prepare(folders: Folders, *, seed: int) -> None:
     command("-m", "hybridflow.export", newest, folders.start)
 
 
+def algorithms() -> list[str]:
+    """The algorithms that generate what they learn from, and need no role beyond the quickstart's."""
+    classes = {name: load_algorithm(name) for name in registry.ALGORITHMS}
+    return sorted(name for name, found in classes.items() if getattr(found, "rows", "") == "prompts" and name not in NEED_MORE)
+
+
+def train_command(folders: Folders, algorithm: str, run_folder: Path, *more: str, seed: int) -> None:
+    """Train the fine-tuned model with rewards; an algorithm without a configuration here has that of GRPO and its own defaults."""
+    config = RL_CONFIGS.get(algorithm, RL_CONFIGS["grpo"])
+    chosen = [] if algorithm in RL_CONFIGS else [f"algorithm={algorithm}"]
+    command(
+        *("-m", "hybridflow.train", CONFIGS / config, *chosen, f"run.folder={run_folder}", f"run.seed={seed}"),
+        *(f"model.path={folders.start}", *more),
+        *(f"data.train_files=[{folders.data}/train.parquet]", f"data.validation_files=[{folders.data}/validation.parquet]"),
+    )
+
+
 def reinforce(folders: Folders, options: argparse.Namespace) -> None:
     """Train the fine-tuned model with rewards; validates before, during and after."""
     steps = [f"run.total_steps={options.steps}"] if options.steps else []
-    command(
-        *(
-            "-m",
-            "hybridflow.train",
-            CONFIGS / RL_CONFIGS[options.algorithm],
-            f"run.folder={folders.rl}",
-            f"run.seed={options.seed}",
-        ),
-        *(f"model.path={folders.start}", f"rollout.engine={options.engine}", *steps),
-        *(f"data.train_files=[{folders.data}/train.parquet]", f"data.validation_files=[{folders.data}/validation.parquet]"),
-    )
+    train_command(folders, options.algorithm, folders.rl, f"rollout.engine={options.engine}", *steps, seed=options.seed)
 
 
 def read_jsonl(path: Path) -> list[dict[str, object]]:
@@ -170,7 +180,7 @@ def engine_problem(name: str) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and do it all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", choices=sorted(RL_CONFIGS), default="ppo")
+    parser.add_argument("--algorithm", choices=algorithms(), default="ppo")
     parser.add_argument("--seed", type=int, default=0, help="of problems, weights and sampling")
     parser.add_argument("--engine", default="torch", help="what generates: torch, vllm, or another of the table")
     parser.add_argument("--steps", type=int, help="of reinforcement learning; by default what the configuration says")
