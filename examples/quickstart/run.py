@@ -105,7 +105,7 @@ def algorithms() -> list[str]:
 
 
 def train_command(folders: Folders, algorithm: str, run_folder: Path, *more: str, seed: int) -> None:
-    """Train the fine-tuned model with rewards; an algorithm without a configuration here has that of GRPO and its own defaults."""
+    """Train the fine-tuned model with rewards; those without a configuration have GRPO's data and their own defaults."""
     config = RL_CONFIGS.get(algorithm, RL_CONFIGS["grpo"])
     chosen = [] if algorithm in RL_CONFIGS else [f"algorithm={algorithm}"]
     command(

@@ -39,7 +39,7 @@ class Config(PolicyOptions):
     """Sampled responses to each prompt, beside the greedy one."""
     kl_in: Literal["reward", "loss", "none"] = "reward"
     """Where the KL to the reference counts: in each token's reward, in the loss, or nowhere (no reference is loaded)."""
-    kl_coefficient: Annotated[float, NOT_NEGATIVE] = 0.05
+    kl_coefficient: Annotated[float, NOT_NEGATIVE] = 0.01
     """Weight of the KL."""
     kl_estimator: KLEstimator = "k1"
     """Per-token estimate of the KL; k1 is for the reward, others are for either."""

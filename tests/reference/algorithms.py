@@ -106,7 +106,7 @@ def advantages(name: str, case: Case) -> Rows:
             return whitened(constant(reference.group_normalized(reward, group, scale_by_std=False), lengths))
         case "remax":
             better = [r - greedy for r, greedy in zip(reward, case.greedy_reward, strict=True)]
-            return [reference.discounted_returns(row, 1.0) for row in token_rewards(case, better, 0.05, "k1")]
+            return [reference.discounted_returns(row, 1.0) for row in token_rewards(case, better, 0.01, "k1")]
         case "rloo":
             kls = less_kl(case, 0.03, "k1")
             penalised = [r + penalty for r, penalty in zip(reward, kls, strict=True)]
