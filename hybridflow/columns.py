@@ -107,6 +107,7 @@ COLUMNS = {
     "reward": Column("row", "float32", "reward.score", "The reward of the whole response.", light=True),
     "reward_failed": Column("row", "bool", "reward.score", "True where the reward function raised or timed out.", light=True),
     "reward_model_score": Column("row", "float32", "reward_model.score", "What the reward model reads at the end.", light=True),
+    "teacher_log_probs": Column("response token", "float32", "teacher.log_probs", "Under the teacher, in nats."),
     "cost_model_score": Column("row", "float32", "cost_model.score", "What the cost model reads at the end.", light=True),
     "log_probs": Column(
         "response token", "float32", "actor.log_probs", "Under the policy before this step's updates, in nats."

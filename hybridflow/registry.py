@@ -33,6 +33,8 @@ ALGORITHMS = {
     "sapo": "hybridflow.algorithms.sapo:SAPO",
     "kl_cov": "hybridflow.algorithms.kl_cov:KLCov",
     "clip_cov": "hybridflow.algorithms.clip_cov:ClipCov",
+    "distillation": "hybridflow.algorithms.distillation:Distillation",
+    "safe_rlhf": "hybridflow.algorithms.safe_rlhf:SafeRLHF",
     "grpo_pass_at_k": "hybridflow.algorithms.grpo_pass_at_k:GRPOPassAtK",
 }
 
@@ -44,6 +46,7 @@ ROLES = {
     "rollout": "hybridflow.workers.rollout:RolloutWorker",
     "reward": "hybridflow.workers.reward:RewardWorker",
     "reward_model": "hybridflow.workers.reward_model:RewardModelWorker",
+    "teacher": "hybridflow.workers.reference:ReferenceWorker",
     "cost_model": "hybridflow.workers.reward_model:RewardModelWorker",
     "validation": "hybridflow.workers.rollout:ValidationWorker",
 }

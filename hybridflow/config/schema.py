@@ -445,6 +445,7 @@ class Config:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     cost_model: ReferenceConfig = field(default_factory=ReferenceConfig)
+    teacher: ReferenceConfig = field(default_factory=ReferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -462,6 +463,7 @@ class Config:
             "reference": self.reference,
             "reward_model": self.reward_model,
             "cost_model": self.cost_model,
+            "teacher": self.teacher,
         }
 
     @property

@@ -119,6 +119,7 @@ def resolved(config: Config, options: Set[str] = frozenset(), role: str = "") ->
         reference=frozen("reference", config.reference),
         reward_model=trained("reward_model", config.reward_model),
         cost_model=frozen("cost_model", config.cost_model),
+        teacher=frozen("teacher", config.teacher),
         rollout=replace(rollout, sleep=decided(f"rollout.{SLEEP}", rollout.sleep)),
     )
 

@@ -19,7 +19,7 @@ from hybridflow.planner.memory import (
 
 COSTS = {
     GRADIENTS: "summed over ranks in every microbatch",
-    **{f"{role}.{PARAMETERS}": "copied to the GPU once per step" for role in ("reference", "cost_model")},
+    **{f"{role}.{PARAMETERS}": "copied to the GPU once per step" for role in ("reference", "teacher", "cost_model")},
     OPTIMIZER: "copied to the GPU and back in every update",
     CHECKPOINTING: "recomputes the forward pass of every layer in every update",
     SLEEP: "weights leave the GPU and the cache is rebuilt in every step",

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class ReferenceWorker(Worker):
-    """A share of the frozen policy. It has no state beyond the folder that it is read from."""
+    """A share of a frozen policy, the reference or a teacher. It has no state beyond the folder that it is read from.
+
+    It reads the section of the configuration that is called like its role, or else `reference`.
+    """
 
     def __init__(self, config: Config, context: RankContext):
         from hybridflow.models.build import build_policy
@@ -26,8 +29,9 @@ class ReferenceWorker(Worker):
         from hybridflow.workers.model_spec import frozen_model
 
         super().__init__(config, context)
-        self.model = build_policy(frozen_model(self.config, context, config.reference.path))
-        self.core = FrozenCore(self.model, self.config.reference, context, temperature=self.config.rollout.temperature or 1.0)
+        settings = self.config.models.get(context.role, self.config.reference)
+        self.model = build_policy(frozen_model(self.config, context, settings.path))
+        self.core = FrozenCore(self.model, settings, context, temperature=self.config.rollout.temperature or 1.0)
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
@@ -35,9 +39,9 @@ class ReferenceWorker(Worker):
 
     @remote("split_by_data_rank")
     def log_probs(self, batch: Batch) -> Batch:
-        """Column `reference_log_probs`, in nats, at the temperature with which each row was sampled."""
+        """Column `ROLE_log_probs`, as `reference_log_probs`, in nats, at the temperature with which each row was sampled."""
         return Batch.from_columns(dict(self.core.evaluate(batch, self._forward)))
 
     def _forward(self, microbatch: Microbatch) -> dict[str, torch.Tensor]:
         log_probs_R, _ = self.model(microbatch.packed, temperature=microbatch.temperature)
-        return {"reference_log_probs": log_probs_R}
+        return {f"{self.context.role}_log_probs": log_probs_R}

@@ -98,6 +98,21 @@ class RowKL:
         return Batch({"kl_sum": sums_B})
 
 
+@dataclass(frozen=True)
+class TeacherAdvantages:
+    """Column `advantages`: the teacher's log-probability of each sampled token less the policy's, in nats. Reports
+    `distillation/reverse_kl`, the mean of its negative."""
+
+    log_probs: str
+    """Column with the policy's log-probabilities."""
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        teacher, policy = (sampled_tokens(batch, batch.tokens(name)) for name in ("teacher_log_probs", self.log_probs))
+        ahead = Ragged(teacher.values - policy.values, teacher.offsets)
+        context.report(Metrics({"distillation/reverse_kl": Metric(-float(ahead.values.sum()), float(len(ahead.values)))}))
+        return Batch.from_columns({"advantages": _of_response(batch, ahead)})
+
+
 def _tensor(batch: Batch, name: str) -> torch.Tensor:
     import torch
 

@@ -23,6 +23,7 @@ class Case:
 
     reward: list[float]
     greedy_reward: list[float]
+    cost: list[float]
     group: list[int]
     num_tokens: list[int]
     """Of the responses, those that the policy did not sample included."""
@@ -119,6 +120,11 @@ def advantages(name: str, case: Case) -> Rows:
             return constant([value * len(reward) / max(varied, 1) for value in centred], lengths)
         case "grpo_pass_at_k":
             return constant(best_alone(case, reward), lengths)
+        case "distillation":
+            return [[p - q for p, q in zip(*rows, strict=True)] for rows in zip(case.reference, case.old, strict=True)]
+        case "safe_rlhf":
+            of_reward, of_cost = reference.leave_one_out(reward, group), reference.leave_one_out(case.cost, group)
+            return constant([(r - 1.0 * c) / (1 + 1.0) for r, c in zip(of_reward, of_cost, strict=True)], lengths)
         case "dr_grpo":
             return constant(reference.group_normalized(reward, group, scale_by_std=False), lengths)
         case "dapo":
@@ -205,7 +211,7 @@ AGGREGATIONS = {
     **dict.fromkeys(("grpo", "gspo", "gmpo", "sapo"), "sequence_mean"),
     "dr_grpo": "sequence_sum",
 }
-KL_IN_LOSS = {"grpo": "k3", "reinforce_plus_plus_baseline": "k2"}
+KL_IN_LOSS = {"grpo": "k3", "safe_rlhf": "k3", "reinforce_plus_plus_baseline": "k2"}
 
 
 def loss(name: str, new: Rows, frozen: Rows, case: Case) -> float:

@@ -66,7 +66,7 @@ class GivenReference(ReferenceWorker):
 
     @remote("split_by_data_rank")
     def log_probs(self, batch: Batch) -> Batch:
-        return Batch.from_columns({"reference_log_probs": batch.tokens("reference_given")})
+        return Batch.from_columns({f"{self.context.role}_log_probs": batch.tokens("reference_given")})
 
 
 class GivenCritic(CriticWorker):
@@ -107,6 +107,7 @@ def rows_of(seed: int, *, rewards: list[float] = REWARDS, spread: float = 0.3, w
             "row": np.arange(len(lengths)),
             "reward": np.array(rewards, np.float32),
             "greedy_reward": np.array(GROUPS, np.float32) / 10,
+            "reward/cost": np.array(rewards[::-1], np.float32),
             "group": np.array(GROUPS),
             **tokens,
         }
@@ -126,7 +127,7 @@ def learn(name: str, rows: Batch, **options: object) -> tuple[float, list[list[f
         algorithm=AlgorithmConfig(options=algorithm.config_class(epochs=2, **OPTIONS.get(name, {}), **options)),
         data=DataConfig(prompts_per_step=4, max_response_tokens=MAX_TOKENS),
     )
-    classes = {"actor": GivenActor, "critic": GivenCritic, "reference": GivenReference}
+    classes = {"actor": GivenActor, "critic": GivenCritic, "reference": GivenReference, "teacher": GivenReference}
     workers = {role: kind(config, context_of(role)) for role, kind in classes.items()}
     handles = {role: type(one).group(LocalDispatcher([one], Layout(), pool_name=role)) for role, one in workers.items()}
     built = algorithm(config, {**handles, "rollout": handles["actor"], "reward": handles["actor"]})
@@ -149,6 +150,7 @@ def case_of(name: str, rows: Batch) -> tuple[reference.Case, reference.Rows]:
     case = reference.Case(
         reward=rows["reward"].tolist(),
         greedy_reward=rows["greedy_reward"].tolist(),
+        cost=rows["reward/cost"].tolist(),
         group=rows["group"].tolist(),
         num_tokens=rows["response_tokens"].tolist(),
         old=sampled("old_given"),
@@ -192,6 +194,7 @@ def test_equal_rewards_teach_nothing_but_what_a_kl_or_a_critic_says(name: str) -
 
 WITH_A_BASELINE_OF_THEIR_OWN = {
     "ppo": "the critic's values",
+    "distillation": "the teacher",
     "remax": "the greedy response",
     "dapo": "lengths differ, and are punished",
     "kl_cov": "a KL to the old policy",
