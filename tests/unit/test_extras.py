@@ -18,6 +18,7 @@ USED_IN = {
     "hub": "tests/unit/test_prepare.py",
     "wandb": "tests/unit/test_tracker_trials.py",
     "mlflow": "tests/unit/test_tracker_trials.py",
+    "agents": "tests/unit/test_sessions.py",
 }
 """Where each extra's packages do real work."""
 MODULES = {"lora": "peft", "hub": "datasets", "wandb": "wandb", "mlflow": "mlflow"}
