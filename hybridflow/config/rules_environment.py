@@ -34,10 +34,11 @@ def environment_can_be_found(config: Config, roles: tuple[str, ...]) -> Iterator
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
         yield FieldError("environment.path", f"{environment.path} is not Python: {error}")
         return
-    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    classes = [node.name for node in tree.body if isinstance(node, kinds)]
     has_others = any(isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.If | ast.Try) for node in tree.body)
     if environment.class_name is None and not classes:
-        problem = f"{environment.path} defines no class; an environment is a class with reset and step"
+        problem = f"{environment.path} defines no class with reset and step, and no agent's run(row, address)"
         yield FieldError("environment.path", problem)
     elif environment.class_name is not None and environment.class_name not in classes and not has_others:
         problem = f"{environment.path} has no class {environment.class_name!r}{nearest(environment.class_name, classes) or '.'}"

@@ -23,6 +23,11 @@ def test_a_file_with_an_environment_is_right(file: Path, tmp_path: Path) -> None
     assert mistakes_of([*right_run(tmp_path), "algorithm=grpo", *asked]) == []
 
 
+def test_a_file_with_an_agent_is_right(file: Path, tmp_path: Path) -> None:
+    file.write_text("async def run(row, address):\n    return 1.0\n")
+    assert mistakes_of([*right_run(tmp_path), "algorithm=grpo", f"environment.path={file}"]) == []
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
