@@ -67,7 +67,8 @@ class ActorWorker(Worker):
         columns = self.core.evaluate(batch, forward)
         self.context.report(entropy_metrics(batch, columns["entropy"]))
         if "rollout_log_probs" in batch:
-            self.context.report(mismatch_metrics(batch, columns["log_probs"]))
+            is_stale = self.config.loop.max_staleness > 0
+            self.context.report(mismatch_metrics(batch, columns["log_probs"], is_stale=is_stale))
         return Batch.from_columns({"log_probs": columns["log_probs"]})
 
     @remote("split_by_data_rank")

@@ -29,16 +29,16 @@ def entropy_metrics(batch: Batch, entropy: Ragged) -> Metrics:
     return Metrics({"actor/entropy": Metric(float(means_B @ sampled.lengths), float(sampled.lengths.sum()))})
 
 
-def mismatch_metrics(batch: Batch, log_probs: Ragged) -> Metrics:
+def mismatch_metrics(batch: Batch, log_probs: Ragged, *, is_stale: bool = False) -> Metrics:
     """`agreement/...` between the batch's `rollout_log_probs` and the trainer's `log_probs`, exact over ranks but for the 99th
-    percentile, which is the mean of the ranks' own."""
+    percentile, which is the mean of the ranks' own; and `importance/...` where older weights may have sampled."""
     import torch
 
-    from hybridflow.ops.mismatch import mismatch
     from hybridflow.ops.reduce import to_metrics
 
     sides = (sampled_tokens(batch, side).values for side in (batch.tokens("rollout_log_probs"), log_probs))
-    return to_metrics(mismatch(*(torch.tensor(side) for side in sides))).prefixed("agreement")
+    rollout_R, log_probs_R = (torch.tensor(side) for side in sides)
+    return to_metrics(of_tokens(rollout_R, log_probs_R, is_stale=is_stale))
 
 
 @dataclass(frozen=True)

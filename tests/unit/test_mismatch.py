@@ -77,3 +77,11 @@ def test_tokens_that_the_policy_did_not_sample_count_neither_in_the_mismatch_nor
     batch, column = rows_of_rank(*rows, mask=mask), Ragged.from_rows(rows, np.float32)
     assert mismatch_metrics(batch, column)["agreement/mean"] == pytest.approx(0.2)
     assert entropy_metrics(batch, column)["actor/entropy"] == pytest.approx(0.2)
+
+
+def test_log_probabilities_of_a_stale_step_tell_the_weights_that_the_effective_sample_size_is_made_of() -> None:
+    # Weights trainer / engine: e^0 and e^ln 3, so their mean is 2 and that of their squares 5.
+    batch, log_probs = rows_of_rank([0.0], [0.0]), Ragged.from_rows([[0.0], [math.log(3.0)]], np.float32)
+    found = mismatch_metrics(batch, log_probs, is_stale=True)
+    assert (found["importance/weight"], found["importance/weight_sq"]) == pytest.approx((2.0, 5.0))
+    assert not [name for name in mismatch_metrics(batch, log_probs) if name.startswith("importance/")]
