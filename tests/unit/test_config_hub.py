@@ -96,9 +96,10 @@ def test_a_model_that_the_hub_has_is_asked_for_once_and_not_loaded(tmp_path: Pat
     assert hub.asked == ["HEAD /org/name/resolve/main/config.json"]
 
 
-def test_a_local_folder_asks_nobody(tmp_path: Path) -> None:
+def test_a_local_folder_asks_nobody(tmp_path: Path, hub: Hub) -> None:
     model = model_folder(tmp_path / "model")
-    assert told(tmp_path, f"model.path={model}", hub=NOWHERE) == "did not ask\n"
+    assert "mistakes" not in told(tmp_path, f"model.path={model}", hub=hub.address)
+    assert not hub.asked
 
 
 def test_a_hub_that_cannot_be_reached_is_told_with_the_other_mistakes_and_what_to_do(tmp_path: Path) -> None:

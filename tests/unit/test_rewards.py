@@ -364,6 +364,7 @@ def test_the_signature_of_trl_gets_messages_where_the_dataset_has_messages(tmp_p
     )
     conversation = given("abc")
     conversation["messages"] = [{"role": "user", "content": "q"}]
+    conversation["prompt"] = "user: q"  # as a template has made it
     function = user_function(tmp_path, source, function="reward")
     assert function.score_all([conversation])[0].reward == 4.0  # one message, three characters
 
