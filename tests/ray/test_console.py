@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 import warnings
 from pathlib import Path
 
 import pytest
-import ray
 
 from hybridflow.config.schema import Config
 from hybridflow.controller import launch
@@ -31,18 +29,6 @@ def test_a_redirected_run_is_plain_text_in_which_the_first_ranks_say_what_they_d
     assert "rollout rank 1" not in text, "what all ranks do is said once"
     assert "\x1b" not in text
     assert "step 2/2  reward" in text
-
-
-def test_a_wait_that_takes_long_says_what_for(
-    cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(launch, "SECONDS_OF_SILENCE", 0.2)
-    sleep = ray.remote(lambda seconds: time.sleep(seconds))
-    sleeping = [sleep.remote(seconds) for seconds in (1.0, 1.1)]
-    jobs = {reference: f"building role 'actor' on rank {rank}" for rank, reference in enumerate(sleeping)}
-    with caplog.at_level(logging.INFO, logger="hybridflow"):
-        launch._wait_for(jobs, timeout_s=60)
-    assert caplog.messages[0] == "not done after 0 s: building role 'actor' on rank 0, and 1 more"
 
 
 def test_what_torchs_compiler_decides_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

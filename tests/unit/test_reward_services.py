@@ -184,7 +184,7 @@ def test_many_responses_are_judged_at_once_and_a_bad_one_fails_alone(address: st
     pool.close()
     assert [isinstance(result, Score) for result in results] == [*[True] * 60, *[False] * 4]
     assert time.perf_counter() - started < 15  # 60 times 0.5 s one after the other are 30 s
-    assert 8 < Stub.most_at_once <= 64
+    assert 8 < Stub.most_at_once <= 80  # 64, and answers that were given up and that the stub has not noticed
 
 
 def test_a_judge_beside_a_rule_is_weighted(address: str) -> None:

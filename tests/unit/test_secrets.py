@@ -35,8 +35,13 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     literal: 'costs \\${5}'
     """
     (tmp_path / "run.yaml").write_text(f"reward:\n  path: {tmp_path}/rule.py\n  options:{options}")
-    overrides = ["reward.options.line=${oc.env:JUDGE_KEY}", "custom_reward_function.reward_kwargs.verl=${oc.env:JUDGE_KEY}"]
-    return load_config(str(tmp_path / "run.yaml"), [*right_run(tmp_path), f"run.folder={tmp_path}/run", *overrides, "checkpoint.save_last=true"])
+    overrides = [
+        f"run.folder={tmp_path}/run",
+        "checkpoint.save_last=true",
+        "reward.options.line=${oc.env:JUDGE_KEY}",
+        "custom_reward_function.reward_kwargs.verl=${oc.env:JUDGE_KEY}",
+    ]
+    return load_config(str(tmp_path / "run.yaml"), [*right_run(tmp_path), *overrides])
 
 
 def test_a_function_is_given_the_value(given: Config):
