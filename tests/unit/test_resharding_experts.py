@@ -44,6 +44,10 @@ def workers_on(folder: str, engine: str) -> dict[str, Worker]:
 def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Worker]]:
     folder = make_every(request.param, tmp_path_factory.mktemp(request.param), **FOR_VLLM)
     assert folder is not None
+    if not NO_VLLM:  # an engine of a dense model, built in this process before, has left no group for experts
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        destroy_model_parallel()
     roles = workers_on(folder, "vllm")
     yield roles
     roles["rollout"].close()
