@@ -50,7 +50,7 @@ def phase(doing: str) -> Iterator[None]:
 def ended_by(error: BaseException, config: Config | None) -> int:
     """Say on stderr what ended the run, or before it has begun the command, where `config` is None; returns the exit code."""
     number = interrupts.number() if config is not None else None
-    if number is None and config is not None and isinstance(error, KeyboardInterrupt):
+    if number is None and config is not None and not isinstance(error, HybridflowError):
         error = interrupts.failure() or error  # in a call to Ray, what is raised from a signal's handler loses its type
     if isinstance(error, ConfigError):
         _say(f"{error}\n")

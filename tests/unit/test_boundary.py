@@ -122,6 +122,17 @@ def test_a_signal_whose_number_ray_has_lost_still_gives_the_exit_code(number: si
             signal.signal(each, handler)
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemError("returned a result with an exception set")])
+def test_what_another_thread_has_found_out_is_told_whatever_ray_makes_of_it(
+    raised: BaseException, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with interrupts.noticed(), pytest.raises(errors.HybridflowError):
+        interrupts.fail(errors.HybridflowError("Ray's head has ended"))
+        interrupts.raise_if_lost()
+    assert ended_by(raised, Config(run=RunConfig(folder=str(tmp_path)))) == 1
+    assert "Ray's head has ended" in capsys.readouterr().err
+
+
 def test_a_signal_that_comes_after_the_failure_leaves_it_a_failure(tmp_path: Path) -> None:
     with interrupts.noticed():
         interrupts.seen()
