@@ -131,6 +131,8 @@ def test_what_another_thread_has_found_out_is_told_whatever_ray_makes_of_it(
         interrupts.raise_if_lost()
     assert ended_by(raised, Config(run=RunConfig(folder=str(tmp_path)))) == 1
     assert "Ray's head has ended" in capsys.readouterr().err
+    with interrupts.noticed():
+        assert interrupts.failure() is None, "the next run begins anew"
 
 
 def test_a_signal_that_comes_after_the_failure_leaves_it_a_failure(tmp_path: Path) -> None:
