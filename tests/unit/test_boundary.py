@@ -20,6 +20,13 @@ train = importlib.import_module("hybridflow.train")
 """The module: `hybridflow.train` may be the function of that name, too."""
 
 
+@pytest.fixture(autouse=True)
+def nothing_has_arrived() -> None:
+    """What tests before in this process have noted is not of this run."""
+    with interrupts.noticed():
+        pass
+
+
 class UnspeakableError(Exception):
     """Whose text cannot be had."""
 
