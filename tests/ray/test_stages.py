@@ -66,6 +66,6 @@ def test_a_reward_model_is_trained_and_then_rewards(tmp_path: Path, capsys: pyte
     assert rollouts["response_text"].str.len().mean() == pytest.approx(rollouts["reward/letters"].mean())
 
     arguments = [str(tmp_path / "grpo"), "--data", paths["prompts"], "--output", str(tmp_path / "eval"), "--responses", "4"]
-    assert evaluate([*arguments, "--temperature", "1.0", "reward.name=gsm8k"]) == 0
+    assert evaluate([*arguments, "--temperature", "1.0", "reward.name=exact_match"]) == 0
     assert "majority@4" in capsys.readouterr().out
     assert len(pd.read_parquet(tmp_path / "eval" / "rows.parquet")) == 64
