@@ -90,3 +90,11 @@ def test_metrics_come_back_as_columns():
     with pytest.raises(KeyError, match="'los' was not measured"):
         history["los"]
     assert pickle.loads(pickle.dumps(history)).steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "first", ["from hybridflow import train", "import hybridflow; train = hybridflow.train", "import hybridflow.train as train"]
+)
+def test_the_function_is_the_module_of_the_command_however_it_is_imported(first: str) -> None:
+    code = f"{first}; import hybridflow; assert hybridflow.train is train and callable(train) and callable(train.main)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
