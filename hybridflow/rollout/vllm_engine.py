@@ -220,6 +220,7 @@ class VllmEngine(Engine):
 def _prepare_process(spec: EngineSpec) -> None:
     """What vLLM has no arguments for."""
     patches.silence_internals()
+    patches.take_second_runner(spec)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights arrive as tensors, requests without a socket
     if dist.is_initialized():
         os.environ["RANK"] = str(dist.get_rank())

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+from vllm.v1.request import Request
 
 logger = logging.getLogger("hybridflow")
 
@@ -35,10 +37,34 @@ ExecutedStep = tuple[SchedulerOutput, ModelRunnerOutput]
 """One that the model has done, and its result."""
 
 
-class MultiStepScheduler(AsyncScheduler):  # type: ignore[misc]
+class _TokensAtOnce(Scheduler):  # type: ignore[misc]
+    """Tokens of several steps that cannot end their request are appended together; vLLM would look at each in Python."""
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        if len(new_token_ids) > 1 and not self._can_end(request, new_token_ids):
+            request.append_output_token_ids(new_token_ids)
+            return new_token_ids, False
+        found: tuple[list[int], bool] = super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
+        return found
+
+    def _can_end(self, request: Request, tokens: list[int]) -> bool:
+        asked = request.sampling_params
+        if asked is None or asked.repetition_detection is not None:
+            return True
+        ends = (asked.eos_token_id, *(asked.stop_token_ids or ()))
+        return (
+            request.num_tokens + len(tokens) >= self.max_model_len
+            or request.num_output_tokens + len(tokens) >= request.max_tokens
+            or any(end in tokens for end in ends)
+        )
+
+
+class MultiStepScheduler(AsyncScheduler, _TokensAtOnce):  # type: ignore[misc]
     """vLLM's scheduler with repeated decode steps."""
 
-    max_steps = 8
+    max_steps = 16
     """One that is scheduled and its repetitions, at most."""
     tokens_per_repetition = 8
     """That requests must have said on average: short responses would compute much in vain."""
@@ -55,6 +81,8 @@ class MultiStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.step: SchedulerOutput | None = None
         """The last one."""
         self.repetitions_left = 0
+        self.repeated: list[Request] = []
+        """The requests of a step that is repeated."""
         self.state: tuple[object, ...] = ()
         self.held: list[ExecutedStep] = []
         """What vLLM's scheduler has not seen, oldest first."""
@@ -65,13 +93,16 @@ class MultiStepScheduler(AsyncScheduler):  # type: ignore[misc]
         if self.step is not None and self.repetitions_left and not self.finished_req_ids and self.state == self._state():
             self.step = _a_token_further(self.step)
             self.repetitions_left -= 1
-            self._update_after_schedule(self.step)
+            for request in self.repeated:  # all that vLLM's `_update_after_schedule` would change
+                request.num_computed_tokens += 1
+                request.num_output_placeholders += 1
             return self.step
         has_room = self.can_repeat and self._has_room()
         if self.can_repeat:
             self.num_lookahead_tokens = self.max_steps - 1 if has_room else 0
         self.step = super().schedule(*args, **kwargs)
         self.repetitions_left = self._num_repetitions(self.step) if has_room else 0
+        self.repeated = [self.requests[name] for name in self.step.num_scheduled_tokens] if self.repetitions_left else []
         self.state = self._state()
         return self.step
 

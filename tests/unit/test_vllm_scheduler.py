@@ -306,7 +306,7 @@ def test_a_round_is_scheduled_once(config: VllmConfig, monkeypatch: pytest.Monke
     found = run(scheduler_of(MultiStepScheduler, config), long, {}, depth=2)
     assert [len(tokens) for tokens in found.tokens.values()] == [100] * 3
     assert found.num_steps <= 102, "no step in vain where all end together"
-    assert len(calls) <= found.num_steps // MultiStepScheduler.max_steps + 5
+    assert len(calls) <= found.num_steps // MultiStepScheduler.max_steps + 6
 
 
 def test_short_responses_compute_little_in_vain(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
