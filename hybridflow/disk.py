@@ -57,6 +57,12 @@ def retried(path: Path, action: Callable[[], T]) -> T:
         raise named(error, path) from error
 
 
+def unused(path: Path) -> Path:
+    """`path`, or where that is taken the first of `path.1`, `path.2` and so on that is not."""
+    candidates = (path if not number else path.with_name(f"{path.name}.{number}") for number in range(10_000))
+    return next(candidate for candidate in candidates if not candidate.exists() and not candidate.is_symlink())
+
+
 def named(error: OSError, path: Path) -> OSError:
     """`error` with the file that it is about, which failing writes and flushes do not say."""
     return error if error.filename else OSError(error.errno, error.strerror or str(error), str(path))

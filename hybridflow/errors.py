@@ -13,6 +13,9 @@ class HybridflowError(Exception):
     advice: str = ""
     """How to go on with the run: the end of the message, where the error knows it. For others the outer boundary says that."""
 
+    since_step: int | None = None
+    """Since this step what was trained and saved is of no use, where the error knows it."""
+
     @classmethod
     def advising(cls, problem: str, advice: str) -> Self:
         """An error whose message ends in advice."""
@@ -108,6 +111,10 @@ class CheckpointError(HybridflowError):
     """What the operating system refused, by its number; None where it was not that, or it is not known."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint holds what no run would have written."""
+
+
 class PlacementError(HybridflowError):
     """The cluster cannot hold the pools that the configuration asks for."""
 
@@ -137,7 +144,7 @@ class WorkerError(HybridflowError):
         return f"{self.role}.{self.method} failed on rank {self.rank} (node {self.node})"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _worker_error, (type(self), self.role, self.rank, self.node, self.method, self.cause)
+        return _worker_error, (type(self), (self.role, self.rank, self.node, self.method), self.cause, self.since_step)
 
 
 class WorkerDiedError(WorkerError):
@@ -148,5 +155,8 @@ class CallTimeoutError(HybridflowError):
     """A call on a group did not end within `run.timeout_s`; the message names the ranks that have not answered."""
 
 
-def _worker_error(kind: type[WorkerError], role: str, rank: int, node: str, method: str, cause: str) -> WorkerError:
-    return kind(role=role, rank=rank, node=node, method=method, cause=cause)
+def _worker_error(kind: type[WorkerError], where: tuple[str, int, str, str], cause: str, since_step: int | None) -> WorkerError:
+    role, rank, node, method = where
+    error = kind(role=role, rank=rank, node=node, method=method, cause=cause)
+    error.since_step = since_step
+    return error

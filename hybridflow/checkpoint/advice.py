@@ -72,6 +72,30 @@ def other_algorithm(then: str, now: str) -> str:
     )
 
 
+def other_policy(changed: Sequence[str]) -> str:
+    """Where the settings of adapters differ. `changed` is as of `for_misfit`."""
+    lines = "\n".join(f"  {line}" for line in changed)
+    return (
+        "To continue from it, set them back; or export it (python -m hybridflow.export), which merges its adapters, and give "
+        f"that folder as model.path in a run.folder of its own:\n{lines}"
+    )
+
+
+def before_it_was_spoilt(resume: str, since_step: int, newest: Path | None, sound: Path | None) -> str:
+    """Where what was trained since a step is of no use. `newest` is the newest checkpoint of the run, `sound` the newest one of
+    before that step."""
+    if newest == sound:
+        return to_continue(resume, newest)
+    if sound is None:
+        return f"What was saved since step {since_step} is of no use; to put it aside and start anew, checkpoint.resume=never"
+    return f"What was saved since step {since_step} is of no use; to go on from before, checkpoint.resume={sound}"
+
+
+def once_put_right(going_on: str) -> str:
+    """How to go on after a failure that would come again. `going_on` is as of `to_continue`."""
+    return f"When that is put right: {going_on[:1].lower()}{going_on[1:]}"
+
+
 def folder_gone(folder: Path) -> str:
     """Where the folder of a run has gone during the run."""
     return f"If {folder} was moved, move it back before you start again"

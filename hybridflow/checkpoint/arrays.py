@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hybridflow.batch import Array, Batch, Heavy, Ragged
-from hybridflow.errors import CheckpointError
+from hybridflow.errors import DamagedCheckpointError
 
 OFFSETS = "offsets of "
 
@@ -28,13 +28,13 @@ def load_arrays(path: Path) -> Batch:
     """What `save_arrays` wrote.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        DamagedCheckpointError: the file is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
     ragged = [name.removeprefix(OFFSETS) for name in arrays if name.startswith(OFFSETS)]
     columns: dict[str, Array | Heavy] = {name: Ragged(arrays.pop(name), arrays.pop(f"{OFFSETS}{name}")) for name in ragged}
     return Batch.from_columns({**arrays, **columns})

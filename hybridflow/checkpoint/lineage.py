@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hybridflow.disk import flush, write_durably
+from hybridflow.disk import flush, unused, write_durably
 
 logger = logging.getLogger("hybridflow")
 
@@ -63,9 +63,7 @@ def put_aside(run_folder: Path, names: Sequence[str], *, why: str, copied: Seque
     present = [name for name in names if (run_folder / name).exists()]
     if not present:
         return None
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folders = (run_folder / ASIDE / (stamp if not number else f"{stamp}.{number}") for number in range(10_000))
-    target = next(folder for folder in folders if not folder.exists())
+    target = unused(run_folder / ASIDE / time.strftime("%Y%m%d-%H%M%S"))
     for name in present:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (run_folder / name).rename(target / name)

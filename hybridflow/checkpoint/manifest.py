@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridflow.disk import flush, named, retried
-from hybridflow.errors import CheckpointError
+from hybridflow.errors import CheckpointError, DamagedCheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -102,17 +102,17 @@ def read_json(path: Path, what: str) -> dict[str, object]:
     """The JSON object in a file of a checkpoint; `what` describes it in the errors.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or holds something else.
+        DamagedCheckpointError: the file is missing, unreadable, or holds something else.
     """
     try:
         content = json.loads(retried(path, lambda: path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         missing = f"{path} is missing, which holds {what}, so {path.parent} is no complete checkpoint"
-        raise CheckpointError(missing) from error
+        raise DamagedCheckpointError(missing) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. It should hold {what}") from error
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}. It should hold {what}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold {what}, and holds a {type(content).__name__}")
+        raise DamagedCheckpointError(f"{path} should hold {what}, and holds a {type(content).__name__}")
     return content
 
 

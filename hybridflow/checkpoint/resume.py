@@ -51,16 +51,20 @@ def resume_point(store: CheckpointStore) -> ResumePoint:
     return ResumePoint(source=source, settle=lambda: _begin(store, new_record(given), why))
 
 
-def how_to_go_on(store: CheckpointStore) -> str:
-    """What the same command would do, for a run that was stopped."""
+def how_to_go_on(store: CheckpointStore, *, since_step: int | None = None) -> str:
+    """What the same command would do, for a run that was stopped; what to do where it is of no use since a step."""
     record = read_record(store.run_folder)
     is_first = store.resume not in ("auto", "never") and (
         record is None or record.resumed_from != os.path.realpath(store.resume)
     )
     try:
-        return advice.to_continue(store.resume, None if is_first else store.latest())
+        newest = None if is_first else store.latest()
     except CheckpointError as error:
         return str(error)
+    if since_step is None:
+        return advice.to_continue(store.resume, newest)
+    sound = [found.path for found in store.own() if found.step < since_step] if newest else []
+    return advice.before_it_was_spoilt(store.resume, since_step, newest, sound[-1] if sound else None)
 
 
 def _begin(store: CheckpointStore, record: Record, why: str) -> None:

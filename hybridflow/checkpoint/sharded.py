@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hybridflow.disk import free_bytes
-from hybridflow.errors import CheckpointError
+from hybridflow.errors import CheckpointError, DamagedCheckpointError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -158,11 +158,14 @@ def _explained(action: str, folder: Path) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             yield
     except CheckpointException as error:
-        found = _causes(error)
-        raise CheckpointError(f"{folder} could not be {action}: {found}{_free_space(action, folder)}") from error
+        raise _could_not_be(action, folder, _causes(error)) from error
     except Exception as error:  # what unpickling damaged bytes ends in is open: EOFError, ValueError, ImportError and more
-        found = _one_line(error)
-        raise CheckpointError(f"{folder} could not be {action}: {found}{_free_space(action, folder)}") from error
+        raise _could_not_be(action, folder, _one_line(error)) from error
+
+
+def _could_not_be(action: str, folder: Path, found: str) -> CheckpointError:
+    kind = DamagedCheckpointError if action == "read" else CheckpointError
+    return kind(f"{folder} could not be {action}: {found}{_free_space(action, folder)}")
 
 
 def _causes(error: CheckpointException) -> str:

@@ -20,8 +20,8 @@ from typing import Any, cast
 from hybridflow.checkpoint import advice
 from hybridflow.checkpoint.lineage import read_record
 from hybridflow.checkpoint.manifest import MANIFEST, Manifest, read_json, read_manifest, verify_files, write_manifest
-from hybridflow.disk import errno_of, flush, free_bytes, named, remove, size_of
-from hybridflow.errors import CheckpointError, HybridflowError, WorkerDiedError
+from hybridflow.disk import errno_of, flush, free_bytes, named, remove, size_of, unused
+from hybridflow.errors import CheckpointError, HybridflowError, WorkerDiedError, WorkerError
 
 STATE = "state.json"
 FOLDER = "checkpoints"
@@ -93,6 +93,9 @@ class CheckpointStore:
             remove(temporary)
             raise
         except (OSError, HybridflowError) as error:
+            if not self._is_of_the_disk(error):
+                remove(temporary)
+                raise
             raise self.abandon(temporary, error) from error
         except BaseException:
             remove(temporary)
@@ -107,7 +110,7 @@ class CheckpointStore:
             self._recover()
             for leftover in [*self.folder.glob(".step_*.tmp*"), *self.folder.glob(".step_*.retired*")]:
                 remove(leftover)
-            temporary = _unused(temporary)
+            temporary = unused(temporary)
             temporary.mkdir()
         except OSError as error:
             raise self._unwritten(f"no checkpoint can be written to {self.folder}: {error}", error, needed=0) from error
@@ -136,7 +139,7 @@ class CheckpointStore:
         before = [found.manifest.sequence for found in self.own() if found.manifest]
         write_manifest(temporary, sequence=1 + max(before, default=0), run=self.run)
         is_own = any(found.path == final for found in self.own())
-        replaced = _unused(_replaced(final) if is_own else final.with_name(f"{final.name}.aside"))
+        replaced = unused(_replaced(final) if is_own else final.with_name(f"{final.name}.aside"))
         if final.exists() or final.is_symlink():
             final.rename(replaced)
         temporary.rename(final)
@@ -145,9 +148,18 @@ class CheckpointStore:
             remove(replaced)
         return final
 
+    def _is_of_the_disk(self, error: BaseException) -> bool:
+        """Whether writing has failed, and not what was to be written."""
+        cause = error.cause if isinstance(error, WorkerError) else f"{type(error).__name__}: "
+        is_said = errno_of(error) is not None or cause.startswith(f"{CheckpointError.__name__}: ")
+        return is_said or free_bytes(self.folder) < self._needed()
+
+    def _needed(self) -> int:
+        return max((size_of(found.path) for found in self.own()), default=0)
+
     def abandon(self, temporary: Path, cause: BaseException) -> CheckpointError:
         """Remove an unfinished checkpoint. Returns the error to raise: the cause, the free bytes, and what remains."""
-        needed = max((size_of(found.path) for found in self.own()), default=0)
+        needed = self._needed()
         problem = f"the checkpoint of step {_step_of(temporary)} could not be written: {cause}"
         error = self._unwritten(problem, cause, needed=needed)
         remove(temporary)
@@ -208,7 +220,7 @@ class CheckpointStore:
         retired = [found.path for found in sorted(self.own(), key=_sequence)[: -self.keep]]
         for path in retired:
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
-            remove(path.rename(_unused(path.with_name(f".{path.name}.retired"))))
+            remove(path.rename(unused(path.with_name(f".{path.name}.retired"))))
         return retired
 
     def scan(self) -> list[Found]:
@@ -325,12 +337,6 @@ def _sequence(found: Found) -> int:
 
 def _replaced(final: Path) -> Path:
     return final.with_name(f".{final.name}.replaced")
-
-
-def _unused(path: Path) -> Path:
-    """`path`, or where that is taken the first of `path.1`, `path.2` and so on that is not."""
-    candidates = (path if not number else path.with_name(f"{path.name}.{number}") for number in range(10_000))
-    return next(candidate for candidate in candidates if not candidate.exists() and not candidate.is_symlink())
 
 
 def _as_json(value: object, place: str) -> object:

@@ -12,7 +12,6 @@ from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get
 from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from hybridflow.config.schema import RENAMED
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
@@ -84,8 +83,6 @@ class Builder:
         if isinstance(value, Mapping) and value:
             for name, element in value.items():
                 self._unknown(join(key, name), element)
-        elif key in RENAMED:
-            self.add(key, f"is called {RENAMED[key]} now")
         else:
             self.add(key, f"no such key{suggestion(key, self.known_keys, self.aliases)}")
 

@@ -37,7 +37,7 @@ RENAMED = {
     "rollout.memory_fraction": "rollout.gpu_memory_utilization",
     "rollout.max_requests": "rollout.max_num_seqs",
 }
-"""Keys of the release before, and what they are called now. An old one is an error that names the new one."""
+"""Keys of the release before, and what they are called now. An old one is taken as the new one, with a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)

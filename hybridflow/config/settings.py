@@ -8,7 +8,7 @@ from functools import cache
 
 from hybridflow.config import verl_keys
 from hybridflow.config.build import found, keys_of, suggestion
-from hybridflow.config.schema import AlgorithmConfig, Config
+from hybridflow.config.schema import RENAMED, AlgorithmConfig, Config
 from hybridflow.config.tree import Setting, insert, lookup, merged
 from hybridflow.config.verl import OF_THE_MACHINE, PAGE, Translated, VerlSet
 from hybridflow.config.verl_values import is_off
@@ -64,7 +64,7 @@ class Settings:
 
     def take(self, layers: Sequence[Sequence[Setting]], *, has_file: bool) -> None:
         """Put the layers over one another, the lowest first; where any key of verl's is among them, on verl's defaults."""
-        leaves = [[leaf for setting in layer for leaf in _leaves(setting)] for layer in layers]
+        leaves = [[self._renamed(leaf) for setting in layer for leaf in _leaves(setting)] for layer in layers]
         leaves = [_without_dropped(layer, leaves[number + 1 :]) for number, layer in enumerate(leaves)]
         ours, verls = self._divided(leaves)
         if verls:
@@ -74,6 +74,14 @@ class Settings:
             for setting in sorted(layer, key=lambda setting: setting.key not in CHOICES):
                 self._put(setting.key, setting.value, setting.place)
         self._check_equal()
+
+    def _renamed(self, setting: Setting) -> Setting:
+        """Under the present name of its key."""
+        if setting.key not in RENAMED:
+            return setting
+        now = RENAMED[setting.key]
+        self.reports.append(FieldWarning(setting.key, f"is called {now} now, and is taken as that", setting.place))
+        return replace(setting, key=now)
 
     def place_of(self, key: str) -> str:
         """Where `key`, or the closest section around it, was given; empty where it was not."""

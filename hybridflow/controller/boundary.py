@@ -21,10 +21,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hybridflow.checkpoint.advice import once_put_right
 from hybridflow.config.schema import Config
 from hybridflow.controller import interrupts
 from hybridflow.disk import NO_ROOM
-from hybridflow.errors import ConfigError, FolderInUseError, HybridflowError, WorkerError
+from hybridflow.errors import (
+    CallTimeoutError,
+    ConfigError,
+    FolderInUseError,
+    HybridflowError,
+    PlacementError,
+    WorkerDiedError,
+    WorkerError,
+)
 
 FAILED, MISCONFIGURED, BY_SIGNAL = 1, 2, 128
 """Exit codes; the number of the signal is added to the last."""
@@ -63,7 +72,7 @@ def ended_by(error: BaseException, config: Config | None) -> int:
     _say("\nThe run failed.\n" if config is not None else "\nThe command failed before anything was started.\n")
     known = error.advice if isinstance(error, HybridflowError) else ""
     lines = [what_happened(error).removesuffix(known).rstrip()]
-    lines += [known or how_to_go_on(config)] if config is not None else []
+    lines += [known or _how_to_go_on_after(error, config)] if config is not None else []
     _say("\n".join([*lines, written_trace(error, config), ""]))
     return FAILED
 
@@ -112,15 +121,22 @@ def written_trace(error: BaseException, config: Config | None) -> str:
     return f"The trace could be written nowhere, so it follows.\n{text}"
 
 
-def how_to_go_on(config: Config) -> str:
+def how_to_go_on(config: Config, *, since_step: int | None = None) -> str:
     """What was saved, and what the same command would do after a run was stopped."""
     from hybridflow.checkpoint.resume import how_to_go_on
     from hybridflow.checkpoint.store import CheckpointStore
 
     try:
-        return how_to_go_on(CheckpointStore(config.run.folder, resume=config.checkpoint.resume))
+        return how_to_go_on(CheckpointStore(config.run.folder, resume=config.checkpoint.resume), since_step=since_step)
     except (HybridflowError, OSError) as error:
         return f"What was saved cannot be told: {error}"
+
+
+def _how_to_go_on_after(error: BaseException, config: Config) -> str:
+    """Of what may pass by itself the command is simply given again; of other failures the cause comes first."""
+    if not isinstance(error, HybridflowError) or isinstance(error, WorkerDiedError | CallTimeoutError | PlacementError):
+        return how_to_go_on(config)
+    return once_put_right(how_to_go_on(config, since_step=error.since_step))
 
 
 def leave(code: int) -> None:

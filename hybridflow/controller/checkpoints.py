@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hybridflow.algorithms.base import Algorithm
@@ -13,13 +13,20 @@ from hybridflow.checkpoint import advice
 from hybridflow.checkpoint.changes import changes, changes_of_the_policy, of_model_or_data
 from hybridflow.checkpoint.lineage import GROWING
 from hybridflow.checkpoint.resume import resume_point
-from hybridflow.checkpoint.store import CheckpointStore, RunState
+from hybridflow.checkpoint.store import CheckpointStore, RunState, newest_whole
 from hybridflow.config.schema import Config
 from hybridflow.config.secrets import as_written
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.row_source import RowSource
 from hybridflow.disk import PASSING, RETRY_S, flush
-from hybridflow.errors import CallTimeoutError, CheckpointError, HybridflowError, WorkerDiedError
+from hybridflow.errors import (
+    CallTimeoutError,
+    CheckpointError,
+    DamagedCheckpointError,
+    HybridflowError,
+    WorkerDiedError,
+    WorkerError,
+)
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Trackers
 
@@ -84,17 +91,14 @@ class Checkpoints:
         changed = changes(state.config, as_written(self.config))
         self._refuse_other_algorithm(point.source, state)
         if other := changes_of_the_policy(changed, has_adapters=self.config.model.lora_rank > 0):
-            raise CheckpointError(
-                f"{point.source} has adapters that are another policy under other settings: {'; '.join(other)}. Set them as "
-                "they were; or export the checkpoint, which merges them, and start from that with model.path"
-            )
+            problem = f"{point.source} has adapters that are another policy under other settings."
+            raise CheckpointError.advising(problem, advice.other_policy(other))
         try:
             self._restore(point.source, state)
         except (WorkerDiedError, CallTimeoutError):
             raise
         except HybridflowError as error:
-            what_to_do = advice.for_misfit(of_model_or_data(changed))
-            raise CheckpointError.advising(f"{point.source} does not fit this run: {error}\n", what_to_do) from error
+            raise self._unfit(point.source, of_model_or_data(changed), error) from error
         point.settle()
         if changed:
             listed = "\n".join(f"  {line}" for line in changed)
@@ -106,6 +110,13 @@ class Checkpoints:
             logger.info("nothing is left to train; raise run.total_steps or run.total_epochs to go on")
         return state.step
 
+    def _unfit(self, source: Path, changed: Sequence[str], error: HybridflowError) -> CheckpointError:
+        """An error that tells a checkpoint of other things from a damaged one."""
+        whole = newest_whole(source.parent, other_than=source)
+        if is_damage(error) or (whole and not changed and _roles(whole) != _roles(source)):
+            return CheckpointError.advising(f"{source} is damaged: {error}\n", advice.resume_from(source, whole))
+        return CheckpointError.advising(f"{source} does not fit this run: {error}\n", advice.for_misfit(changed))
+
     def _restore(self, source: Path, state: RunState) -> None:
         for role, worker in self.launched.groups.items():
             if not (source / role).is_dir():
@@ -115,18 +126,17 @@ class Checkpoints:
             self.rows.restore(source / "data", state.stream)
             own = {name: float(str(value)) for name, value in state.algorithm.items()}
         except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise CheckpointError(f"its state.json holds what this version would not write: {error!r}") from error
+            raise DamagedCheckpointError(f"its state.json holds what this version would not write: {error!r}") from error
         if wrong := [name for name, value in own.items() if not math.isfinite(value)]:
-            raise CheckpointError(f"its state.json has {wrong[0]} of the algorithm as {own[wrong[0]]}")
+            raise DamagedCheckpointError(f"its state.json has {wrong[0]} of the algorithm as {own[wrong[0]]}")
         self.algorithm.load_state_dict(own)
 
     def _refuse_other_algorithm(self, source: Path, state: RunState) -> None:
         section = state.config.get("algorithm")
         then, now = str(section.get("name")) if isinstance(section, Mapping) else "", self.config.algorithm.name
         if then and then != now:
-            raise CheckpointError(
-                f"{source} was written by algorithm {then!r}, not {now!r}. {advice.other_algorithm(then, now)}"
-            )
+            problem = f"{source} was written by algorithm {then!r}, not {now!r}."
+            raise CheckpointError.advising(problem, advice.other_algorithm(then, now))
 
     def tell_lost_lines(self) -> None:
         """Say which files of the run's folder have fewer lines than they had when the checkpoint was written."""
@@ -134,6 +144,17 @@ class Checkpoints:
             found = num_lines(self.store.run_folder / name)
             if isinstance(expected, int) and found < expected:
                 logger.warning("%s has %d of the %d lines that were written before the checkpoint", name, found, expected)
+
+
+def is_damage(error: HybridflowError) -> bool:
+    """Whether a file holds what no run would have written; also where a rank has found that out."""
+    if isinstance(error, WorkerError):
+        return error.cause.startswith(f"{DamagedCheckpointError.__name__}: ")
+    return isinstance(error, DamagedCheckpointError)
+
+
+def _roles(checkpoint: Path) -> set[str]:
+    return {path.name for path in checkpoint.iterdir() if path.is_dir()}
 
 
 def num_lines(path: Path) -> int:

@@ -218,7 +218,9 @@ class RankProcess:
     def _named(self, role: str, method: str, error: BaseException) -> WorkerError:
         cause = str(error) if isinstance(error, HybridflowError) else "".join(traceback.format_exception(error)[1:])
         named = f"{type(error).__name__}: {cause}" if isinstance(error, HybridflowError) else cause
-        return WorkerError(role=role, rank=self.place.rank, node=self.node(), method=method, cause=named)
+        told = WorkerError(role=role, rank=self.place.rank, node=self.node(), method=method, cause=named)
+        told.since_step = error.since_step if isinstance(error, HybridflowError) else None
+        return told
 
 
 def prepare_console(level: int) -> None:

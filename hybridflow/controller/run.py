@@ -32,6 +32,7 @@ def run(config: Config, *, on_step: OnStep = lambda step, metrics: None) -> None
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # it prints whole traces of calls whose failure was told
     try_trackers(config)
     is_finished = threading.Event()
     try:

@@ -11,17 +11,22 @@ MOST_NAMED = 3
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
 
 
+def share_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 @torch.no_grad()
+def norms(tensors: NamedTensors) -> dict[str, torch.Tensor]:
+    """As `largest`, on the device and without waiting for it."""
+    shares = {name: share for name, tensor in tensors if tensor is not None and (share := share_of(tensor)).numel()}
+    return dict(zip(shares, torch._foreach_norm(list(shares.values()), float("inf")), strict=True)) if shares else {}
+
+
 def largest(tensors: NamedTensors) -> dict[str, float]:
     """The largest absolute value in this rank's share of each tensor, not finite where any is not. One wait for the device."""
-    shares = {
-        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors if tensor is not None
-    }
-    shares = {name: share.detach() for name, share in shares.items() if share.numel()}
-    if not shares:
-        return {}
-    norms = torch._foreach_norm(list(shares.values()), float("inf"))
-    return dict(zip(shares, torch.stack([norm.float() for norm in norms]).tolist(), strict=True))
+    found = norms(tensors)
+    return dict(zip(found, torch.stack([norm.float() for norm in found.values()]).tolist(), strict=True)) if found else {}
 
 
 def not_finite(found: dict[str, float]) -> list[str]:

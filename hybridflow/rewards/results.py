@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, SupportsFloat, cast, runtime_checkable
@@ -13,6 +14,8 @@ from hybridflow.errors import RewardError
 MAIN_KEYS = ("overall", "score")
 TAKEN_METRICS = ("mean", "std", "failed")
 """What `reward/...` says of the reward itself; see controller/batch_metrics.py."""
+CALLING = ("rewards/scorer.py", "rewards/call.py", "rewards/results.py", "concurrent/futures/_base.py", "asyncio/timeouts.py")
+"""Files between the pool and the function that is called."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,14 @@ class Arraylike(Protocol):
     def tolist(self) -> object:
         """As Python's own numbers and lists."""
         ...
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback from the function on; of what this package says about its result, the message alone."""
+    rest = error.__traceback__
+    while rest is not None and rest.tb_frame.f_code.co_filename.endswith(CALLING):
+        rest = rest.tb_next
+    return "".join(traceback.format_exception(type(error), error, rest))
 
 
 def as_list(results: object, num_inputs: int) -> Sequence[object]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from fnmatch import fnmatchcase
 from hybridflow.config.schema import RewardConfig, RewardTerm
 from hybridflow.errors import RewardError
 from hybridflow.rewards.call import Kind, RewardFunction, RewardInput, load_reward_function
-from hybridflow.rewards.results import MAIN_KEYS, TAKEN_METRICS, Failure, Score, as_list, as_score, finite
+from hybridflow.rewards.results import MAIN_KEYS, TAKEN_METRICS, Failure, Score, as_list, as_score, finite, trace_of
 
 Result = Score | Failure | None
 """Of one function for one response; None where it says that it does not apply."""
@@ -165,8 +164,8 @@ class Scorer:
             future = self.coroutines.submit(result, num_rows=num_rows)
         except RewardError:
             raise
-        except (Exception, SystemExit):
-            failure = Failure("raised", traceback.format_exc())
+        except (Exception, SystemExit) as error:
+            failure = Failure("raised", trace_of(error))
             return lambda: failure
 
         def wait() -> Result:
@@ -176,8 +175,8 @@ class Scorer:
                 raise
             except LateError:
                 return Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s:g}")
-            except (Exception, SystemExit):
-                return Failure("raised", traceback.format_exc())
+            except (Exception, SystemExit) as error:
+                return Failure("raised", trace_of(error))
 
         return wait
 
@@ -195,8 +194,8 @@ class Scorer:
             return Failure(failure.reason, f"{term.label}: {failure.detail}") if self.is_sum else failure
         try:
             return self._weighted(parts) if self.is_sum else parts[0][1] if parts else as_score(None)
-        except (TypeError, ValueError):
-            return Failure("raised", traceback.format_exc())
+        except (TypeError, ValueError) as error:
+            return Failure("raised", trace_of(error))
 
     def _weighted(self, parts: Sequence[tuple[Term, Score]]) -> Score:
         if not parts:
@@ -218,8 +217,8 @@ def _as_result(result: object) -> Result:
 def _protected_result(result: object) -> Result:
     try:
         return _as_result(result)
-    except (TypeError, ValueError):
-        return Failure("raised", traceback.format_exc())
+    except (TypeError, ValueError) as error:
+        return Failure("raised", trace_of(error))
 
 
 def _check_labels(labels: Sequence[str]) -> None:

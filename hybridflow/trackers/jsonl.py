@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hybridflow.config.schema import Config
-from hybridflow.disk import retried, write_durably
+from hybridflow.disk import retried, unused, write_durably
 from hybridflow.errors import RunFolderError
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, run_folder
@@ -99,7 +99,7 @@ def drop_later_lines(path: Path, resume_step: int) -> Path | None:
         if not path.stat().st_size:
             return None
         ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        return path.replace(path.with_name(f"{path.stem}.until-{ended}{path.suffix}"))
+        return path.rename(unused(path.with_name(f"{path.stem}.until-{ended}{path.suffix}")))
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= resume_step]
     write_durably(path, "".join(kept))
     return None

@@ -17,7 +17,7 @@ from hybridflow.data.loader import PromptLoader, RowKind, build_loaders
 from hybridflow.data.parquet import identity_of
 from hybridflow.data.prompts import Prompts
 from hybridflow.data.rollouts import write_rows
-from hybridflow.errors import CheckpointError, DataError
+from hybridflow.errors import DamagedCheckpointError, DataError
 from hybridflow.rewards.ground_truths import check_ground_truths
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
@@ -136,7 +136,9 @@ class DataWorker(Worker):
         self._refuse_other_files(state.pop("files", self.files))
         drawn, num_rows = state.get("drawn"), state.get("num_rows")
         if not _are_counts(drawn) or not _are_counts(num_rows) or len(drawn) != len(num_rows):
-            raise CheckpointError(f"{path} should hold how many prompts were drawn of how many, for each stream, and does not")
+            raise DamagedCheckpointError(
+                f"{path} should hold how many prompts were drawn of how many, for each stream, and does not"
+            )
         self.train.load_state_dict({"drawn": drawn, "num_rows": num_rows})
 
     def _refuse_other_files(self, then: object) -> None:

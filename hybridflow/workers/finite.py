@@ -2,55 +2,81 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from hybridflow.errors import DivergenceError
-from hybridflow.parallel.finite import NamedTensors, largest, listed, not_finite
+from hybridflow.parallel.finite import NamedTensors, largest, listed, norms, not_finite, share_of
 
 if TYPE_CHECKING:
     from hybridflow.workers.base import RankContext
 
 LARGE = 1e4
 """Weights of language models are far below; the largest above this is worth a word."""
+LARGEST = 1e18
+"""Weights beyond are as good as infinite: in float32 the square of ten times that is."""
 
 
 class WeightCheck:
-    """Checks the weights of one model, and remembers when they were finite last."""
+    """Checks the weights of one model, or other numbers of it, and remembers when they were finite last."""
 
-    def __init__(self, context: RankContext):
-        self.context = context
+    def __init__(self, context: RankContext, *, most: float = LARGEST):
+        self.context, self.most = context, most
         self.finite_when = ""
+        self.versions: dict[str, tuple[int, ...]] = {}
+        """Of the tensors that were found finite last."""
+
+    def forget(self) -> None:
+        """Something has written to the weights, in a way that they may not show."""
+        self.versions.clear()
 
     def check(self, tensors: NamedTensors, *, when: str) -> None:
-        """Every rank of the group calls this.
+        """Every rank of the group calls this. Tensors that nobody has written to since they were found finite are not read
+        again; the others cost one pass over them and one wait for the device.
 
         Raises:
-            DivergenceError: a weight of any rank is not finite; `when` says at which moment that was found.
+            DivergenceError: a number of any rank is not finite, or beyond `most`; `when` says at which moment that was found.
         """
-        found = largest(tensors)
-        bad = not_finite(found)
-        if self._on_any_rank(bool(bad)):
-            since = (
-                f"They were still finite {self.finite_when}" if self.finite_when else "No check has found them finite before"
-            )
-            where = f"{len(bad)} of {len(found)} tensors hold weights" if bad else "another rank's shares hold weights"
-            names = f": {listed(bad)}" if bad else ""
-            raise DivergenceError(
-                f"{self.context.role}: {where} that are not finite {when}{names}. {since}. Go on from an earlier "
-                "checkpoint with a lower learning rate; where this comes again at the same place, look at the model's files "
-                "and at the memory of this machine"
-            )
+        named = [(name, tensor) for name, tensor in tensors if tensor is not None]
+        versions = {name: _version_of(tensor) for name, tensor in named}
+        changed = [(name, tensor) for name, tensor in named if self.versions.get(name) != versions[name]]
+        if self._exceeds_on_any_rank(changed):
+            self._raise(named, when)
+        self.versions |= versions
         self.finite_when = when
 
-    def _on_any_rank(self, is_bad: bool) -> bool:
-        if self.context.group is None:
-            return is_bad
-        flag = torch.tensor(float(is_bad), device=self.context.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.context.group)
+    def _exceeds_on_any_rank(self, tensors: NamedTensors) -> bool:
+        found = list(norms(tensors).values())
+        if len({norm.dtype for norm in found}) > 1:
+            found = [norm.float() for norm in found]
+        flag = torch.zeros((), device=self.context.device)
+        if found:
+            flag += (~(torch.stack(found) <= self.most)).any().to(flag.device)
+        if self.context.group is not None:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.context.group)
         return bool(flag.item())
+
+    def _raise(self, tensors: NamedTensors, when: str) -> NoReturn:
+        found = largest(tensors)
+        bad = not_finite(found)
+        what = "that are not finite"
+        if not bad and (bad := [name for name, value in found.items() if value > self.most]):
+            what = f"as large as {max(found.values()):.3g}"
+        where = f"{len(bad)} of {len(found)} tensors hold numbers {what}" if bad else "numbers of another rank are not finite"
+        since = f"They were in order {self.finite_when}" if self.finite_when else "No check has found them in order before"
+        role = self.context.role
+        raise DivergenceError(
+            f"{role}: {where} {when}{f': {listed(bad)}' if bad else ''}. {since}. Lower {role}.learning_rate; where this comes "
+            "again at the same place, look at the model's files and at the memory of this machine"
+        )
+
+
+def _version_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Changes whenever somebody writes to the tensor, or other memory takes its place."""
+    share = share_of(tensor)
+    return tensor._version, share._version, share.data_ptr()
 
 
 class SkippedUpdates:
@@ -76,12 +102,25 @@ class SkippedUpdates:
         DivergenceError: so many in a row have been skipped that the model no longer learns.
         """
         if self.most is not None and self.count >= self.most:
-            role, step = self.context.role, self.since_step
-            go_on = f"Go on from a checkpoint before step {step}" if step > 1 else "Start anew"
-            raise DivergenceError(
-                f"{role} no longer learns: {self.count} updates in a row were skipped (run.max_skipped_updates={self.most}), "
-                f"since step {step}. {why} {go_on} with a lower {role}.learning_rate, or with rewards of a smaller scale"
-            )
+            raise self._ended(f"{self.count} updates in a row were skipped (run.max_skipped_updates={self.most})", why)
+
+    def raise_if_most_of_the_run(self, why: str, *, num_updates: int) -> None:
+        """At the end of a run that is shorter than what `raise_if_too_many` waits for.
+
+        Raises:
+            DivergenceError: at least half of the updates, two or more, were skipped, up to the last one.
+        """
+        if self.most is not None and self.count >= max(2, num_updates / 2):
+            raise self._ended(f"the last {self.count} of {num_updates} updates were skipped", why)
+
+    def _ended(self, what: str, why: str) -> DivergenceError:
+        role = self.context.role
+        error = DivergenceError(
+            f"{role} no longer learns: {what}, since step {self.since_step}. {why} Lower {role}.learning_rate, or give rewards "
+            "of a smaller scale"
+        )
+        error.since_step = self.since_step
+        return error
 
 
 def why_skipped(norm: float, gradients: dict[str, float], weights: dict[str, float], losses: dict[str, float]) -> str:

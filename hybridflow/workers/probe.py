@@ -14,7 +14,7 @@ import numpy as np
 
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config
-from hybridflow.errors import DivergenceError, WeightMismatchError
+from hybridflow.errors import DivergenceError, EngineError, WeightMismatchError
 from hybridflow.rollout.base import Engine, Request, Response, Sampling
 from hybridflow.workers.base import RankContext
 
@@ -56,6 +56,11 @@ def probe(engine: Engine, actor: ScoresRows, config: Config, context: RankContex
             f"after the weight sync the engine of {context.role} rank {context.rank} took {response.num_cached_tokens} of "
             f"{len(prompt)} probe tokens from its prefix cache, which holds keys and values of older weights. Look at the "
             "engine's reset_prefix_cache"
+        )
+    if not len(response.tokens):
+        raise EngineError(
+            f"the engine of {context.role} rank {context.rank} answered a prompt of {len(prompt)} tokens by none. It was "
+            f"to give {response_tokens} and ignore the end of sequence. Look at rollout.engine={config.rollout.engine}"
         )
     row = as_rows([request], [response])
     trained = actor.log_probs(without_log_probs(row)).tokens("log_probs").values

@@ -100,16 +100,17 @@ class TrainingCore:
         self.learning_rate = config.learning_rate
         self.num_updates = 0
         """Calls of `update`."""
-        self.step = 0
+        self.step = self.total_steps = 0
         self.weights = WeightCheck(context)
         self.weights.check(model.named_parameters(), when="when the model was loaded")
+        self.moments = WeightCheck(context, most=torch.finfo(torch.float32).max)
         self.skipped = SkippedUpdates(context, most=max_skipped_updates)
         self.peak_flops, self.flops_per_token = peak_flops(context.device), flops_per_token(model)
         self.offload()
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Set the learning rate of the updates that follow."""
-        self.step = step
+        self.step, self.total_steps = step, total_steps
         self.learning_rate = learning_rate(self.config, step, total_steps)
 
     def evaluate(self, batch: Batch, forward: Callable[[Microbatch], Outputs]) -> dict[str, Ragged]:
@@ -163,6 +164,8 @@ class TrainingCore:
         if self.skipped.note(is_skipped=is_skipped, step=self.step) and self.context.rank == 0:
             logger.warning("step %d: an update of %s is skipped. %s", self.step, self.context.role, why)
         self.skipped.raise_if_too_many(why)
+        if 0 < self.step == self.total_steps:
+            self.skipped.raise_if_most_of_the_run(why, num_updates=self.num_updates)
         counted = {
             "grad_norm": Metric(norm),
             "learning_rate": Metric(self.learning_rate),
@@ -213,6 +216,7 @@ class TrainingCore:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self.optimizer.step()
+            self.weights.forget()
             why = ""
         else:
             named = list(self.model.named_parameters())
@@ -241,7 +245,7 @@ class TrainingCore:
         Raises:
             DivergenceError: a weight is not finite.
         """
-        self.weights.check(self.model.named_parameters(), when=f"when step {self.step} was saved")
+        self._check(when=f"when step {self.step} was saved")
         save_sharded(folder, self._state(), self.context.group)
 
     def restore(self, folder: str) -> None:
@@ -255,10 +259,22 @@ class TrainingCore:
         state = self._state()
         check_same_parts(folder, state)
         load_sharded(folder, state, self.context.group)
+        self.weights.forget()
         random_state = state["random"]
         assert isinstance(random_state, torch.Tensor)
         torch.set_rng_state(random_state)
-        self.weights.check(self.model.named_parameters(), when=f"in the checkpoint {folder}")
+        self._check(when=f"in the checkpoint {folder}")
+
+    def _check(self, *, when: str) -> None:
+        """Of all that is saved. Where a moment of the optimizer is infinite, its weight learns no more, in silence."""
+        self.weights.check(self.model.named_parameters(), when=when)
+        moments = [
+            (f"{key} of {name}", tensor)
+            for name, parameter in self.model.named_parameters()
+            for key, tensor in self.optimizer.state.get(parameter, {}).items()
+        ]
+        self.moments.forget()
+        self.moments.check(moments, when=when)
 
     def _state(self) -> dict[str, object]:
         """Tensors that share memory with the model and the optimizer, so that loading into them is loading them.

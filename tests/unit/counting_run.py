@@ -24,7 +24,7 @@ from hybridflow.controller.boundary import how_to_go_on
 from hybridflow.controller.checkpoints import Checkpoints, num_lines
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.run_folder import RunFolder, reserved
-from hybridflow.errors import CheckpointError, HybridflowError
+from hybridflow.errors import CheckpointError, DamagedCheckpointError, HybridflowError
 from hybridflow.metrics import Metrics
 
 NUM_STEPS, EVERY = 8, 2
@@ -42,7 +42,9 @@ class Counting:
         Path(folder, "value").write_text(f"{self.model} {self.value}")
 
     def restore(self, folder: str) -> None:
-        model, value = Path(folder, "value").read_text().split()
+        model, _, value = Path(folder, "value").read_text().partition(" ")
+        if not value:
+            raise DamagedCheckpointError(f"{folder}/value should hold a model and a number")
         if model != self.model:
             raise CheckpointError(f"{folder} is of model {model}, not of {self.model}")
         self.value = int(value)
@@ -132,7 +134,7 @@ def config_of(folder: Path, settings: Mapping[str, str]) -> Config:
     config = Config(
         run=RunConfig(folder=str(folder), total_steps=int(settings.get("run.total_steps", NUM_STEPS))),
         algorithm=AlgorithmConfig(name=settings.get("algorithm", "grpo"), options=GrpoOptions()),
-        model=ModelConfig(path=settings.get("model.path", "m")),
+        model=ModelConfig(path=settings.get("model.path", "m"), lora_rank=int(settings.get("model.lora_rank", "0"))),
         trackers=TrackerConfig(names=()),
         validation=ValidationConfig(before_training=False, every_steps=0),
     )

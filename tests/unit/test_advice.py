@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from hybridflow.checkpoint import advice
-from hybridflow.checkpoint.manifest import MANIFEST
+from hybridflow.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from hybridflow.checkpoint.store import CheckpointStore, find
-from hybridflow.errors import CheckpointError
+from hybridflow.controller.boundary import ended_by, how_to_go_on
+from hybridflow.errors import CallTimeoutError, CheckpointError, DataError
 from tests.architecture.limits import sources
-from tests.unit.counting_run import NUM_STEPS, Counting, command, whole_run
+from tests.unit.counting_run import NUM_STEPS, Counting, command, config_of, whole_run
 
 SETTING = re.compile(r"\b((?:checkpoint|run|model|algorithm)(?:\.[a-z_]+)?)=([^\s,;]+[^\s,;.])")
 LAST = f"step_{NUM_STEPS:06d}"
@@ -66,6 +67,23 @@ def of_two_runs(folder: Path) -> None:
     (folder / "run.json").unlink()
 
 
+def rewritten(checkpoint: Path, name: str, text: str) -> None:
+    """Damage that checksums do not show."""
+    (checkpoint / name).write_text(text)
+    anew(checkpoint)
+
+
+def without_role(checkpoint: Path, role: str) -> None:
+    shutil.rmtree(checkpoint / role)
+    anew(checkpoint)
+
+
+def anew(checkpoint: Path) -> None:
+    before = read_manifest(checkpoint)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint, sequence=before.sequence, run=before.run)
+
+
 CASES = {
     "the newest is damaged": Case(damaged(8), (advice.resume_from,)),
     "the two newest are damaged": Case(damaged(6, 8), (advice.resume_from,)),
@@ -85,6 +103,13 @@ CASES = {
     ),
     "another model under the same name": Case(lambda folder: None, (advice.for_misfit,), {"of": "another"}),
     "another algorithm": Case(lambda folder: None, (advice.other_algorithm,), {"algorithm": "sft"}),
+    "a role's file holds what no run would have written": Case(
+        lambda folder: rewritten(folder / "checkpoints" / LAST, "data/value", "?"), (advice.resume_from,)
+    ),
+    "a role's folder has gone, and the manifest says so": Case(
+        lambda folder: without_role(folder / "checkpoints" / LAST, "data"), (advice.resume_from,)
+    ),
+    "other settings of adapters": Case(lambda folder: None, (advice.other_policy,), {"model.lora_rank": "4"}),
     "checkpoints of several runs": Case(of_two_runs, (advice.among_several,)),
 }
 
@@ -107,6 +132,32 @@ def test_what_is_advised_at_a_start_that_is_refused_gets_the_run_further(
     again = command(folder, **{**given, "run__total_steps": "10", **further})
     assert not again.message and again.steps[-1] == 10, (further, again)
     assert_repeats(folder, {**given, **further})
+
+
+@pytest.mark.parametrize("since", [1, 2, 3, 5, 8, 9])
+@pytest.mark.parametrize("resume", ["auto", "never", "path"])
+def test_what_is_advised_where_training_was_spoilt_since_a_step_leads_behind_it(
+    finished: Path, tmp_path: Path, since: int, resume: str
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    given = {"checkpoint__resume": str(folder / "checkpoints" / LAST) if resume == "path" else resume}
+    if resume == "path":
+        command(folder, **given)
+    said = how_to_go_on(config_of(folder, {"checkpoint.resume": given["checkpoint__resume"]}), since_step=since)
+    seen: list[int] = []
+    again = command(folder, seen.append, **{**given, **advised(said), "run__total_steps": "10"})
+    assert not again.message and again.steps == list(range(1, 11))
+    newest_sound = (since - 1) // 2 * 2
+    assert seen[0] == newest_sound + 1, (said, seen)
+
+
+def test_a_failure_that_would_come_again_is_to_be_put_right_first(finished: Path, capsys: pytest.CaptureFixture[str]):
+    for error, is_told in ((DataError("no"), True), (CallTimeoutError("late"), False), (OSError("no"), False)):
+        assert ended_by(error, config_of(finished, {})) == 1
+        text = capsys.readouterr().err
+        assert ("When that is put right: the same command continues after " in text) == is_told
+        assert advice.once_put_right(advice.to_continue("auto", finished)).lower().endswith(f"after {finished}.".lower())
 
 
 def refuses(self: Counting, folder: str) -> None:
@@ -255,6 +306,7 @@ def test_every_advice_of_the_package_is_in_one_place_and_is_tried_here():
         name for name, value in vars(advice).items() if inspect.isfunction(value) and value.__module__ == advice.__name__
     ]
     through_the_store = {"after_failed_write": "failing_write", "to_continue": "advice_when_stopped", "folder_gone": "removed"}
+    through_the_store |= {"before_it_was_spoilt": "since_step=since"}
     elsewhere = {"folder_taken": "test_run_folder.py"}
     missing = [name for name in functions if f"advice.{name}" not in tried and name not in through_the_store | elsewhere]
     assert not missing

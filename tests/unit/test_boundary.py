@@ -82,7 +82,9 @@ def test_an_error_of_any_type_is_told_in_the_same_lines_and_its_trace_is_in_the_
     name = "actor.update failed on rank 1 (node n2): ValueError: no" if isinstance(error, errors.WorkerError) else ""
     assert name in what and (isinstance(error, errors.HybridflowError) or type(error).__name__ in what)
     assert isinstance(error, errors.HybridflowError) or what.endswith("(while step 3 was taken)")
-    assert saved == "There is no checkpoint yet: the same command starts anew."
+    is_to_be_put_right = isinstance(error, errors.HybridflowError)
+    assert saved.startswith("When that is put right: ") == is_to_be_put_right
+    assert saved.lower().endswith("there is no checkpoint yet: the same command starts anew.")
     assert where == f"The whole trace is in {tmp_path}/failure.txt"
     trace = (tmp_path / "failure.txt").read_text()
     assert "Traceback" in trace and "in fails" in trace and "while step 3 was taken" in trace

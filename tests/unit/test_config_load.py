@@ -222,11 +222,15 @@ def test_a_last_word_alone_is_answered_with_the_keys_that_end_in_it(tmp_path: Pa
     assert mistakes_of([*right_run(tmp_path), f"{word}=3"]) == [f"command line: {word}: no such key; did you mean {keys}?"]
 
 
-def test_a_key_of_the_release_before_is_answered_with_its_new_name(tmp_path: Path) -> None:
-    found = mistakes_of([*right_run(tmp_path), "rollout.memory_fraction=0.4", "rollout.max_requests=8"])
-    assert found == [
-        "command line: rollout.memory_fraction: is called rollout.gpu_memory_utilization now",
-        "command line: rollout.max_requests: is called rollout.max_num_seqs now",
+def test_a_key_of_the_release_before_is_taken_under_its_new_name_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(None, [*right_run(tmp_path), "rollout.memory_fraction=0.4", "rollout.max_requests=8"])
+    assert (config.rollout.gpu_memory_utilization, config.rollout.max_num_seqs) == (0.4, 8)
+    said = [message for message in caplog.messages if "is called" in message]
+    assert said == [
+        "command line: rollout.memory_fraction: is called rollout.gpu_memory_utilization now, and is taken as that",
+        "command line: rollout.max_requests: is called rollout.max_num_seqs now, and is taken as that",
     ]
     assert set(RENAMED.values()) <= set(KNOWN_KEYS) and not RENAMED.keys() & set(KNOWN_KEYS)
 

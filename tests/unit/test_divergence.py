@@ -17,6 +17,7 @@ from hybridflow.config.schema import Config, RunConfig
 from hybridflow.controller.failed_rewards import FailedRewards
 from hybridflow.errors import DivergenceError, ModelError, RewardError
 from hybridflow.ops.losses import PolicyLoss, ValueLoss
+from hybridflow.workers import finite
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.critic import CriticWorker
 from hybridflow.workers.reference import ReferenceWorker
@@ -62,9 +63,7 @@ def test_a_weight_that_is_not_finite_goes_no_further(
     worker.begin_step(5, 9)
     with torch.no_grad():
         parameter.view(-1)[7] = value
-    with pytest.raises(
-        DivergenceError, match=rf"1 of \d+ tensors.*{name}.*still finite at the weight sync of step 4"
-    ) as raised:
+    with pytest.raises(DivergenceError, match=rf"1 of \d+ tensors.*{name}.*in order at the weight sync of step 4") as raised:
         read(worker, tmp_path)
     assert "5" in str(raised.value)
     assert not list(tmp_path.iterdir())
@@ -156,3 +155,60 @@ def test_rewards_of_any_role_are_judged_as_float32(value: float) -> None:
     guard = FailedRewards(prompts_per_step=1, max_share=1.0, cause=lambda: "")
     with pytest.raises(RewardError, match="1 of 2 rewards are not finite as float32"):
         guard.watching(lambda prompts: rows)(Batch({"prompt_id": np.arange(1)}))
+
+
+@pytest.mark.parametrize("kind", WORKERS)
+def test_a_weight_that_is_as_good_as_infinite_goes_no_further(model_path: str, tmp_path: Path, kind: type[ActorWorker]) -> None:
+    worker = worker_of(kind, training_config(model_path))
+    with torch.no_grad():
+        list(worker.model.parameters())[2].view(-1)[1] = -1e30
+    for read in READERS:
+        with pytest.raises(DivergenceError, match=r"1 of \d+ tensors hold numbers as large as 1e\+30"):
+            read(worker, tmp_path)
+
+
+def test_a_moment_of_the_optimizer_that_is_infinite_is_not_saved(model_path: str, tmp_path: Path) -> None:
+    worker = worker_of(CriticWorker, training_config(model_path))
+    worker.update(rows(), loss=ValueLoss())
+    worker.save(str(tmp_path / "first"))
+    next(iter(worker.core.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
+    worker.core.named_tensors()  # an engine does not read it
+    with pytest.raises(DivergenceError, match=r"1 of \d+ tensors .* exp_avg_sq of "):
+        worker.save(str(tmp_path / "second"))
+
+
+def test_weights_are_read_again_only_where_somebody_has_written_to_them(
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_of(ActorWorker, training_config(model_path))
+    read: list[int] = []
+    monkeypatch.setattr(finite, "norms", lambda tensors: read.append(len(list(tensors))) or {})
+    num_tensors = len(list(worker.model.parameters()))
+    worker.core.named_tensors()
+    assert read == [0], "found finite when the model was loaded"
+    worker.update(rows(), loss=PolicyLoss())
+    worker.core.named_tensors()
+    worker.core.named_tensors()
+    assert read == [0, num_tensors, 0]
+    with torch.no_grad():
+        list(worker.model.parameters())[2].add_(1.0)
+    worker.core.named_tensors()
+    assert read[3] == 1
+
+
+def test_a_short_run_that_ends_without_learning_is_no_success(model_path: str) -> None:
+    worker = worker_of(CriticWorker, training_config(model_path))
+    for step in (1, 2, 3):
+        worker.begin_step(step, 4)
+        worker.update(rows(scale=3e38 if step > 1 else 1.0), loss=ValueLoss(clip=None))
+    worker.begin_step(4, 4)
+    with pytest.raises(DivergenceError, match=r"the last 3 of 4 updates were skipped, since step 2") as raised:
+        worker.update(rows(scale=3e38), loss=ValueLoss(clip=None))
+    assert raised.value.since_step == 2
+
+
+def test_one_update_that_is_skipped_at_the_end_is_no_failure(model_path: str) -> None:
+    worker = worker_of(CriticWorker, training_config(model_path))
+    for step in (1, 2, 3, 4):
+        worker.begin_step(step, 4)
+        worker.update(rows(scale=3e38 if step == 4 else 1.0), loss=ValueLoss(clip=None))

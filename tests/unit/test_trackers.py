@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import threading
 import time
@@ -22,7 +23,7 @@ from hybridflow.metrics import Metrics
 from hybridflow.trackers import behind
 from hybridflow.trackers.base import Sample, Tracker, Trackers
 from hybridflow.trackers.console import REWARD, SHOWN, SPEED, ConsoleTracker, shortened, step_line, validation_line
-from hybridflow.trackers.jsonl import JsonlTracker, read_lines
+from hybridflow.trackers.jsonl import JsonlTracker, drop_later_lines, read_lines
 from hybridflow.trackers.own import own_metrics
 
 
@@ -40,6 +41,15 @@ def log_steps(folder: Path, steps: Sequence[int], *, resume_step: int) -> None:
 
 def lines_without_time(path: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name != "time"} for line in read_lines(path)]
+
+
+def test_what_two_earlier_runs_measured_is_kept_though_both_ended_in_the_same_second(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for content in ("run A\n", "run B\n"):
+        path.write_text(content)
+        os.utime(path, (1e9, 1e9))
+        drop_later_lines(path, 0)
+    assert sorted(kept.read_text() for kept in tmp_path.iterdir()) == ["run A\n", "run B\n"]
 
 
 class FailingTracker(Tracker):
