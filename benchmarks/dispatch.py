@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from hybridflow.batch import Batch, Ragged
+from hybridflow.batch import Batch, LocalShard, Ragged, Source
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.schema import Config
 from hybridflow.controller.cost import CallLog
-from hybridflow.controller.group import GroupDispatcher, Pool, to_store
+from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import start_pool
+from hybridflow.controller.rank_process import StoredShard
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Sampling
@@ -142,6 +143,16 @@ def start_group(pool: Pool) -> DispatchWorker:
     return DispatchWorker.group(GroupDispatcher("dispatch", pool, layout, timeout_s=600, log=CallLog()))
 
 
+def in_store(batch: Batch) -> Batch:
+    """The batch with every column that lies in this process moved to the object store."""
+    sources = []
+    for source in batch.sources:
+        assert all(isinstance(shard, LocalShard) for shard in source.shards), "some columns are in the store already"
+        shards = tuple(StoredShard(ray.put(dict(shard.fetch())), shard.num_rows) for shard in source.shards)
+        sources.append(Source(source.names, shards, source.positions))
+    return Batch(batch.light, tuple(sources))
+
+
 def measure(rows: int, tokens: int) -> dict[str, object]:
     """All three parts."""
     pool, _ = start_pool("main", parse_pool(f"1x{NUM_RANKS} cpu"), "cpu", {})
@@ -158,7 +169,7 @@ def measure(rows: int, tokens: int) -> dict[str, object]:
     half = len(payload) // NUM_RANKS
 
     def echo_here() -> None:
-        batch = to_store(Batch.from_columns({"payload": Ragged.from_lengths(payload, lengths), "prompt_tokens": lengths}))
+        batch = in_store(Batch.from_columns({"payload": Ragged.from_lengths(payload, lengths), "prompt_tokens": lengths}))
         echoed = group.echo(batch)
         for source in echoed.sources:
             for shard in source.shards:

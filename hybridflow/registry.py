@@ -84,7 +84,6 @@ PROTOCOLS = {
     "one_to_all": "hybridflow.controller.protocols:OneToAll",
     "split_by_data_rank": "hybridflow.controller.protocols:SplitByDataRank",
     "rank_zero": "hybridflow.controller.protocols:RankZero",
-    "all_to_all": "hybridflow.controller.protocols:AllToAll",
     "gather_rows": "hybridflow.controller.protocols:GatherRows",
 }
 

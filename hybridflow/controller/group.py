@@ -13,10 +13,10 @@ from typing import Any
 import ray
 
 from hybridflow import registry
-from hybridflow.batch import Batch, Heavy, LocalShard, Source
+from hybridflow.batch import Heavy
 from hybridflow.controller.cost import CallLog, pickled_size
 from hybridflow.controller.protocols import Arguments, Protocol
-from hybridflow.controller.rank_process import Answer, StoredShard
+from hybridflow.controller.rank_process import Answer
 from hybridflow.controller.waiting import Job, Ranks, results_of
 from hybridflow.errors import CallTimeoutError
 from hybridflow.metrics import Metrics
@@ -196,15 +196,3 @@ def _sizes(per_rank: Sequence[Arguments | None]) -> list[int]:
         if given is not None and id(given) not in sizes:
             sizes[id(given)] = pickled_size((*given.args, *given.kwargs.items()))
     return [sizes[id(given)] for given in per_rank]
-
-
-def to_store(batch: Batch) -> Batch:
-    """The batch with every column that lies in this process moved to the object store."""
-    sources = []
-    for source in batch.sources:
-        shards = [
-            StoredShard(ray.put(dict(shard.columns)), shard.num_rows) if isinstance(shard, LocalShard) else shard
-            for shard in source.shards
-        ]
-        sources.append(Source(source.names, tuple(shards), source.positions))
-    return Batch(batch.light, tuple(sources))

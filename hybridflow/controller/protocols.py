@@ -73,25 +73,6 @@ class RankZero(Protocol):
         return (0,)
 
 
-class AllToAll(Protocol):
-    """Every argument is a sequence with one element per rank; the result is the list of all results."""
-
-    def distribute(self, arguments: Arguments) -> Sequence[Arguments | None]:
-        ranks = range(self.layout.num_ranks)
-        for value in (*arguments.args, *arguments.kwargs.values()):
-            assert isinstance(value, Sequence) and len(value) == len(ranks), "all_to_all takes one element per rank"
-        return [
-            Arguments(
-                tuple(value[rank] for value in arguments.args if isinstance(value, Sequence)),
-                {name: value[rank] for name, value in arguments.kwargs.items() if isinstance(value, Sequence)},
-            )
-            for rank in ranks
-        ]
-
-    def collect(self, results: Sequence[object]) -> object:
-        return list(results)
-
-
 class SplitByDataRank(Protocol):
     """Rows of the first batch argument go to data ranks, balanced by tokens; further batches are cut alike. Rows with the same
     number in a column `pair` go to the same one.

@@ -69,7 +69,6 @@ class SyncReport:
     """From other processes, padding included."""
     bytes_missing: int = 0
     """The fewest that this rank could have received: what its engine reads and its trainer does not hold."""
-    num_tensors: int = 0
     buffer_bytes: int = 0
     """Kept from sync to sync for what travels."""
     unreadable: tuple[str, ...] = ()
@@ -116,7 +115,6 @@ class ColocatedSync:
         return SyncReport(
             bytes_received=deliver.bytes_received,
             bytes_missing=self.bytes_missing,
-            num_tensors=len(named),
             buffer_bytes=self.buffer_bytes,
             unreadable=self.unreadable,
             seconds=timeline.seconds(),
@@ -245,7 +243,7 @@ class WeightSender:
             for group in self.groups:
                 group.broadcast(trained, 0).wait()
             timeline.mark("checksum")
-        return SyncReport(num_tensors=len(named), buffer_bytes=storage_bytes(self.outgoing), seconds=timeline.seconds())
+        return SyncReport(buffer_bytes=storage_bytes(self.outgoing), seconds=timeline.seconds())
 
 
 class WeightReceiver:
@@ -302,7 +300,6 @@ class WeightReceiver:
         return SyncReport(
             bytes_received=deliver.bytes_received,
             bytes_missing=self.bytes_missing,
-            num_tensors=len(self.plan.entries),
             buffer_bytes=self.assembler.buffer_bytes,
             unreadable=self.verifier.unreadable,
             seconds=timeline.seconds(),

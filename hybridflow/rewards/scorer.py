@@ -206,10 +206,6 @@ class Scorer:
         return Score(finite(sum(term.config.weight * score.reward for term, score in parts)), metrics)
 
 
-def _nothing() -> Result:
-    return None
-
-
 def _as_result(result: object) -> Result:
     return None if result is None else as_score(result)
 

@@ -46,11 +46,6 @@ class EchoWorker(Worker):
         """The rank that was called."""
         return self.context.rank
 
-    @remote("all_to_all")
-    def negate(self, value: int) -> int:
-        """Each rank's own argument, negated."""
-        return -value
-
     @remote("one_to_all")
     def fail_on_rank_one(self) -> None:
         """Rank 1 raises; the others would wait for it for ever."""
