@@ -103,7 +103,7 @@ def train(
     checked = _checked(config) if isinstance(config, Config) else _loaded(config, overrides, sections)
     if isinstance(config, Config) and (overrides or sections):
         raise TypeError("a Config is complete: use dataclasses.replace, or give a file or a dict to put something over")
-    from hybridflow.controller.run import run
+    from hybridflow.controller.run import prepared
 
     history = History(Path(checked.run.folder))
 
@@ -111,7 +111,8 @@ def train(
         history.add(step, metrics)
         return on_step(step, metrics) if on_step is not None else None
 
-    run(checked, on_step=note)
+    with prepared(checked) as loop:
+        loop.run(note)
     return history
 
 

@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(plan(checked))
             return 0
         # Imported here, so that an error in the configuration or --help waits for neither Ray nor torch.
-        from hybridflow.controller.run import run
+        from hybridflow.controller.run import prepared
 
         config = checked
-        run(config)
+        with prepared(config) as loop:
+            loop.run()
     except BaseException as error:  # the one place where whatever ends a run is told
         return ended_by(error, config)
     return 0

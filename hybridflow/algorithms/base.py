@@ -24,7 +24,6 @@ from hybridflow.workers.token_functions import RowKL, TokenAdvantages
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
-    from hybridflow.ops import Loss
     from hybridflow.rollout.base import Sampling
     from hybridflow.workers.base import Worker
 
@@ -152,15 +151,8 @@ class Algorithm(ABC):
         )
         return batch.join(self.roled("actor").compute(batch, function))
 
-    def improve(self, batch: Batch, loss: Loss) -> Metrics:
-        """The actor's updates on a step's rows, as many as `UpdateOptions` say, and how they went."""
-        options = self.options()
-        parts = self.updates(batch, options.prompts_per_update, epochs=options.epochs)
-        calls = [self.roled("actor").update.start(part, loss=loss) for part in parts]
-        return Metrics.merged(call.result() for call in calls)
-
     def options(self) -> UpdateOptions:
-        """The algorithm's own, which are `UpdateOptions` where `prepare` and `improve` are used."""
+        """The algorithm's own, which are `UpdateOptions` where `prepare` and `updates` are used."""
         assert isinstance(self.config, UpdateOptions), f"the Config of {type(self).__name__} is to inherit from UpdateOptions"
         return self.config
 
@@ -173,15 +165,13 @@ class Algorithm(ABC):
         engine's own."""
         return "rollout_log_probs" if self.run.loop.max_staleness else "current"
 
-    def updates(self, batch: Batch, prompts_per_update: int | None, *, epochs: int) -> list[Batch]:
-        """The rows of each update of this step: every epoch visits all rows in an order drawn from (seed, step, epoch).
-
-        An update has as many rows as `prompts_per_update` prompts have responses; None makes one update of all.
-        """
-        prompts_per_step = self.run.data.prompts_per_step
-        rows_per_update = len(batch) * (prompts_per_update or prompts_per_step) // prompts_per_step
+    def updates(self, batch: Batch) -> list[Batch]:
+        """The rows of each update of this step, as `UpdateOptions` say: every epoch visits all rows in an order drawn from
+        (seed, step, epoch)."""
+        options, prompts_per_step = self.options(), self.run.data.prompts_per_step
+        rows_per_update = len(batch) * (options.prompts_per_update or prompts_per_step) // prompts_per_step
         parts = []
-        for epoch in range(epochs):
+        for epoch in range(options.epochs):
             order = np.random.default_rng([self.run.run.seed, self.step, epoch]).permutation(len(batch))
             parts += batch.select(order).split(rows_per_update)
         return parts

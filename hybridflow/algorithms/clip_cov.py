@@ -59,4 +59,6 @@ class ClipCov(Algorithm):
         c, seed = self.config, int(np.random.default_rng([self.run.run.seed, self.step]).integers(2**31))
         chosen = partial(ops.clip_covariance, clip=c.clip, share=c.share, bounds=c.bounds, seed=seed)
         loss = c.policy_loss(self.run, chosen)
-        return self.improve(batch.with_columns(advantage=advantage.numpy()), loss)
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)

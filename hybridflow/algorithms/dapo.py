@@ -84,4 +84,6 @@ class DAPO(Algorithm):
         batch = self.prepare(batch.with_columns(reward=batch["reward"] + self.config.overlong_penalty * penalty))
         advantage = ops.group_normalized(batch["reward"], batch["group"])
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
-        return metrics + self.improve(batch.with_columns(advantage=advantage.numpy()), loss)
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return metrics + Metrics.merged(update.result() for update in updates)

@@ -57,7 +57,8 @@ class Distillation(Algorithm):
         batch = self.with_log_probs(batch).join(of_teacher.result())
         batch = batch.join(self.actor.compute(batch, TeacherAdvantages(old_column(self.config.ratio_over(self.run)))))
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        return self.improve(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)
 
     @classmethod
     def check(cls, run: RunConfig) -> list[FieldError]:

@@ -56,4 +56,6 @@ class GPG(Algorithm):
         informative = ops.is_varied(reward, group) if self.config.informative == "varied_groups" else reward
         advantage = ops.rescaled(ops.group_normalized(reward, group, scale_by_std=self.config.scale_by_std), informative)
         loss = self.config.policy_loss(self.run, ops.policy_gradient)
-        return self.improve(batch.with_columns(advantage=advantage.numpy()), loss)
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)

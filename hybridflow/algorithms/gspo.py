@@ -56,4 +56,6 @@ class GSPO(Algorithm):
         bound = self.config.dual_clip or self.config.ratio_bound(self.run)
         surrogate = partial(ops.clipped, clip=self.config.clip, dual_clip=bound, ratio=ops.sequence_ratio)
         loss = self.config.policy_loss(self.run, surrogate)
-        return self.improve(batch.with_columns(advantage=advantage.numpy()), loss)
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)

@@ -57,4 +57,6 @@ class KLCov(Algorithm):
         advantage = ops.group_normalized(batch["reward"], batch["group"])
         chosen = partial(ops.kl_covariance, share=self.config.share, coefficient=self.config.covariance_kl)
         loss = self.config.policy_loss(self.run, chosen)
-        return self.improve(batch.with_columns(advantage=advantage.numpy()), loss)
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)

@@ -53,4 +53,6 @@ class OPO(Algorithm):
         tokens = batch["loss_tokens" if "loss_tokens" in batch else "response_tokens"]
         advantage = ops.length_weighted(batch["reward"], batch["group"], tokens)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
-        return self.improve(batch.with_columns(advantage=advantage.numpy()), loss)
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)

@@ -97,7 +97,7 @@ class PPO(Algorithm):
         batch = batch.join(*(call.result() for call in pending))
         batch = batch.join(self.critic.compute(batch, self.advantages()))
         calls = []
-        for part in self.updates(batch, self.config.prompts_per_update, epochs=self.config.epochs):
+        for part in self.updates(batch):
             calls.append(self.critic.update.start(part, loss=self.value_loss()))
             if self.step > self.config.critic_warmup_steps:
                 calls.append(self.actor.update.start(part, loss=self.policy_loss()))

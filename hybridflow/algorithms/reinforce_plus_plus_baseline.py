@@ -55,4 +55,5 @@ class ReinforcePlusPlusBaseline(Algorithm):
         deviation = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=False)
         batch = self.with_returns(batch.with_columns(reward=deviation.numpy()), whiten=True)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        return self.improve(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)

@@ -76,7 +76,9 @@ class SafeRLHF(Algorithm):
         self.multiplier = weight * math.exp(min(self.config.multiplier_rate * weight * excess, 1.0))
         told = Metrics({"safe_rlhf/cost": float(cost.mean()), "safe_rlhf/multiplier": weight})
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
-        return told + self.improve(batch.with_columns(advantage=advantage.numpy()), loss)
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return told + Metrics.merged(update.result() for update in updates)
 
     def state_dict(self) -> dict[str, float]:
         return {"multiplier": self.multiplier}

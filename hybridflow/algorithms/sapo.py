@@ -58,4 +58,6 @@ class SAPO(Algorithm):
         advantage = ops.group_normalized(batch["reward"], batch["group"])
         gate = partial(ops.soft_gate, positive=self.config.tau_positive, negative=self.config.tau_negative)
         loss = self.config.policy_loss(self.run, gate)
-        return self.improve(batch.with_columns(advantage=advantage.numpy()), loss)
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)

@@ -122,7 +122,7 @@ class GroupDispatcher:
         """As of `Dispatcher`."""
         return False
 
-    def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> GroupFuture:
+    def start(self, method: str, protocol: str, /, *args: object, **kwargs: object) -> GroupFuture:
         """Send the call to every rank and return at once.
 
         Calls to a pool run in the order in which they were started. One whose arguments are futures is sent when they

@@ -32,8 +32,10 @@ OnStep = Callable[[int, Mapping[str, float]], object]
 class Loop:
     """One run over launched groups."""
 
-    def __init__(self, config: Config, launched: Launched, algorithm: Algorithm, folder: RunFolder, *, total_steps: int):
-        self.config, self.launched, self.algorithm, self.total_steps = config, launched, algorithm, total_steps
+    def __init__(self, config: Config, launched: Launched, algorithm: Algorithm, folder: RunFolder):
+        self.config, self.launched, self.algorithm = config, launched, algorithm
+        total_steps = config.run.total_steps or config.run.total_epochs * launched.dataset.steps_per_epoch
+        self.total_steps = total_steps
         self.folder = folder
         self.weights = WeightSync(
             launched,

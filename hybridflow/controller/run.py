@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hybridflow.config.schema import Config
 from hybridflow.controller import interrupts
 from hybridflow.controller.boundary import phase, what_happened
 from hybridflow.controller.cluster import cluster
 from hybridflow.controller.launch import algorithm_class, all_roles, launched
-from hybridflow.controller.loop import Loop, OnStep
+from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import device_type, placement_lines
 from hybridflow.controller.run_folder import reserved
 from hybridflow.controller.watch import watched
@@ -22,8 +23,9 @@ from hybridflow.trackers.trial import try_trackers
 logger = logging.getLogger("hybridflow")
 
 
-def run(config: Config, *, on_step: OnStep = lambda step, metrics: None) -> None:
-    """Launch the roles, train, and end every process that was started. `on_step` is as of `Loop.run`.
+@contextmanager
+def prepared(config: Config) -> Iterator[Loop]:
+    """The loop of a run whose roles are launched. In the end every process that was started is ended.
 
     Once the last step is taken and saved the run is done: what fails in ending its processes is a warning.
 
@@ -34,31 +36,26 @@ def run(config: Config, *, on_step: OnStep = lambda step, metrics: None) -> None
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # it prints whole traces of calls whose failure was told
     try_trackers(config)
-    is_finished = threading.Event()
+    started, is_finished = time.perf_counter(), False
     try:
-        _run(config, is_finished, on_step)
+        with interrupts.noticed(), phase("the run was prepared"), cluster(config):
+            interrupts.heed_sigterm()
+            for line in placement_lines(config, all_roles(config)):
+                logger.info(line)
+            with reserved(config) as folder, launched(config) as groups, watched(config, groups.log):
+                loop = Loop(config, groups, algorithm_class(config)(config, groups.groups), folder)
+                data = groups.dataset
+                logger.info(
+                    "%d training and %d validation prompts; %d steps",
+                    *(data.num_prompts, data.num_validation_prompts, loop.total_steps),
+                )
+                logger.info("ready for the first step after %.1f s", time.perf_counter() - started)
+                if device_type(config) == "cuda":
+                    logger.info("the first step compiles kernels: it may take half a minute more than the following ones")
+                yield loop
+                is_finished = True
     except (Exception, KeyboardInterrupt) as error:
-        if not is_finished.is_set():
+        if not is_finished:
             raise
         logger.warning("the run is finished; in ending its processes: %s", what_happened(error))
     logger.info("done: everything is in %s", config.run.folder)
-
-
-def _run(config: Config, is_finished: threading.Event, on_step: OnStep) -> None:
-    started = time.perf_counter()
-    with interrupts.noticed(), phase("the run was prepared"), cluster(config):
-        interrupts.heed_sigterm()
-        for line in placement_lines(config, all_roles(config)):
-            logger.info(line)
-        with reserved(config) as folder, launched(config) as groups, watched(config, groups.log):
-            algorithm = algorithm_class(config)(config, groups.groups)
-            data = groups.dataset
-            total_steps = config.run.total_steps or config.run.total_epochs * data.steps_per_epoch
-            logger.info(
-                "%d training and %d validation prompts; %d steps", data.num_prompts, data.num_validation_prompts, total_steps
-            )
-            logger.info("ready for the first step after %.1f s", time.perf_counter() - started)
-            if device_type(config) == "cuda":
-                logger.info("the first step compiles kernels: it may take half a minute more than the following ones")
-            Loop(config, groups, algorithm, folder, total_steps=total_steps).run(on_step)
-            is_finished.set()

@@ -53,11 +53,11 @@ class StreamingDispatcher:
         """As of `Dispatcher`."""
         return self.inner.num_data_ranks
 
-    def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> CallFuture[object]:
+    def start(self, method: str, protocol: str, /, *args: object, **kwargs: object) -> CallFuture[object]:
         """As of `Dispatcher`."""
         if method in self.answers:
             return self.answers[method](*args, **kwargs)
-        return self.inner.start(method, protocol, args, kwargs)
+        return self.inner.start(method, protocol, *args, **kwargs)
 
 
 def streaming_handle(handle: W, **answers: Callable[..., CallFuture[object]]) -> W:

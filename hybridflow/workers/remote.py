@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 P = ParamSpec("P")
@@ -78,7 +79,7 @@ class Dispatcher(Protocol):
         """Whether calls of several collects are carried out together, each as its rows are done."""
         ...
 
-    def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Future[object]:
+    def start(self, method: str, protocol: str, /, *args: object, **kwargs: object) -> Future[object]:
         """Send the call; arguments may be futures of other calls."""
         ...
 
@@ -121,11 +122,12 @@ class BoundMethod(Generic[P, R]):
             return self.method.function(self.worker, *args, **kwargs)
         return self.start(*args, **kwargs).result()
 
-    def start(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Run on every rank without waiting."""
-        assert self.worker.dispatcher is not None, f"{self.method.__name__}.start is for groups; on a rank call it directly"
-        future = self.worker.dispatcher.start(self.method.__name__, self.method.protocol, args, dict(kwargs))
-        return cast(Future[R], future)
+    @property
+    def start(self) -> Callable[P, Future[R]]:
+        """Run on every rank without waiting. It is the dispatcher's own `start`: nothing lies between a call and its group."""
+        dispatcher = self.worker.dispatcher
+        assert dispatcher is not None, f"{self.method.__name__}.start is for groups; on a rank call it directly"
+        return cast(Callable[P, Future[R]], partial(dispatcher.start, self.method.__name__, self.method.protocol))
 
 
 def remote(protocol: str) -> Callable[[Callable[Concatenate[W, P], R]], RemoteMethod[W, P, R]]:

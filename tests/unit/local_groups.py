@@ -59,7 +59,7 @@ class LocalDispatcher:
     def is_streaming(self) -> bool:
         return False
 
-    def start(self, method: str, protocol: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Future[object]:
+    def start(self, method: str, protocol: str, /, *args: object, **kwargs: object) -> Future[object]:
         self.called.append(method)
         built = registry.load(protocol, registry.PROTOCOLS, key=method)(self.layout)
         given = built.distribute(Arguments(args, kwargs))
