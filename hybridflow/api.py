@@ -26,8 +26,8 @@ class History:
     """The metrics of a run, as columns.
 
     Example:
-        >>> history = hybridflow.train("configs/quickstart.yaml", run={"total_steps": 20})
-        >>> history["reward/mean"][-1], history.to_pandas().plot(y="reward/mean")
+        history = hybridflow.train("configs/quickstart.yaml", run={"total_steps": 20})
+        history["reward/mean"][-1], history.to_pandas().plot(y="reward/mean")
     """
 
     folder: Path
@@ -88,11 +88,11 @@ def train(
     ends there, with a checkpoint where `checkpoint.save_last` is set. What it raises ends the run.
 
     Example:
-        >>> def exact(reward_input):
-        ...     return float(reward_input["response"] == reward_input["ground_truth"])
-        >>> history = hybridflow.train("configs/quickstart.yaml", reward={"name": exact}, run={"total_steps": 5})
-        >>> history["reward/mean"]
-        [0.11, 0.13, 0.12, 0.15, 0.16]
+        def exact(reward_input):
+            return float(reward_input["response"] == reward_input["ground_truth"])
+
+        history = hybridflow.train("configs/quickstart.yaml", reward={"name": exact}, run={"total_steps": 5})
+        history["reward/mean"]  # [0.11, 0.13, 0.12, 0.15, 0.16]
 
     Raises:
         ConfigError: the configuration has mistakes, all of which it names.

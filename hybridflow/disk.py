@@ -31,7 +31,12 @@ RETRY_S = 1.0
 
 def errno_of(error: BaseException) -> int | None:
     """The number of what the operating system refused, also where only its text has come from a rank; None where it is no
-    such."""
+    such.
+
+    Example:
+        >>> errno_of(OSError(28, "No space left on device")), errno_of(RuntimeError("[Errno 28] No space left on device"))
+        (28, 28)
+    """
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\[Errno (\d+)\]", str(error))

@@ -11,7 +11,12 @@ Kind = Literal["mean", "sum", "max", "min"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that can be merged with others of its name."""
+    """A number that can be merged with others of its name.
+
+    Example:
+        >>> Metric(total=6.0, count=3).merge(Metric(total=10.0, count=1)).value  # the mean of four numbers
+        4.0
+    """
 
     total: float
     """The value; for a mean, the sum over what was counted."""
@@ -66,7 +71,12 @@ class Metrics(Mapping[str, float]):
 
     @staticmethod
     def merged(parts: Iterable[Metrics]) -> Metrics:
-        """One set from many: means weighted by their counts, sums added, maxima and minima taken."""
+        """One set from many: means weighted by their counts, sums added, maxima and minima taken.
+
+        Example:
+            >>> Metrics.merged([Metrics({"loss": 1.0}), Metrics({"loss": Metric(9.0, count=3)})])
+            Metrics({'loss': 2.5})
+        """
         merged: dict[str, Metric] = {}
         for part in parts:
             for name, metric in part._metrics.items():
@@ -82,7 +92,12 @@ class Metrics(Mapping[str, float]):
         return Metrics({name: metric for name, metric in self._metrics.items() if name not in names})
 
     def renamed(self, old: str, new: str) -> Metrics:
-        """Those whose names begin with `old`, with `new` in its place."""
+        """Those whose names begin with `old`, with `new` in its place.
+
+        Example:
+            >>> Metrics({"actor/loss": 1.0, "critic/loss": 2.0}).renamed("actor/", "held_out/")
+            Metrics({'held_out/loss': 1.0})
+        """
         found = {name: metric for name, metric in self._metrics.items() if name.startswith(old)}
         return Metrics({new + name.removeprefix(old): metric for name, metric in found.items()})
 

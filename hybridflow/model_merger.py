@@ -39,9 +39,9 @@ def split_role(folder: Path) -> tuple[Path, str]:
 
     Example:
         >>> split_role(Path("run/checkpoints/step_000010/critic"))
-        (Path("run/checkpoints/step_000010"), "critic")
+        (PosixPath('run/checkpoints/step_000010'), 'critic')
         >>> split_role(Path("run/global_step_10/actor"))
-        (Path("run/checkpoints/step_000010"), "actor")
+        (PosixPath('run/checkpoints/step_000010'), 'actor')
     """
     is_role = STEP.fullmatch(folder.parent.name) is not None
     checkpoint, role = (folder.parent, folder.name) if is_role else (folder, "actor")

@@ -89,13 +89,25 @@ PROTOCOLS = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `name`, or an empty string where none is close."""
+    """`; did you mean 'x'?` for the known name closest to `name`, or an empty string where none is close.
+
+    Example:
+        >>> nearest('gpro', ['grpo', 'ppo'])
+        "; did you mean 'grpo'?"
+    """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def unknown_name(name: str, table: Mapping[str, str]) -> str | None:
-    """Why `name` cannot be looked up in `table`, as a sentence, or None where it can. Imports nothing."""
+    """Why `name` cannot be looked up in `table`, as a sentence, or None where it can. Imports nothing.
+
+    Example:
+        >>> unknown_name("gms8k", {"gsm8k": "..."})
+        "'gms8k' is not known; did you mean 'gsm8k'? Known: gsm8k; or your own as module:Name or file.py:Name"
+        >>> unknown_name("my_rewards:Judge", {"gsm8k": "..."}) is None
+        True
+    """
     if name in table or ":" in name:
         return None
     own = "your own as module:Name or file.py:Name"

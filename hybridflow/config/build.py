@@ -34,12 +34,12 @@ class Builder:
     compared with.
 
     Example:
+        >>> from hybridflow.config.schema import RunConfig
         >>> builder = Builder(lambda key: "run.yaml:3", known_keys=["seed", "folder"])
         >>> builder.build(RunConfig, {"seed": "one", "foldr": "x"}).seed  # the default in place of what does not fit
         0
         >>> [str(error) for error in builder.errors]
-        ["run.yaml:3: foldr: no such key; did you mean 'folder'?",
-         "run.yaml:3: seed: found 'one' (text); needed: an integer of at least 0"]
+        ["run.yaml:3: foldr: no such key; did you mean 'folder'?", "run.yaml:3: seed: found 'one' (text); needed: an ..."]
     """
 
     def __init__(self, place_of: Callable[[str], str], known_keys: Iterable[str], aliases: Mapping[str, str] | None = None):
@@ -124,6 +124,10 @@ def _element_class(hint: object) -> type | None:
 def convert(value: object, hint: object) -> object:
     """`value` as type `hint`, by lossless readings only: see `_readings`.
 
+    Example:
+        >>> convert("1e-6", float), convert("a.parquet", tuple[str, ...]), convert("off", bool)
+        (1e-06, ('a.parquet',), False)
+
     Raises:
         UnfitError: it is not of that type; the message says what was found and what is needed.
     """
@@ -165,7 +169,12 @@ def _as_number(value: object) -> object:
 
 
 def found(value: object) -> str:
-    """A value with the kind of thing it is, for messages."""
+    """A value with the kind of thing it is, for messages.
+
+    Example:
+        >>> found(3), found(None), found([1])
+        ('3 (integer)', 'null', '[1] (list)')
+    """
     if value is None:
         return "null"
     text = str(value).lower() if isinstance(value, bool) else repr(value)
@@ -173,7 +182,12 @@ def found(value: object) -> str:
 
 
 def wanted(hint: object) -> str:
-    """What type `hint` allows, in words."""
+    """What type `hint` allows, in words.
+
+    Example:
+        >>> wanted(tuple[str, ...]), wanted(Literal["linear", "cosine"]), wanted(int | None)
+        ('a list, each element text', 'one of linear, cosine', 'an integer or null')
+    """
     origin, members = get_origin(hint), get_args(hint)
     if origin is Annotated:
         ranges = [f" of {_range_in_words(note)}" for note in members[1:] if isinstance(note, Interval)]

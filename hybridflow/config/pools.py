@@ -36,6 +36,10 @@ class PoolSize:
 def parse_pool(text: str) -> PoolSize:
     """The size that `text` describes: `2x8` is two nodes with eight ranks each, `1x4 cpu` the same with CPU slots.
 
+    Example:
+        >>> parse_pool("2x8"), parse_pool("1x4 cpu").num_ranks
+        (PoolSize(nodes=2, ranks_per_node=8, is_cpu=False), 4)
+
     Raises:
         PlacementError: `text` is of neither form, or a count is zero.
     """

@@ -158,7 +158,12 @@ def uses_gpus(config: Config) -> bool:
 
 
 def divisors(number: int) -> str:
-    """All of them, as a list to choose from."""
+    """All of them, as a list to choose from.
+
+    Example:
+        >>> divisors(8), divisors(1)
+        ('1, 2, 4 or 8', '1')
+    """
     found = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
     return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
 

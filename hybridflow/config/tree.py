@@ -17,7 +17,13 @@ class Setting:
 
 
 def insert(tree: dict[str, object], key: str, value: object) -> bool:
-    """Set the dotted `key`; False where something on the way is not a section."""
+    """Set the dotted `key`; False where something on the way is not a section.
+
+    Example:
+        >>> tree = {}
+        >>> insert(tree, "actor.learning_rate", 1e-6), insert(tree, "actor.learning_rate.x", 1), tree
+        (True, False, {'actor': {'learning_rate': 1e-06}})
+    """
     *sections, name = key.split(".")
     for section in sections:
         child = tree.setdefault(section, {})
@@ -29,7 +35,12 @@ def insert(tree: dict[str, object], key: str, value: object) -> bool:
 
 
 def lookup(tree: Mapping[str, object], key: str) -> object:
-    """What stands at the dotted `key`; None where nothing does."""
+    """What stands at the dotted `key`; None where nothing does.
+
+    Example:
+        >>> lookup({"actor": {"learning_rate": 1e-6}}, "actor.learning_rate")
+        1e-06
+    """
     value: object = tree
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -34,7 +34,7 @@ class Estimate:
 
         Example:
             >>> Estimate.of(np.array([1.0, 1.0, 0.0, 1.0]))
-            Estimate(value=0.75, low=0.30064161..., high=0.95441294..., num_prompts=4)
+            Estimate(value=0.75, low=0.30064184..., high=0.95441273..., num_prompts=4)
         """
         num, mean = len(per_prompt_P), float(per_prompt_P.mean())
         if np.isin(per_prompt_P, (0.0, 1.0)).all():

@@ -56,7 +56,14 @@ class ByColumn:
 
 class BySuccess:
     """By what this run has answered: each epoch goes from the prompts that succeeded most often, when they were answered last,
-    to those that never did; what was not answered yet comes in between, as half a success would."""
+    to those that never did; what was not answered yet comes in between, as half a success would.
+
+    Example:
+        >>> order = BySuccess(num_rows=3)
+        >>> order.note(np.array([0, 2]), np.array([0.25, 1.0]))
+        >>> order.keys(0, 0, slice(0, 3)).argsort()  # the row that always succeeds first
+        array([2, 1, 0])
+    """
 
     def __init__(self, num_rows: int):
         self.rates = np.full(num_rows, UNKNOWN)

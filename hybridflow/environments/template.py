@@ -29,10 +29,10 @@ class Conversations:
     """Tokens of conversations by the tokenizer's chat template; without one, messages are written one behind the other.
 
     Example:
-        >>> conversations.opening([{"role": "user", "content": "Guess."}])
-        ('<|im_start|>user\\nGuess.<|im_end|>\\n<|im_start|>assistant\\n', [151644, 872, ...])
-        >>> said = [*said, {"role": "assistant", "content": "50"}]
-        >>> tokens += conversations.appended(said, [{"role": "user", "content": "Higher."}], behind=tokens)
+        conversations.opening([{"role": "user", "content": "Guess."}])
+        # ('<|im_start|>user\\nGuess.<|im_end|>\\n<|im_start|>assistant\\n', [151644, 872, ...])
+        said = [*said, {"role": "assistant", "content": "50"}]
+        tokens += conversations.appended(said, [{"role": "user", "content": "Higher."}], behind=tokens)
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, use_template: bool = True):

@@ -103,6 +103,9 @@ class ToolEnvironment:
     docstring (Google's style, with a section Args); it may be `async`. What it raises goes to the model as text.
 
     Example:
+        >>> def add(a: int, b: int) -> int:
+        ...     "The sum of two numbers."
+        ...     return a + b
         >>> class Calculator(ToolEnvironment):
         ...     tools = (add,)
         ...

@@ -57,7 +57,12 @@ class RowSpans:
 
     @staticmethod
     def of_lengths(lengths_B: Indices, device: torch.device) -> RowSpans:
-        """Spans of consecutive rows of the given lengths."""
+        """Spans of consecutive rows of the given lengths.
+
+        Example:
+            >>> RowSpans.of_lengths(np.array([3, 1, 2]), torch.device('cpu')).cu_seqlens_B1
+            tensor([0, 3, 4, 6], dtype=torch.int32)
+        """
         cu_seqlens_B1 = np.concatenate([[0], np.cumsum(lengths_B)]).astype(np.int32)
         return RowSpans(to_device(cu_seqlens_B1, device), lengths_B, int(lengths_B.max(initial=0)))
 

@@ -20,7 +20,12 @@ STD_FLOOR = 1e-6
 
 
 def token_rewards(reward_B: Tensor, offsets_B1: Tensor) -> Tensor:
-    """Rewards of tokens, float32, shape [T]: the row's reward at its last token, 0 elsewhere."""
+    """Rewards of tokens, float32, shape [T]: the row's reward at its last token, 0 elsewhere.
+
+    Example:
+        >>> token_rewards(torch.tensor([1.0, 2.0]), torch.tensor([0, 3, 5]))
+        tensor([0., 0., 1., 0., 2.])
+    """
     rewards_T = torch.zeros(int(offsets_B1[-1]), device=reward_B.device)
     filled_B = offsets_B1.diff() > 0  # the last token of an empty row would be that of the row before
     rewards_T[offsets_B1[1:][filled_B] - 1] = reward_B[filled_B].float()
@@ -38,6 +43,11 @@ def gae(rewards_T: Tensor, values_T: Tensor, offsets_B1: Tensor, *, gamma: float
     Schulman et al. 2016, arXiv:1506.02438, eq. 16, as A_t = delta_t + gamma lam A_(t+1) with delta_t = r_t + gamma V_(t+1)
     - V_t and V = 0 after the row's end. Returns are advantages plus values. Meant for tensors on the CPU: it steps through
     the positions of the longest row, all rows at once.
+
+    Example:
+        >>> rewards_T, values_T, offsets_B1 = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([0, 2])
+        >>> gae(rewards_T, values_T, offsets_B1, gamma=1.0, lam=0.5)  # deltas 0 and 0.5; 0 + 0.5 x 0.5
+        (tensor([0.2500, 0.5000]), tensor([0.7500, 1.0000]))
     """
     rewards_T, values_T = rewards_T.float(), values_T.float()
     advantages_T = _deltas(rewards_T, values_T, offsets_B1, gamma)
@@ -96,6 +106,10 @@ def group_normalized(reward_B: PerRow, group_B: PerRow, *, scale_by_std: bool = 
     Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2; without `scale_by_std` Liu et al. 2025, arXiv:2503.20783, sec. 3.2. The
     deviation is the sample's (divided by rows less one), as in the published implementations. `group_B` holds any integers.
     A group of equal rewards gives 0.
+
+    Example:
+        >>> group_normalized(np.array([1.0, 0.0, 5.0, 3.0]), np.array([0, 0, 1, 1]), scale_by_std=False)
+        tensor([ 0.5000, -0.5000,  1.0000, -1.0000])
     """
     groups = _Groups(reward_B, group_B)
     deviation_B = groups.less(groups.mean_B, alone)
@@ -108,6 +122,10 @@ def leave_one_out(reward_B: PerRow, group_B: PerRow, *, alone: Alone = "reward")
     """One advantage per row, float32, shape [B]: the reward less the mean of the other rewards of its group.
 
     RLOO, Ahmadian et al. 2024, arXiv:2402.14740, eq. 7.
+
+    Example:
+        >>> leave_one_out(np.array([3.0, 0.0, 0.0]), np.array([0, 0, 0]))
+        tensor([ 3.0000, -1.5000, -1.5000])
     """
     groups = _Groups(reward_B, group_B)  # r - (n m - r) / (n - 1) = (r - m) n / (n - 1)
     return (groups.less(groups.mean_B, alone) * groups.size_B / (groups.size_B - 1).clamp(min=1)).float()
@@ -119,6 +137,10 @@ def length_weighted(reward_B: PerRow, group_B: PerRow, tokens_B: PerRow, *, alon
     It is the baseline of least variance where the gradient of every token has the same norm.
 
     OPO, Hao et al. 2025, arXiv:2505.23585, eq. 9.
+
+    Example:
+        >>> length_weighted(np.array([1.0, 0.0]), np.array([0, 0]), np.array([30, 10]))  # the baseline is 30 / 40
+        tensor([ 0.2500, -0.7500])
     """
     groups, tokens_B = _Groups(reward_B, group_B), _as_tensor(tokens_B).double()
     baseline_B = groups.sums(groups.reward_B * tokens_B) / groups.sums(tokens_B).clamp(min=1.0)
@@ -130,6 +152,10 @@ def best_of_group(reward_B: PerRow, group_B: PerRow, *, scale_by_std: bool = Tru
 
     The gradient of the best of n rewards: Tang et al. 2025, arXiv:2503.19595, eq. 6; divided by the group's standard deviation
     where `scale_by_std`. Where the best reward is there twice, or a row is alone, all get 0.
+
+    Example:
+        >>> best_of_group(np.array([5.0, 3.0, 1.0]), np.array([0, 0, 0]), scale_by_std=False)
+        tensor([2., 0., 0.])
     """
     groups = _Groups(reward_B, group_B)
     advantage_B = torch.zeros_like(groups.reward_B)
@@ -142,7 +168,12 @@ def best_of_group(reward_B: PerRow, group_B: PerRow, *, scale_by_std: bool = Tru
 
 
 def is_varied(reward_B: PerRow, group_B: PerRow) -> Tensor:
-    """Of each row whether its group has several rewards, bool, shape [B]: only then does a baseline leave anything to learn."""
+    """Of each row whether its group has several rewards, bool, shape [B]: only then does a baseline leave anything to learn.
+
+    Example:
+        >>> is_varied(np.array([1.0, 0.0, 1.0, 1.0]), np.array([0, 0, 1, 1]))
+        tensor([ True,  True, False, False])
+    """
     groups = _Groups(reward_B, group_B)
     return groups.sums((groups.reward_B - groups.mean_B).square()) > 0
 
@@ -152,6 +183,10 @@ def rescaled(advantage_B: Tensor, informative_B: PerRow) -> Tensor:
 
     GPG, Chu et al. 2025, arXiv:2504.02546, eq. 7, where rows are informative whose group has several rewards; its authors'
     code, and verl's, count the rows whose reward is not 0.
+
+    Example:
+        >>> rescaled(torch.tensor([0.5, -0.5, 0.0, 0.0]), np.array([True, True, False, False]))
+        tensor([ 1., -1.,  0.,  0.])
     """
     return advantage_B * (len(advantage_B) / _as_tensor(informative_B).count_nonzero().clamp(min=1))
 
@@ -161,6 +196,10 @@ def overlong_penalty(tokens_B: PerRow, *, max_tokens: int, buffer_tokens: int) -
     falling linearly to -1 at `max_tokens`.
 
     DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 13.
+
+    Example:
+        >>> overlong_penalty(np.array([70, 90, 120]), max_tokens=100, buffer_tokens=20)
+        tensor([-0.0000, -0.5000, -1.0000])
     """
     excess_B = _as_tensor(tokens_B).float() - (max_tokens - buffer_tokens)
     return -(excess_B / buffer_tokens).clamp(0.0, 1.0)

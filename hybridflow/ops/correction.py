@@ -32,6 +32,12 @@ class ImportanceCorrection:
 
     The engine's kernels and precision differ from the trainer's, so that its samples are off-policy even for equal weights.
     Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training": min(policy / engine, cap).
+
+    Example:
+        >>> correction = ImportanceCorrection(cap=2.0, mask_below=0.1)
+        >>> old_T, rollout_T = torch.tensor([-1.0, -1.0, -5.0]), torch.tensor([-1.0, -3.0, -1.0])  # ratios 1, e^2 and e^-4
+        >>> correction.weights(old_T, rollout_T, torch.tensor([3]))[0]
+        tensor([1., 2., 0.])
     """
 
     level: Literal["token", "sequence"] = "token"

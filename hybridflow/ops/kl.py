@@ -25,6 +25,11 @@ def kl_estimate(log_probs_T: Tensor, reference_T: Tensor, kind: KLEstimator) -> 
     J. Schulman, "Approximating KL divergence" (2020), with r = reference / policy. k1 = -log r is unbiased and may be
     negative; k2 = (log r)^2 / 2 is biased; k3 = r - 1 - log r is unbiased and never negative; abs = |log r|. Of these only k2
     has a gradient whose mean is the gradient of the KL: `k3+` has the value of k3 and the gradient of k2, and so on.
+
+    Example:
+        >>> import torch
+        >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-1.5]), "k1")
+        tensor([0.5000])
     """
     log_ratio_T = reference_T - log_probs_T
     match kind:
@@ -76,6 +81,12 @@ class AdaptiveKL(KLController):
 
     Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2: coefficient *= 1 + K e with e = clip(KL / target - 1, -0.2, 0.2). The
     gain K is `num_rows / horizon`, so that steps of any size react alike per row.
+
+    Example:
+        >>> kl = AdaptiveKL(0.1, target=6.0, horizon=10000)
+        >>> kl.update(observed_kl=12.0, num_rows=1000)  # twice the target, clipped to 0.2
+        >>> round(kl.coefficient, 6)
+        0.102
     """
 
     MAX_ERROR = 0.2

@@ -73,8 +73,10 @@ class PolicyLoss:
     The surrogate is the clipped one of PPO where none is given.
 
     Example:
-        >>> PolicyLoss(clip=(0.2, 0.28), advantage="advantage")
-        >>> PolicyLoss(surrogate=partial(clipped, clip=(3e-4, 4e-4), ratio=sequence_ratio), aggregation="sequence_mean")
+        >>> PolicyLoss(clip=(0.2, 0.28), advantage="advantage", kl_coefficient=0.001).columns
+        ('advantage', 'log_probs', 'reference_log_probs')
+        >>> from hybridflow.ops.surrogates import sequence_ratio
+        >>> gspo = PolicyLoss(surrogate=partial(clipped, clip=(3e-4, 4e-4), ratio=sequence_ratio), aggregation="sequence_mean")
     """
 
     clip: tuple[float, float] = (0.2, 0.2)

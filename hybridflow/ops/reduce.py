@@ -28,6 +28,12 @@ def token_weights(lengths_B: Tensor, *, aggregation: Aggregation, counts: Counts
 
     `max_tokens` is the constant length of `sequence_sum` and unused otherwise. Call it where `lengths_B` is on the CPU: on
     a GPU the number of tokens has to be waited for.
+
+    Example:
+        >>> token_weights(torch.tensor([2, 1]), aggregation="sequence_mean", counts=Counts(tokens=3, rows=2))
+        tensor([0.2500, 0.2500, 0.5000])
+        >>> token_weights(torch.tensor([2, 1]), aggregation="token_mean", counts=Counts(tokens=3, rows=2))
+        tensor([0.3333, 0.3333, 0.3333])
     """
     match aggregation:
         case "token_mean":
@@ -45,17 +51,32 @@ def token_weights(lengths_B: Tensor, *, aggregation: Aggregation, counts: Counts
 
 
 def row_sums(values_T: Tensor, lengths_B: Tensor) -> Tensor:
-    """The sum of each row: shape [B]. Neither waits for the device nor depends on an order of atomic additions."""
+    """The sum of each row: shape [B]. Neither waits for the device nor depends on an order of atomic additions.
+
+    Example:
+        >>> row_sums(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2, 1]))
+        tensor([3., 5.])
+    """
     return torch.segment_reduce(values_T, "sum", lengths=lengths_B, unsafe=True, initial=0.0)
 
 
 def row_means(values_T: Tensor, lengths_B: Tensor) -> Tensor:
-    """The mean of each row, 0 where a row has no tokens: shape [B]."""
+    """The mean of each row, 0 where a row has no tokens: shape [B].
+
+    Example:
+        >>> row_means(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2, 1, 0]))
+        tensor([1.5000, 5.0000, 0.0000])
+    """
     return row_sums(values_T, lengths_B) / lengths_B.clamp(min=1)
 
 
 def repeat_rows(row_B: Tensor, lengths_B: Tensor, *, num_tokens: int) -> Tensor:
-    """Each row's number at each of its tokens: shape [T]. Knowing `num_tokens` spares waiting for the device."""
+    """Each row's number at each of its tokens: shape [T]. Knowing `num_tokens` spares waiting for the device.
+
+    Example:
+        >>> repeat_rows(torch.tensor([1.0, 5.0]), torch.tensor([2, 1]), num_tokens=3)
+        tensor([1., 1., 5.])
+    """
     return torch.repeat_interleave(row_B, lengths_B, output_size=num_tokens)
 
 

@@ -78,6 +78,14 @@ def clipped(
 
     PPO, Schulman et al. 2017, arXiv:1707.06347, eq. 7; bounds apart, DAPO, arXiv:2503.14476, eq. 10; dual clip,
     arXiv:1912.09729, eq. 5. With `ratio=sequence_ratio` GSPO.
+
+    Example:
+        >>> log_probs_T, old_T = torch.tensor([1.5, 1.1]).log(), torch.zeros(2)
+        >>> tokens = PolicyTokens(
+        ...     log_probs_T=log_probs_T, old_T=old_T, advantage_T=torch.ones(2), lengths_B=torch.tensor([2])
+        ... )
+        >>> clipped(tokens, clip=(0.2, 0.2))[0]  # ratios 1.5 and 1.1
+        tensor([-1.2000, -1.1000])
     """
     low, high = clip
     advantage_T, ratio_T = tokens.advantage_T, ratio(tokens)

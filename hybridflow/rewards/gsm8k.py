@@ -20,20 +20,35 @@ NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def extract_answer(text: str) -> str | None:
-    """What the last `#### ` is followed by, without commas; None where there is no such."""
+    """What the last `#### ` is followed by, without commas; None where there is no such.
+
+    Example:
+        >>> extract_answer('3 boxes of 400. #### 1,200')
+        '1200'
+    """
     answers = STRICT.findall(text[-CHARACTERS_READ:])
     return _plain(answers[-1]) if answers else None
 
 
 def compute_score(reward_input: RewardInput) -> Mapping[str, float]:
-    """Strict: 1 where the number behind the last `####` equals the ground truth as text, commas and `$` aside, else 0."""
+    """Strict: 1 where the number behind the last `####` equals the ground truth as text, commas and `$` aside, else 0.
+
+    Example:
+        >>> compute_score({'response': '#### 7', 'ground_truth': '8', 'data_source': '', 'extra_info': {}})
+        {'overall': 0.0, 'accuracy': 0.0, 'format': 1.0}
+    """
     answer = extract_answer(reward_input["response"])
     is_correct = answer is not None and answer == _plain(str(reward_input["ground_truth"]))
     return _result(is_correct=is_correct, has_answer=answer is not None)
 
 
 def compute_score_flexible(reward_input: RewardInput) -> Mapping[str, float]:
-    """1 where the last number, wherever it stands, equals the ground truth as a number, else 0."""
+    """1 where the last number, wherever it stands, equals the ground truth as a number, else 0.
+
+    Example:
+        >>> compute_score_flexible({'response': 'It is 8.0', 'ground_truth': '8', 'data_source': '', 'extra_info': {}})
+        {'overall': 1.0, 'accuracy': 1.0, 'format': 1.0}
+    """
     numbers = NUMBER.findall(reward_input["response"][-CHARACTERS_READ:])
     if not numbers:
         return _result(is_correct=False, has_answer=False)

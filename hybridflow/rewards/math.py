@@ -26,7 +26,12 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete `\boxed{...}` holds, braces inside it matched; None where there is no such."""
+    r"""What the last complete `\boxed{...}` holds, braces inside it matched; None where there is no such.
+
+    Example:
+        >>> last_boxed(r'so \boxed{1} or \boxed{\frac{1}{2}}')
+        '\\frac{1}{2}'
+    """
     start = text.rfind(BOXED)
     while start >= 0:
         depth = 0

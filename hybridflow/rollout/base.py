@@ -129,9 +129,9 @@ class Engine(ABC):
     """Generates responses. Requests may be added at any time; `step` advances all that run.
 
     Example:
-        >>> engine.add(Request(id=7, prompt=np.array([5, 9], np.int32), sampling=Sampling(max_tokens=3)))
-        >>> [response for _ in range(3) for response in engine.step()]
-        [Response(id=7, tokens=array([12, 40, 8]), log_probs=array([-1.3, -0.2, -2.7]), finish_reason='length', ...)]
+        engine.add(Request(id=7, prompt=np.array([5, 9], np.int32), sampling=Sampling(max_tokens=3)))
+        [response for _ in range(3) for response in engine.step()]
+        # [Response(id=7, tokens=array([12, 40, 8]), log_probs=array([-1.3, -0.2, -2.7]), finish_reason='length', ...)]
     """
 
     can_replay_loads: bool = False

@@ -89,6 +89,11 @@ def sample(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     Probabilities need not add up to one. First the block of K tokens is found among N, then the token in it, so that running
     sums in float64 are short. A token of probability zero is never sampled, unless its row is not finite or all zeros. Returns
     int64 of shape [B].
+
+    Example:
+        >>> probs_BV = torch.tensor([[0.25, 0.25, 0.5]] * 3)
+        >>> sample(probs_BV, torch.tensor([0.1, 0.3, 0.9], dtype=torch.float64))
+        tensor([0, 1, 2])
     """
     num_rows, num_tokens = probs_BV.shape
     num_in_block = _num_in_block(num_tokens)

@@ -65,12 +65,10 @@ class EngineThread:
         """Queue requests, which start together; a future for each, in their order. `id` is the caller's to choose.
 
         Example:
-            >>> short, long = thread.submit([Request(id=0, ...), Request(id=1, ...)])
-            >>> short.result().finish_reason  # while the other goes on
-            'stop'
-            >>> thread.interrupt()
-            >>> long.result().finish_reason, len(long.result().tokens)
-            ('interrupted', 412)
+            short, long = thread.submit([Request(id=0, ...), Request(id=1, ...)])
+            short.result().finish_reason  # 'stop', while the other goes on
+            thread.interrupt()
+            long.result().finish_reason, len(long.result().tokens)  # ('interrupted', 412)
 
         Raises:
             EngineError: the engine failed before, or was closed.

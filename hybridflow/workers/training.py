@@ -42,6 +42,11 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
 
     It reaches the peak at the last step of the warm-up. The step after has the peak still, and from there linear and cosine
     schedules fall so that a step after the last one would have the minimum.
+
+    Example:
+        >>> config = TrainingConfig(learning_rate=1.0, warmup_steps=2, schedule="linear", min_learning_rate_ratio=0.0)
+        >>> [learning_rate(config, step, total_steps=6) for step in range(1, 7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     warmup_steps = config.warmup_steps or int(config.warmup_ratio * total_steps)
     if step <= warmup_steps:
