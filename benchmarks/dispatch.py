@@ -150,7 +150,7 @@ def in_store(batch: Batch) -> Batch:
         assert all(isinstance(shard, LocalShard) for shard in source.shards), "some columns are in the store already"
         shards = tuple(StoredShard(ray.put(dict(shard.fetch())), shard.num_rows) for shard in source.shards)
         sources.append(Source(source.names, shards, source.positions))
-    return Batch(batch.light, tuple(sources))
+    return Batch(batch.per_row, tuple(sources))
 
 
 def measure(rows: int, tokens: int) -> dict[str, object]:

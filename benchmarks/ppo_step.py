@@ -44,7 +44,7 @@ from hybridflow.workers.utilisation import FlopsPerToken, flops_per_token
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 WARM_UP_STEPS = 2
-SUMMARISED = ("seconds/", "sync/", "memory/", "controller/", "stream/", "staleness/", "importance/", "agreement/")
+SUMMARISED = ("seconds/", "sync/", "memory/", "controller/", "stream/", "staleness/", "importance/", "mismatch/")
 PEAK_FLOPS = 790e12
 """What a bf16 matrix product reaches on one H200, measured; utilisation is relative to this."""
 

@@ -1,8 +1,8 @@
 """A batch: rows with named columns, some of them here, some of them wherever they were computed.
 
-Columns come in three kinds: one number per row (`light`, always at hand), a ragged run of numbers per row (`Ragged`,
+Columns come in three kinds: one number per row (`per_row`, always at hand), a ragged run of numbers per row (`Ragged`,
 no padding), and one Python object per row. The last two live in *shards*: tables that sit in the memory of whoever
-computed them or in an object store. On the controller a batch is a handle: light columns plus, for each set of shards,
+computed them or in an object store. On the controller a batch is a handle: per-row columns plus, for each set of shards,
 the position of every row. Select, reorder, repeat, split, concatenate and join rewrite positions and move no data;
 reading a column that is elsewhere fetches it, once, without copying where the rows stand in order.
 """
@@ -31,6 +31,11 @@ class Ragged:
     """One run of numbers per row, all runs in one array without padding.
 
     Row `i` is `values[offsets[i]:offsets[i + 1]]`.
+
+    Example:
+        >>> rows = Ragged.from_rows([[5, 6, 7], [], [8]], np.int64)
+        >>> rows.values, rows.offsets, rows.lengths
+        (array([5, 6, 7, 8]), array([0, 3, 3, 4]), array([3, 0, 1]))
     """
 
     values: Array
@@ -79,13 +84,23 @@ class Ragged:
         return Ragged(self.values[mask], kept[self.offsets])
 
     def spread(self, mask: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64]) -> Ragged:
-        """The inverse of `where`: rows of `offsets` with these numbers where `mask` is true, and 0 elsewhere."""
+        """The inverse of `where`: rows of `offsets` with these numbers where `mask` is true, and 0 elsewhere.
+
+        Example:
+            >>> Ragged.from_rows([[5], [8]], np.int64).spread(np.array([False, True, True]), np.array([0, 2, 3])).values
+            array([0, 5, 8])
+        """
         values = np.zeros(len(mask), self.values.dtype)
         values[mask] = self.values
         return Ragged(values, offsets)
 
     def take(self, positions: Positions) -> Ragged:
-        """The rows at `positions`; a view where they are a range, else a copy."""
+        """The rows at `positions`; a view where they are a range, else a copy.
+
+        Example:
+            >>> [row.tolist() for row in Ragged.from_rows([[5, 6], [7]], np.int64).take(np.array([1, 0, 1], np.int32))]
+            [[7], [5, 6], [7]]
+        """
         if isinstance(positions, range):
             offsets = self.offsets[positions.start : positions.stop + 1]
             return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
@@ -99,18 +114,18 @@ class Ragged:
         return Ragged(self.values[index], offsets)
 
 
-Heavy = Ragged | list[object]
+ShardColumn = Ragged | list[object]
 
 
 class Shard(Protocol):
-    """A table of heavy columns, here or elsewhere."""
+    """A table of per-token columns and texts, here or elsewhere."""
 
     @property
     def num_rows(self) -> int:
         """How many rows it has, known without fetching."""
         ...
 
-    def fetch(self) -> Mapping[str, Heavy]:
+    def fetch(self) -> Mapping[str, ShardColumn]:
         """Its columns, read-only."""
         ...
 
@@ -119,16 +134,16 @@ class Shard(Protocol):
 class LocalShard:
     """A shard in this process."""
 
-    columns: Mapping[str, Heavy]
+    columns: Mapping[str, ShardColumn]
     num_rows: int
 
-    def fetch(self) -> Mapping[str, Heavy]:
+    def fetch(self) -> Mapping[str, ShardColumn]:
         return self.columns
 
 
 @dataclass(frozen=True)
 class Source:
-    """Some heavy columns of a batch: shards, and where in them each row stands."""
+    """Some per-token columns or texts of a batch: shards, and where in them each row stands."""
 
     names: tuple[str, ...]
     shards: tuple[Shard, ...]
@@ -151,7 +166,7 @@ class Source:
         moved = (positions - shift[home]).astype(np.int32)
         return Source(self.names, tuple(self.shards[shard] for shard in used), _as_range(moved))
 
-    def read(self, name: str) -> Heavy:
+    def read(self, name: str) -> ShardColumn:
         """The column's rows in the order of the batch."""
         parts = [shard.fetch()[name] for shard in self.shards]
         if ragged := [part for part in parts if isinstance(part, Ragged)]:
@@ -167,34 +182,41 @@ class Source:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows with named columns. Immutable: every method returns a new batch and moves no heavy data."""
+    """Rows with named columns. Immutable: every method returns a new batch and moves no data of shards."""
 
-    light: Mapping[str, Array] = field(default_factory=dict)
+    per_row: Mapping[str, Array] = field(default_factory=dict)
     """One number per row, always at hand: name -> array of shape [B]."""
     sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = {name: len(column) for name, column in self.light.items()}
+        sizes = {name: len(column) for name, column in self.per_row.items()}
         sizes |= {"/".join(source.names): len(source.positions) for source in self.sources}
         if len(set(sizes.values())) > 1:
             raise BatchError(f"the columns of a batch must have the same number of rows; found {sizes}")
 
     @staticmethod
-    def from_columns(columns: Mapping[str, Array | Heavy]) -> Batch:
-        """A batch whose data is in this process. Arrays become light columns, `Ragged` and lists heavy ones."""
-        light = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
-        heavy = {name: column for name, column in columns.items() if isinstance(column, Ragged | list)}
-        if not heavy:
-            return Batch(light)
-        num_rows = len(next(iter(heavy.values())))
-        for name, column in heavy.items():
+    def from_columns(columns: Mapping[str, Array | ShardColumn]) -> Batch:
+        """A batch whose data is in this process. Arrays become per-row columns, `Ragged` and lists a shard.
+
+        Example:
+            >>> responses = Ragged.from_rows([[5, 6], [7]], np.int32)
+            >>> batch = Batch.from_columns({"reward": np.array([1.0, 0.0]), "response": responses})
+            >>> batch["reward"], batch.tokens("response").lengths
+            (array([1., 0.]), array([2, 1]))
+        """
+        per_row = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
+        in_shard = {name: column for name, column in columns.items() if isinstance(column, Ragged | list)}
+        if not in_shard:
+            return Batch(per_row)
+        num_rows = len(next(iter(in_shard.values())))
+        for name, column in in_shard.items():
             if len(column) != num_rows:
                 raise BatchError(f"column {name!r} has {len(column)} rows, the columns before it {num_rows}")
-        return Batch(light, (Source(tuple(heavy), (LocalShard(heavy, num_rows),), range(num_rows)),))
+        return Batch(per_row, (Source(tuple(in_shard), (LocalShard(in_shard, num_rows),), range(num_rows)),))
 
     def __len__(self) -> int:
-        if self.light:
-            return len(next(iter(self.light.values())))
+        if self.per_row:
+            return len(next(iter(self.per_row.values())))
         return len(self.sources[0].positions) if self.sources else 0
 
     def __contains__(self, name: str) -> bool:
@@ -202,17 +224,17 @@ class Batch:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All columns, light ones first."""
-        return (*self.light, *(name for source in self.sources for name in source.names))
+        """All columns, per-row ones first."""
+        return (*self.per_row, *(name for source in self.sources for name in source.names))
 
     def __getitem__(self, name: str) -> Array:
-        """A light column: shape [B].
+        """A per-row column: shape [B].
 
         Raises:
-            BatchError: there is no such column, or it is heavy.
+            BatchError: there is no such column, or it is in shards.
         """
-        if name in self.light:
-            return self.light[name]
+        if name in self.per_row:
+            return self.per_row[name]
         if name in self.names:
             raise BatchError(
                 f"column {name!r} has token-level data or text, which stays where it was computed. Compute with it on "
@@ -226,23 +248,23 @@ class Batch:
         Raises:
             BatchError: there is no such column, or it is not ragged.
         """
-        column = self._heavy(name)
+        column = self._in_shards(name)
         if not isinstance(column, Ragged):
             raise BatchError(f"column {name!r} holds one object per row; read it with batch.objects({name!r})")
         return column
 
     def objects(self, name: str) -> list[object]:
         """A column of one object per row, likewise."""
-        column = self._heavy(name)
+        column = self._in_shards(name)
         if isinstance(column, Ragged):
             raise BatchError(f"column {name!r} holds tokens; read it with batch.tokens({name!r})")
         return column
 
-    def _heavy(self, name: str) -> Heavy:
+    def _in_shards(self, name: str) -> ShardColumn:
         for source in self.sources:
             if name in source.names:
                 return source.read(name)
-        if name in self.light:
+        if name in self.per_row:
             raise BatchError(f"column {name!r} holds one number per row; read it with batch[{name!r}]")
         raise self._missing(name)
 
@@ -252,47 +274,73 @@ class Batch:
         )
 
     def select(self, rows: Sequence[int] | Array) -> Batch:
-        """The given rows in the given order, repeats allowed."""
+        """The given rows in the given order, repeats allowed.
+
+        Example:
+            >>> Batch({"reward": np.array([1.0, 0.5, 0.0])}).select([2, 0, 2])["reward"]
+            array([0., 1., 0.])
+        """
         index = np.asarray(rows, np.int32)
-        return Batch({name: column[index] for name, column in self.light.items()}, tuple(s.take(index) for s in self.sources))
+        return Batch({name: column[index] for name, column in self.per_row.items()}, tuple(s.take(index) for s in self.sources))
 
     def split(self, rows_per_part: int) -> list[Batch]:
-        """Consecutive parts of `rows_per_part` rows; the last may be smaller."""
+        """Consecutive parts of `rows_per_part` rows; the last may be smaller.
+
+        Example:
+            >>> [len(part) for part in Batch({"reward": np.zeros(5)}).split(2)]
+            [2, 2, 1]
+        """
         return [
             self.select(np.arange(start, min(start + rows_per_part, len(self)))) for start in range(0, len(self), rows_per_part)
         ]
 
     def repeat(self, times: int) -> Batch:
-        """Every row `times` times in a row, column `sample` counting from 0 within each."""
+        """Every row `times` times in a row, column `sample` counting from 0 within each.
+
+        Example:
+            >>> rows = Batch({"prompt_id": np.array([7, 9])}).repeat(2)
+            >>> rows["prompt_id"], rows["sample"]
+            (array([7, 7, 9, 9]), array([0, 1, 0, 1]))
+        """
         repeated = self.select(np.repeat(np.arange(len(self)), times))
         return repeated.with_columns(sample=np.tile(np.arange(times), len(self)))
 
     def with_columns(self, **columns: Array) -> Batch:
-        """With light columns added or replaced: arrays of shape [B]."""
-        return Batch({**self.light, **columns}, self.sources)
+        """With per-row columns added or replaced: arrays of shape [B]."""
+        return Batch({**self.per_row, **columns}, self.sources)
 
     def without(self, names: Sequence[str]) -> Batch:
         """Without the columns of these names."""
         kept = [Source(tuple(n for n in s.names if n not in names), s.shards, s.positions) for s in self.sources]
-        light = {name: column for name, column in self.light.items() if name not in names}
-        return Batch(light, tuple(source for source in kept if source.names))
+        per_row = {name: column for name, column in self.per_row.items() if name not in names}
+        return Batch(per_row, tuple(source for source in kept if source.names))
 
     def join(self, *others: Batch) -> Batch:
-        """With the columns of other batches about the same rows in the same order; a column of a later batch wins."""
-        light, sources = dict(self.light), list(self.sources)
+        """With the columns of other batches about the same rows in the same order; a column of a later batch wins.
+
+        Example:
+            >>> Batch({"reward": np.array([1.0])}).join(Batch({"kl": np.array([0.1])})).names
+            ('reward', 'kl')
+        """
+        per_row, sources = dict(self.per_row), list(self.sources)
         for other in others:
             if len(other) != len(self):
                 raise BatchError(f"join needs the same rows; this batch has {len(self)}, the other {len(other)}")
-            light |= other.light
+            per_row |= other.per_row
             replaced = {name for source in other.sources for name in source.names}
             kept = [Source(tuple(n for n in s.names if n not in replaced), s.shards, s.positions) for s in sources]
             sources = [source for source in kept if source.names] + list(other.sources)
-        return Batch(light, tuple(sources))
+        return Batch(per_row, tuple(sources))
 
     @staticmethod
     def concatenate(batches: Sequence[Batch]) -> Batch:
         """The rows of all batches, one batch after the other. All must have the same columns, but for metrics of rows
         (names with a slash): they are NaN where a batch lacks them, since a reward function may return others for other rows.
+
+        Example:
+            >>> first, second = {"reward": np.array([1.0])}, {"reward": np.array([0.0]), "reward/length": np.array([3.0])}
+            >>> Batch.concatenate([Batch(first), Batch(second)])["reward/length"]
+            array([nan,  3.])
         """
         filled = _with_all_metrics([batch for batch in batches if len(batch)])
         if not filled:
@@ -302,14 +350,14 @@ class Batch:
             if set(batch.names) != set(first.names):
                 odd = sorted(set(batch.names) ^ set(first.names))
                 raise BatchError(f"batches to concatenate must have the same columns; only some have {', '.join(odd)}")
-        light = {name: np.concatenate([batch.light[name] for batch in filled]) for name in first.light}
-        return Batch(light, tuple(_concatenate_sources(filled)))
+        per_row = {name: np.concatenate([batch.per_row[name] for batch in filled]) for name in first.per_row}
+        return Batch(per_row, tuple(_concatenate_sources(filled)))
 
 
 def _with_all_metrics(batches: Sequence[Batch]) -> list[Batch]:
-    names = dict.fromkeys(name for batch in batches for name in batch.light if "/" in name)
+    names = dict.fromkeys(name for batch in batches for name in batch.per_row if "/" in name)
     return [
-        batch.with_columns(**{name: np.full(len(batch), np.nan, np.float32) for name in names if name not in batch.light})
+        batch.with_columns(**{name: np.full(len(batch), np.nan, np.float32) for name in names if name not in batch.per_row})
         for batch in batches
     ]
 

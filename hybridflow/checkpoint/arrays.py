@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridflow.batch import Array, Batch, Heavy, Ragged
+from hybridflow.batch import Array, Batch, Ragged, ShardColumn
 from hybridflow.errors import DamagedCheckpointError
 
 OFFSETS = "offsets of "
@@ -15,9 +15,9 @@ OFFSETS = "offsets of "
 
 def save_arrays(path: Path, batch: Batch) -> None:
     """Write every column: one number per row, or runs of numbers. Columns of objects are not for this."""
-    arrays: dict[str, Array] = dict(batch.light)
+    arrays: dict[str, Array] = dict(batch.per_row)
     for name in batch.names:
-        if name not in batch.light:
+        if name not in batch.per_row:
             column = batch.tokens(name)
             arrays |= {name: column.values, f"{OFFSETS}{name}": column.offsets}
     with path.open("wb") as file:
@@ -36,5 +36,7 @@ def load_arrays(path: Path) -> Batch:
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
     ragged = [name.removeprefix(OFFSETS) for name in arrays if name.startswith(OFFSETS)]
-    columns: dict[str, Array | Heavy] = {name: Ragged(arrays.pop(name), arrays.pop(f"{OFFSETS}{name}")) for name in ragged}
+    columns: dict[str, Array | ShardColumn] = {
+        name: Ragged(arrays.pop(name), arrays.pop(f"{OFFSETS}{name}")) for name in ragged
+    }
     return Batch.from_columns({**arrays, **columns})

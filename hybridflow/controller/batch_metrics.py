@@ -1,4 +1,4 @@
-"""Metrics of a batch from its light columns alone."""
+"""Metrics of a batch from its per-row columns alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reward_metrics(batch: Batch) -> Metrics:
     metrics = {"reward/mean": _mean(reward), "reward/std": Metric(float(reward.std()))}
     if "reward_failed" in batch:
         metrics["reward/failed"] = Metric(float(batch["reward_failed"].sum()), kind="sum")
-    for name in batch.light:
+    for name in batch.per_row:
         if name.startswith(("reward/", "environment/")):
             metrics[name] = _mean(batch[name].astype(np.float64))
     return Metrics(metrics)
@@ -37,7 +37,13 @@ def length_metrics(batch: Batch) -> Metrics:
 
 
 def success_rates(batch: Batch, correct_reward: float) -> Batch:
-    """For each prompt, `prompt_id` and the share of its responses with at least this reward, `rate`."""
+    """For each prompt, `prompt_id` and the share of its responses with at least this reward, `rate`.
+
+    Example:
+        >>> rows = Batch({"prompt_id": np.array([7, 7, 9]), "reward": np.array([1.0, 0.0, 1.0])})
+        >>> success_rates(rows, correct_reward=1.0)["rate"]
+        array([0.5, 1. ])
+    """
     prompts, of_row = np.unique(batch["prompt_id"], return_inverse=True)
     correct = (batch["reward"] >= correct_reward - 1e-6).astype(np.float64)
     return Batch({"prompt_id": prompts, "rate": np.bincount(of_row, weights=correct) / np.bincount(of_row)})

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from hybridflow import registry
-from hybridflow.batch import Heavy
+from hybridflow.batch import ShardColumn
 from hybridflow.controller.cost import CallLog, pickled_size
 from hybridflow.controller.protocols import Arguments, Protocol
 from hybridflow.controller.rank_process import Answer
@@ -24,7 +24,7 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.trackers.timeline import Span
 from hybridflow.workers.remote import CombinedFuture
 
-Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, Heavy]]"]
+Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, ShardColumn]]"]
 ARGUMENTS_LATE_S = 120.0
 """Whoever waits for the arguments of a call is to say which call is late, and has longer than its limit for that."""
 

@@ -219,7 +219,7 @@ def _opened(data: Worker, algorithm: type[Algorithm]) -> DataSummary:
 
 
 def _group(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker:
-    """The controller's stand-in for the workers of a role."""
+    """The controller's handle for the workers of a role."""
     layout = place.worker_class.layout_of(config, place.size.num_ranks)
     return place.worker_class.group(GroupDispatcher(place.role, pool, layout, timeout_s=config.run.timeout_s, log=log))
 

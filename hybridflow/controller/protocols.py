@@ -89,7 +89,7 @@ class SplitByDataRank(Protocol):
         batches = [value for value in (*arguments.args, *arguments.kwargs.values()) if isinstance(value, Batch)]
         assert batches, "split_by_data_rank needs a batch among the arguments"
         halves = partial(balanced_parts, num_parts=self.layout.data)
-        self.parts = divided(_row_tokens(batches[0]), halves, groups=batches[0].light.get("pair"))
+        self.parts = divided(_row_tokens(batches[0]), halves, groups=batches[0].per_row.get("pair"))
         per_data_rank = [self._select(arguments, part) for part in self.parts]
         return [per_data_rank[self.layout.data_rank(rank)] for rank in range(self.layout.num_ranks)]
 
@@ -137,5 +137,5 @@ def _data_leaders(layout: Layout) -> tuple[int, ...]:
 
 def _row_tokens(batch: Batch) -> npt.NDArray[np.int64]:
     """Tokens of each row as far as they are known: the measure by which ranks get equal work."""
-    counts = [batch[name].astype(np.int64) for name in ("prompt_tokens", "response_tokens") if name in batch.light]
+    counts = [batch[name].astype(np.int64) for name in ("prompt_tokens", "response_tokens") if name in batch.per_row]
     return np.sum(counts, axis=0) if counts else np.ones(len(batch), np.int64)

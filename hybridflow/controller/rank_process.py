@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import ray
 
 from hybridflow import registry
-from hybridflow.batch import Batch, Heavy, LocalShard, Source
+from hybridflow.batch import Batch, LocalShard, ShardColumn, Source
 from hybridflow.config.schema import Config
 from hybridflow.controller.stacks import DUMP_SIGNAL, RankIdentity
 from hybridflow.errors import HybridflowError, WorkerError
@@ -38,10 +38,10 @@ Invocation = tuple[str, str, tuple[object, ...], dict[str, object]]
 class StoredShard:
     """A shard in the object store. Fetching it on the node that holds it copies nothing."""
 
-    reference: ray.ObjectRef[dict[str, Heavy]]
+    reference: ray.ObjectRef[dict[str, ShardColumn]]
     num_rows: int
 
-    def fetch(self) -> dict[str, Heavy]:
+    def fetch(self) -> dict[str, ShardColumn]:
         return ray.get(self.reference)
 
 
@@ -58,9 +58,9 @@ class Answer:
     """What a rank sends to the controller: everything but token-level data, which stays in the object store."""
 
     value: object
-    """The result; of a batch its light columns, as a batch."""
-    heavy_names: tuple[str, ...] = ()
-    """Heavy columns that the second return value of the call holds."""
+    """The result; of a batch its per-row columns, as a batch."""
+    shard_names: tuple[str, ...] = ()
+    """Columns that the second return value of the call holds."""
     num_rows: int = 0
     seconds: float = 0.0
     began: float = 0.0
@@ -72,12 +72,12 @@ class Answer:
     reported: Metrics = field(default_factory=Metrics)
     """What the method has reported beside its result."""
 
-    def with_shard(self, reference: ray.ObjectRef[dict[str, Heavy]]) -> object:
+    def with_shard(self, reference: ray.ObjectRef[dict[str, ShardColumn]]) -> object:
         """The result, as the controller sees it."""
-        if not isinstance(self.value, Batch) or not self.heavy_names:
+        if not isinstance(self.value, Batch) or not self.shard_names:
             return self.value
-        source = Source(self.heavy_names, (StoredShard(reference, self.num_rows),), range(self.num_rows))
-        return Batch(self.value.light, (source,))
+        source = Source(self.shard_names, (StoredShard(reference, self.num_rows),), range(self.num_rows))
+        return Batch(self.value.per_row, (source,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ class RankProcess:
         except BaseException as error:
             raise self._named(role, "__init__", error) from None
 
-    def call(self, invocation: Invocation) -> tuple[Answer, dict[str, Heavy]]:
+    def call(self, invocation: Invocation) -> tuple[Answer, dict[str, ShardColumn]]:
         """Run a marked method of a role; the second value goes to the object store."""
         role, method, args, kwargs = invocation
         began, started = time.time(), time.perf_counter()
@@ -202,11 +202,11 @@ class RankProcess:
         worker.context.take_reported()  # outside of calls, as where a sync probes the actor, nobody asked for it
         try:
             result = marked.function(worker, *args, **kwargs)
-            answer, heavy = _answer(result, time.perf_counter() - started, self._memory())
+            answer, shard = _answer(result, time.perf_counter() - started, self._memory())
         except BaseException as error:  # also SystemExit, which would end the process without a word
             raise self._named(role, method, error) from None
         reported = worker.context.take_reported()
-        return replace(answer, began=began, reported=reported), heavy
+        return replace(answer, began=began, reported=reported), shard
 
     def _memory(self) -> Memory | None:
         if self.place.device_type != "cuda":
@@ -252,24 +252,24 @@ def _marked_method(worker_class: type[Worker], name: str) -> RemoteMethod[Worker
     raise AssertionError(f"{worker_class.__name__} has no method {name}")
 
 
-def _answer(result: object, seconds: float, memory: Memory | None) -> tuple[Answer, dict[str, Heavy]]:
+def _answer(result: object, seconds: float, memory: Memory | None) -> tuple[Answer, dict[str, ShardColumn]]:
     if not isinstance(result, Batch):
         return Answer(result, seconds=seconds, num_bytes=_pickled_size(result), memory=memory), {}
-    heavy: dict[str, Heavy] = {}
+    shard: dict[str, ShardColumn] = {}
     for source in result.sources:
         whole = [shard for shard in source.shards if isinstance(shard, LocalShard)]
         assert len(whole) == len(source.shards), "a worker returns new columns, not those it was given"
-        heavy |= {name: source.read(name) for name in source.names}
-    light = Batch(result.light)
+        shard |= {name: source.read(name) for name in source.names}
+    numbers = Batch(result.per_row)
     answer = Answer(
-        light,
-        heavy_names=tuple(heavy),
+        numbers,
+        shard_names=tuple(shard),
         num_rows=len(result),
         seconds=seconds,
-        num_bytes=_pickled_size(light),
+        num_bytes=_pickled_size(numbers),
         memory=memory,
     )
-    return answer, heavy
+    return answer, shard
 
 
 def _pickled_size(value: object) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from hybridflow.batch import Array, Heavy, Ragged
+from hybridflow.batch import Array, Ragged, ShardColumn
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.parquet import ColumnSpec, open_parquet, read_batches, warn_of_unread, without_nulls
 from hybridflow.data.progress import Progress
@@ -132,14 +132,14 @@ class Examples:
         """The rows that have these `prompt_id`s."""
         return np.searchsorted(self.row_numbers, prompt_ids)
 
-    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
+    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | ShardColumn]:
         """Prompt and response with `loss_mask`, and of pairs `pair` and, where the files have it, `margin`."""
         chosen = [self.examples[number] for row in rows for number in range(row * self.per_row, (row + 1) * self.per_row)]
         prompt, response = (
             Ragged.from_rows([getattr(example, name) for example in chosen], np.int32) for name in ("prompt", "response")
         )
         mask = Ragged.from_rows([example.mask for example in chosen], np.bool_)
-        pairs: dict[str, Array | Heavy] = {}
+        pairs: dict[str, Array | ShardColumn] = {}
         if self.per_row > 1:
             pairs["pair"] = np.repeat(np.arange(len(rows)), self.per_row)
             if self.margins is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from hybridflow.batch import Array, Batch, Heavy
+from hybridflow.batch import Array, Batch, ShardColumn
 from hybridflow.config.schema import Config
 from hybridflow.data.chat import Tokenizer
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations
@@ -50,7 +50,7 @@ class Dataset(Protocol):
         """Rows of each file, in file order."""
         ...
 
-    def columns(self, rows: Rows) -> dict[str, Array | Heavy]:
+    def columns(self, rows: Rows) -> dict[str, Array | ShardColumn]:
         """Batch columns of the given rows."""
         ...
 

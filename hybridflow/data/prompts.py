@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from hybridflow.batch import Array, Heavy, Ragged
+from hybridflow.batch import Array, Ragged, ShardColumn
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, Tokenizer
 from hybridflow.data.chunks import PROMPT_TEXT, Chunk, ChunkReader, conversation
@@ -119,7 +119,7 @@ class Prompts:
             )
             yield from zip(self.row_numbers[rows].tolist(), truths, map(str, sources), strict=True)
 
-    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
+    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | ShardColumn]:
         """The batch columns that the files determine, for the given rows."""
         tokens = self.tokens.take(rows.astype(np.int32))
         limits = {} if self.limits is None else {"max_response_tokens": self.limits[rows]}

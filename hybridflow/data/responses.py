@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
-from hybridflow.batch import Array, Heavy, Ragged
+from hybridflow.batch import Array, Ragged, ShardColumn
 from hybridflow.config.rules_agreement import turn_end
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Tokenizer, encode
@@ -60,7 +60,7 @@ class Responses:
         """The rows that have these `prompt_id`s."""
         return self.prompts.rows_of(prompt_ids)
 
-    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
+    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | ShardColumn]:
         """The prompts' columns, and response, response_text, response_tokens and truncated.
 
         A response ends with what ends turns in the chat template, else with the end of sequence, once; unless it was cut at

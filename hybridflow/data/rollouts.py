@@ -20,9 +20,9 @@ def write_rows(batch: Batch, path: str | Path) -> None:
     """Write the texts and all numbers per row of a batch; the file is complete or absent."""
     columns: dict[str, object] = {}
     for name in (*TEXTS, *OBJECTS):
-        if name in batch.names and name not in batch.light:
+        if name in batch.names and name not in batch.per_row:
             columns[name] = pa.array([_text(value) for value in batch.objects(name)], pa.large_string())
-    columns |= {name: values for name, values in batch.light.items() if name not in NOT_WRITTEN}
+    columns |= {name: values for name, values in batch.per_row.items() if name not in NOT_WRITTEN}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from hybridflow.batch import Array, Batch, Heavy, Ragged
+from hybridflow.batch import Array, Batch, Ragged, ShardColumn
 from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments.base import Message, Row
 from hybridflow.environments.episode import Episode
@@ -48,7 +48,7 @@ def episode_columns(episodes: Sequence[Episode], config: EnvironmentConfig) -> B
     the environment as `environment/NAME`, and with `rewards: turn` `token_rewards`."""
     mask = Ragged.from_rows([episode.mask for episode in episodes], np.bool_)
     prompts = Ragged.from_rows([episode.prompt for episode in episodes], np.int32)
-    columns: dict[str, Array | Heavy] = {
+    columns: dict[str, Array | ShardColumn] = {
         "prompt": prompts,
         "prompt_text": [episode.prompt_text for episode in episodes],
         "conversation": [[*episode.past, *episode.said] for episode in episodes],

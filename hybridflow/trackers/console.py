@@ -49,7 +49,7 @@ SHOWN = (
     Number("grad", ("actor/grad_norm",), ".2g"),
     Number("explained", ("critic/explained_variance",), ".2f", lowest=-10),
     Number("clipped", ("actor/clip_fraction",), ".1%"),
-    Number("engine gap", ("agreement/mean",), ".1e"),
+    Number("mismatch", ("mismatch/mean",), ".1e"),
     Number("critic loss", ("critic/loss",), ".3g"),
 )
 """What a step's line shows after the rewards, the most important first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 PREFIXES = frozenset(
-    {"reward", "prompt", "response", "kl", "agreement", "staleness", "stream", "importance", "seconds", "memory", "sync"}
+    {"reward", "prompt", "response", "kl", "mismatch", "staleness", "stream", "importance", "seconds", "memory", "sync"}
     | {"controller", "validation", "tokens_per_second", "environment", "episode", "step", "time"}
 )
 """What stands before the slash in the framework's names; all names with one of them are the framework's."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hybridflow.errors import DataError
 from hybridflow.trackers.jsonl import read_lines
+from hybridflow.trackers.own import own_metrics
 from hybridflow.trackers.timeline import drawn_timeline, read_spans
 
 if TYPE_CHECKING:
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 
 NOT_PHASES_OF_A_STEP = {"seconds/step", "seconds/validation", "seconds/checkpoint"}
 COLORS = tuple(f"tab:{name}" for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive"))
-OF_THE_FRAMEWORK = (
-    *("actor", "agreement", "controller", "critic", "held_out", "importance", "kl", "memory", "prompt", "response", "reward"),
-    *("seconds", "staleness", "stream", "sync", "validation"),
-)
-"""First words of metrics that the framework reports itself; other metrics are the run's own."""
 MAX_PHASES = 7
 """Phases with a colour of their own; the shorter ones are drawn together."""
 SMOOTHED_FROM_STEPS = 40
@@ -154,10 +150,9 @@ def _own(run: Run) -> tuple[Panel, ...]:
     """A panel for each first word of the metrics that are the run's own: what its rewards, roles or algorithm have reported."""
     drawn_elsewhere = {line.metric for panel in (*_learning(run), *HEALTH, *SPEED) for line in panel.lines}
     words: dict[str, list[str]] = {}
-    for name in run.names(""):
-        word = name.partition("/")[0]
-        if "/" in name and word not in OF_THE_FRAMEWORK and name not in drawn_elsewhere:
-            words.setdefault(word, []).append(name)
+    for name in own_metrics(run.names("")):
+        if "/" in name and name not in drawn_elsewhere:
+            words.setdefault(name.partition("/")[0], []).append(name)
     return tuple(
         Panel(
             title=word.replace("_", " "),
@@ -363,9 +358,9 @@ HEALTH = (
         unit="|difference of log-probabilities|, nats",
         axis="logarithmic",
         lines=(
-            Line("agreement/mean", "mean", "tab:green"),
-            Line("agreement/p99", "99th percentile", "tab:orange"),
-            Line("agreement/max", "largest", "tab:red"),
+            Line("mismatch/mean", "mean", "tab:green"),
+            Line("mismatch/p99", "99th percentile", "tab:orange"),
+            Line("mismatch/max", "largest", "tab:red"),
         ),
     ),
 )

@@ -63,7 +63,7 @@ class Worker:
     is_distributed: ClassVar[bool] = True
     """Whether the ranks of this role talk to each other through torch.distributed."""
     dispatcher: Dispatcher | None = None
-    """Set on the controller's stand-in for the group, None on a rank."""
+    """Set on the controller's handle for the group, None on a rank."""
 
     def __init__(self, config: Config, context: RankContext):
         self.config = resolved(config)  # built without a plan, `auto` is off
@@ -76,10 +76,10 @@ class Worker:
 
     @classmethod
     def group(cls, dispatcher: Dispatcher) -> Self:
-        """The controller's stand-in for all workers of this role: no state, calls go to `dispatcher`."""
-        stand_in = cls.__new__(cls)
-        stand_in.dispatcher = dispatcher
-        return stand_in
+        """The controller's handle for all workers of this role: no state, calls go to `dispatcher`."""
+        handle = cls.__new__(cls)
+        handle.dispatcher = dispatcher
+        return handle
 
     @remote("split_by_data_rank")
     def compute(self, batch: Batch, function: Callable[[Batch, RankContext], Batch]) -> Batch:

@@ -68,7 +68,7 @@ class Microbatches:
         self.num_tokens = int(tokens_B.sum())
         """Prompt and response tokens of the rows that this rank, or those that share its rows, work on."""
         budget = tokens_per_microbatch * context.layout.sequence
-        pairs = batch["pair"] if "pair" in batch.light else None
+        pairs = batch["pair"] if "pair" in batch.per_row else None
         parts = divided(tokens_B, partial(token_budget_parts, max_tokens=budget), groups=pairs)
         num_parts, self.counts = self._agree(len(parts))
         at_least = partial(token_budget_parts, max_tokens=budget, min_parts=num_parts)
@@ -144,7 +144,7 @@ class Microbatches:
             BatchError: the column is missing.
         """
         rows = microbatch.rows
-        if name in self.batch.light:
+        if name in self.batch.per_row:
             values_R = np.repeat(self.batch[name][rows].astype(np.float32), microbatch.lengths_B)
         else:
             values_R = self.batch.tokens(name).take(rows).values.astype(np.float32)

@@ -30,7 +30,7 @@ def entropy_metrics(batch: Batch, entropy: Ragged) -> Metrics:
 
 
 def mismatch_metrics(batch: Batch, log_probs: Ragged, *, is_stale: bool = False) -> Metrics:
-    """`agreement/...` between the batch's `rollout_log_probs` and the trainer's `log_probs`, exact over ranks but for the 99th
+    """`mismatch/...` between the batch's `rollout_log_probs` and the trainer's `log_probs`, exact over ranks but for the 99th
     percentile, which is the mean of the ranks' own; and `importance/...` where older weights may have sampled."""
     import torch
 
@@ -58,10 +58,10 @@ class ObserveMismatch:
 
 
 def of_tokens(rollout_R: torch.Tensor, log_probs_R: torch.Tensor, *, is_stale: bool) -> dict[str, TokenMetric]:
-    """`agreement/...` and, where tokens may be stale, `importance/...`."""
+    """`mismatch/...` and, where tokens may be stale, `importance/...`."""
     from hybridflow.ops.mismatch import importance_weights, mismatch
 
-    found = {f"agreement/{name}": metric for name, metric in mismatch(rollout_R, log_probs_R).items()}
+    found = {f"mismatch/{name}": metric for name, metric in mismatch(rollout_R, log_probs_R).items()}
     if is_stale:
         found |= {f"importance/{name}": metric for name, metric in importance_weights(rollout_R, log_probs_R).items()}
     return found

@@ -107,9 +107,9 @@ def _in_order(parts: Sequence[Batch]) -> Batch:
 
 def without_position(batch: Batch) -> Batch:
     """The batch without the column `position`."""
-    return with_numbers(batch, [name for name in batch.light if name != "position"])
+    return with_numbers(batch, [name for name in batch.per_row if name != "position"])
 
 
 def with_numbers(batch: Batch, names: Sequence[str]) -> Batch:
     """The batch with those of its numbers per row alone that are named."""
-    return Batch({name: batch.light[name] for name in names if name in batch.light}, batch.sources)
+    return Batch({name: batch.per_row[name] for name in names if name in batch.per_row}, batch.sources)

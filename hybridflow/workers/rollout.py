@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridflow import registry
-from hybridflow.batch import Array, Batch, Heavy, Ragged
+from hybridflow.batch import Array, Batch, Ragged, ShardColumn
 from hybridflow.columns import COLUMNS
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import pool_of
@@ -148,8 +148,8 @@ class RolloutWorker(Worker):
         within its step, so that a second call samples anew: the first is 0, and a column `call` says otherwise.
 
         Example:
-            >>> greedy = dataclasses.replace(training_sampling(config), temperature=0.0)
-            >>> sampled, best = rollout.generate(rows), rollout.generate(rows, sampling=greedy)
+            greedy = dataclasses.replace(training_sampling(config), temperature=0.0)
+            sampled, best = rollout.generate(rows), rollout.generate(rows, sampling=greedy)
         """
         rows = self._no_rows()
         rows.version = self.rows.version
@@ -217,7 +217,7 @@ class RolloutWorker(Worker):
         response = said.tokens("response")
         # Of no rows, transformers makes one empty text.
         texts = self.tokenizer.batch_decode([row.tolist() for row in response], skip_special_tokens=True) if rows else []
-        columns: dict[str, Array | Heavy] = {name: said.tokens(name) for name in ("response", "policy_versions")}
+        columns: dict[str, Array | ShardColumn] = {name: said.tokens(name) for name in ("response", "policy_versions")}
         columns["response_text"] = [row.refusal or text for row, text in zip(rows, texts, strict=True)]
         if has_log_probs:
             columns["rollout_log_probs"] = log_probs = said.tokens("rollout_log_probs")
@@ -362,7 +362,7 @@ def rows_of(batch: Batch, sampling: Sampling) -> list[RowUnderWay]:
 
 def nothing_said(num_rows: int, names: Iterable[str] = STARTED) -> Batch:
     """What `started_columns` gives of rows that have not begun; `names` are those of its columns of tokens."""
-    said: dict[str, Array | Heavy] = {
+    said: dict[str, Array | ShardColumn] = {
         name: Ragged(np.empty(0, COLUMNS[name].dtype), np.zeros(num_rows + 1, np.int64)) for name in names
     }
     return Batch.from_columns(said).with_columns(ended=np.zeros(num_rows, np.int64))

@@ -29,8 +29,8 @@ class TokenAdvantages:
     last. Reads `reward`, `values` and, where the batch has them, `loss_mask` and `reference_log_probs` with the column named
     `log_probs`. Without a critic all values are 0: with `lam` 1 the advantage of a token is the discounted sum of the rewards
     from it on.
-    Writes `advantages`, `returns`, and the light column `kl`: mean KL to the reference per token of each row, in nats. Reports
-    `kl/mean` of all.
+    Writes `advantages`, `returns`, and the per-row column `kl`: mean KL to the reference per token of each row, in nats.
+    Reports `kl/mean` of all.
     """
 
     gamma: float
@@ -54,11 +54,11 @@ class TokenAdvantages:
             turns_T = _tensor(batch, "token_rewards")
             rewards_T = ops.token_rewards(torch.tensor(batch["reward"]) - ops.row_sums(turns_T, offsets_B1.diff()), offsets_B1)
             rewards_T = rewards_T + turns_T
-        light = {}
+        of_rows = {}
         if "reference_log_probs" in batch:
             log_probs_T, reference_T = (_tensor(batch, name) for name in (self.log_probs, "reference_log_probs"))
             kl_T = ops.kl_estimate(log_probs_T, reference_T, self.kl_estimator)
-            light["kl"] = ops.row_means(kl_T, offsets_B1.diff()).numpy()
+            of_rows["kl"] = ops.row_means(kl_T, offsets_B1.diff()).numpy()
             context.report(Metrics({"kl/mean": Metric(float(kl_T.sum(dtype=torch.float64)), float(len(kl_T)))}))
             rewards_T = ops.kl_in_reward(rewards_T, kl_T, self.kl_coefficient)
         advantages_T, returns_T = ops.gae(rewards_T, values_T, offsets_B1, gamma=self.gamma, lam=self.lam)
@@ -67,7 +67,7 @@ class TokenAdvantages:
         columns = {"advantages": advantages_T, "returns": returns_T}
         return Batch.from_columns(
             {
-                **light,
+                **of_rows,
                 **{name: _of_response(batch, Ragged(column.numpy(), sampled.offsets)) for name, column in columns.items()},
             }
         )

@@ -108,5 +108,5 @@ def test_two_ranks_give_the_columns_that_one_gives(
     rows = Batch.concatenate([found.columns for found in leaders(on_two_ranks, name)])
     rows, one = rows.select(np.argsort(rows["row"])), step(path, Layout(), ROWS).columns
     for column in rows.names:
-        if column not in rows.light:
+        if column not in rows.per_row:
             np.testing.assert_allclose(rows.tokens(column).values, one.tokens(column).values, rtol=1e-5, atol=1e-5)

@@ -35,7 +35,7 @@ def test_a_role_of_ones_own_on_a_pool_of_its_own_judges_every_response(toy: Toy,
 
 def test_an_engine_of_ones_own_generates_with_the_actors_weights(toy: Toy, tmp_path: Path) -> None:
     lines = trained(toy, tmp_path, "rollout.engine=examples.extend.transformers_engine:TransformersEngine")
-    assert all(line["agreement/max"] < 1e-4 for line in lines)
+    assert all(line["mismatch/max"] < 1e-4 for line in lines)
     assert lines[1]["kl/mean"] != 0, "the first step changed the policy that the second step generated with"
 
 

@@ -107,7 +107,7 @@ def test_ppo_trains_with_vllm_in_its_process(toy: Toy, cluster: None, tmp_path: 
     model = make_tiny_model(tmp_path / "model", num_attention_heads=2, num_key_value_heads=1)
     settings = ("rollout.engine=vllm", "rollout.cpu_cache_gib=0.25", f"model.path={model}")
     lines = trained(toy, tmp_path / "run", *settings)
-    assert all(line["agreement/max"] < 1e-4 for line in lines)
+    assert all(line["mismatch/max"] < 1e-4 for line in lines)
     assert lines[1]["kl/mean"] != 0, "the second step generated with the weights of the first"
 
 
@@ -129,7 +129,7 @@ def test_an_engine_on_two_ranks_keeps_up_with_the_actor(
     settings = ("rollout.engine=vllm", "rollout.tensor_parallel=2", "rollout.cpu_cache_gib=0.25", f"model.path={model}")
     places = (f"placement.pools={pools}", f"placement.roles={roles}")
     lines = trained(toy, tmp_path / "run", *settings, *places)
-    assert all(line["agreement/max"] < 1e-4 for line in lines)
+    assert all(line["mismatch/max"] < 1e-4 for line in lines)
     assert lines[1]["kl/mean"] != 0, "the second step generated with the weights of the first"
     assert lines[0]["sync/bytes_received"] == lines[0]["sync/bytes_missing"] > 0
 

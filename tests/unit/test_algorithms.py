@@ -63,7 +63,7 @@ class LengthAsReward(RewardWorker):
 
 
 def only(batch: Batch, *names: str) -> Batch:
-    return Batch.from_columns({name: batch[name] if name in batch.light else batch.tokens(name) for name in names})
+    return Batch.from_columns({name: batch[name] if name in batch.per_row else batch.tokens(name) for name in names})
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def rows_of(batch: Batch, name: str) -> list[list[int]]:
     return [row.tolist() for row in batch.tokens(name)]
 
 
-def test_select_reorders_light_and_heavy_columns_alike() -> None:
+def test_select_reorders_per_row_and_per_token_columns_alike() -> None:
     batch = three_rows().select([2, 0, 2])
     assert batch["reward"].tolist() == [3.0, 1.0, 3.0]
     assert rows_of(batch, "response") == [[3, 3, 3], [1], [3, 3, 3]]
@@ -80,7 +80,7 @@ def test_a_missing_column_says_who_writes_it() -> None:
         three_rows().tokens("values")
 
 
-def test_a_heavy_column_is_not_read_like_a_light_one() -> None:
+def test_a_per_token_column_is_not_read_like_a_per_row_one() -> None:
     with pytest.raises(BatchError, match="token-level data"):
         three_rows()["response"]
 

@@ -47,7 +47,7 @@ def rows(*, scale: float = 1.0) -> Batch:
     returns = batch.tokens("returns")
     scaled = Ragged.from_lengths(returns.values * np.float32(scale), returns.lengths)
     others = {name: batch.tokens(name) for name in TOKENS}
-    return Batch.from_columns({**batch.light, **others, "returns": scaled})
+    return Batch.from_columns({**batch.per_row, **others, "returns": scaled})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hybridflow.batch import Array, Batch, Heavy, Ragged
+from hybridflow.batch import Array, Batch, Ragged, ShardColumn
 from hybridflow.columns import COLUMNS
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RunConfig, ValidationConfig
 from hybridflow.data.chat import load_tokenizer
@@ -28,7 +28,7 @@ class Numbers:
     def __len__(self) -> int:
         return sum(self.rows_per_file)
 
-    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | Heavy]:
+    def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | ShardColumn]:
         return {"prompt": Ragged.from_rows([[row] for row in rows], np.int32), "prompt_id": rows}
 
 
@@ -162,7 +162,7 @@ def config(tiny_model: str, **data: object) -> Config:
 
 
 def dtype_of(batch: Batch, name: str) -> str:
-    if name in batch.light:
+    if name in batch.per_row:
         return str(batch[name].dtype)
     return str(batch.tokens(name).values.dtype) if COLUMNS[name].per != "row" else "object"
 
@@ -173,7 +173,7 @@ def test_every_column_is_as_the_table_says(tiny_model: str, tmp_path: Path) -> N
     train, validation = loaders.train, loaders.validation
     batch = train.next_batch(1)
     assert validation is None
-    assert all(COLUMNS[name].light == (name in batch.light) for name in batch.names)
+    assert all(COLUMNS[name].is_number == (name in batch.per_row) for name in batch.names)
     assert {name: dtype_of(batch, name) for name in batch.names} == {name: COLUMNS[name].dtype for name in batch.names}
 
 

@@ -93,7 +93,7 @@ def test_rows_with_a_masked_end_train_as_rows_without_that_end(model_path: str, 
 
 
 def token_columns(batch: Batch) -> list[str]:
-    return [name for name in batch.names if name not in batch.light and name != "prompt"]
+    return [name for name in batch.names if name not in batch.per_row and name != "prompt"]
 
 
 @pytest.mark.parametrize("worker", [ActorWorker, CriticWorker])
@@ -113,8 +113,8 @@ def test_entropy_and_mismatch_are_those_of_sampled_tokens(model_path: str) -> No
     log_probs = actor.log_probs(MASKED).tokens("log_probs").values
     told = actor.context.take_reported()
     mask, rollout = MASKED.tokens("loss_mask").values, MASKED.tokens("rollout_log_probs").values
-    assert told["agreement/mean"] == pytest.approx(np.abs(log_probs - rollout)[mask].mean(), rel=1e-5)
-    assert told["agreement/max"] == pytest.approx(np.abs(log_probs - rollout)[mask].max(), rel=1e-5)
+    assert told["mismatch/mean"] == pytest.approx(np.abs(log_probs - rollout)[mask].mean(), rel=1e-5)
+    assert told["mismatch/max"] == pytest.approx(np.abs(log_probs - rollout)[mask].max(), rel=1e-5)
     actor.log_probs(disturbed(MASKED))
     assert dict(actor.context.take_reported()) == dict(told)
 

@@ -66,16 +66,16 @@ def test_metrics_over_ranks_are_those_over_all_tokens() -> None:
     # Rank 0: |0.1|, |0.2|, |0.3|; rank 1: |0.6|. Mean 0.3, maximum 0.6.
     parts = [[[0.1], [-0.2, 0.3]], [[0.6]]]
     metrics = Metrics.merged(mismatch_metrics(rows_of_rank(*rows), Ragged.from_rows(rows, np.float32)) for rows in parts)
-    assert metrics["agreement/mean"] == pytest.approx(0.3)
-    assert metrics["agreement/max"] == pytest.approx(0.6)
+    assert metrics["mismatch/mean"] == pytest.approx(0.3)
+    assert metrics["mismatch/max"] == pytest.approx(0.6)
     expected_k3 = sum(math.exp(d) - 1 - d for d in (0.1, -0.2, 0.3, 0.6)) / 4
-    assert metrics["agreement/k3"] == pytest.approx(expected_k3, rel=1e-5)
+    assert metrics["mismatch/k3"] == pytest.approx(expected_k3, rel=1e-5)
 
 
 def test_tokens_that_the_policy_did_not_sample_count_neither_in_the_mismatch_nor_in_the_entropy() -> None:
     rows, mask = [[0.1, float("nan"), 0.3], [float("inf")]], [[1, 0, 1], [0]]
     batch, column = rows_of_rank(*rows, mask=mask), Ragged.from_rows(rows, np.float32)
-    assert mismatch_metrics(batch, column)["agreement/mean"] == pytest.approx(0.2)
+    assert mismatch_metrics(batch, column)["mismatch/mean"] == pytest.approx(0.2)
     assert entropy_metrics(batch, column)["actor/entropy"] == pytest.approx(0.2)
 
 

@@ -61,7 +61,7 @@ def test_numbers_that_are_missing_or_null_leave_gaps(tmp_path: Path):
 @pytest.mark.parametrize("value", [None, 0.0, -1.0, 1e308, -1e308, 1e39])
 def test_a_run_whose_numbers_say_nothing_is_drawn_too(tmp_path: Path, value: float | None):
     """No gradients, no difference between engine and trainer, or numbers that have run away: axes are logarithmic there."""
-    names = ("actor/grad_norm", "critic/grad_norm", "agreement/mean", "actor/loss", "actor/entropy", "reward/mean")
+    names = ("actor/grad_norm", "critic/grad_norm", "mismatch/mean", "actor/loss", "actor/entropy", "reward/mean")
     lines = [{"step": step, "time": 1.0, "seconds/step": 1.0, **dict.fromkeys(names, value)} for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert tmp_path / "plots" / "speed.png" in plot_run(tmp_path)

@@ -178,7 +178,7 @@ def test_rows_and_scores_are_those_of_one_after_the_other(start: Start, layout: 
     given = given.with_columns(call=np.zeros(len(given), np.int64))
     found = respond(given, rollout, reward).without(["call"])
     assert set(found.names) == set(expected.names)
-    for name in expected.light:
+    for name in expected.per_row:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
         assert found[name].dtype == expected[name].dtype
     assert found["reward"].tolist() == lengths

@@ -241,7 +241,7 @@ def test_the_worker_writes_rewards_failures_and_metrics(tmp_path: Path, caplog: 
     assert scored["reward"].tolist() == [1.0, -1.0, -1.0, 1.0]
     assert scored["reward_failed"].tolist() == [False, True, True, False]
     np.testing.assert_array_equal(scored["reward/length"], np.array([3, np.nan, np.nan, np.nan], np.float32))
-    assert {str(scored[name].dtype) for name in scored.light} == {"float32", "bool"}
+    assert {str(scored[name].dtype) for name in scored.per_row} == {"float32", "bool"}
     (record,) = caplog.records
     assert "reward 'misbehaving': 2 of 4 responses failed (2 raised)" in record.getMessage()
     assert record.getMessage().count("this response is bad") == 2  # the line of code and the error, of one traceback

@@ -256,7 +256,7 @@ def test_arrays_come_back_as_they_were_saved(tmp_path: Path) -> None:
     save_arrays(tmp_path / "a.npz", batch)
     found = load_arrays(tmp_path / "a.npz")
     assert set(found.names) == set(batch.names)
-    for name in batch.light:
+    for name in batch.per_row:
         np.testing.assert_array_equal(found[name], batch[name])
         assert found[name].dtype == batch[name].dtype
     for name in ("response", "rollout_log_probs"):

@@ -53,7 +53,7 @@ def test_log_probs_of_rows_at_two_temperatures_are_those_of_the_engine(config: C
     actor = ActorWorker(config, context_of("actor"))
     expected = rows.tokens("rollout_log_probs").values
     np.testing.assert_allclose(actor.log_probs(rows).tokens("log_probs").values, expected, atol=1e-4)
-    assert actor.context.take_reported()["agreement/max"] < 1e-4
+    assert actor.context.take_reported()["mismatch/max"] < 1e-4
     reference = ReferenceWorker(config, context_of("reference")).log_probs(rows)
     np.testing.assert_allclose(reference.tokens("reference_log_probs").values, expected, atol=1e-4)
     at_one = actor.log_probs(rows.without(["temperature"])).tokens("log_probs").values

@@ -240,7 +240,7 @@ def test_the_line_of_a_step_has_numbers_phases_and_speed():
     assert speed == "step 2.1s  tokens/s 12,345"
 
 
-CROWDED = METRICS + Metrics({"critic/loss": 0.5, "actor/grad_norm": 1.0, "agreement/mean": 0.01, "actor/mfu": 0.5})
+CROWDED = METRICS + Metrics({"critic/loss": 0.5, "actor/grad_norm": 1.0, "mismatch/mean": 0.01, "actor/mfu": 0.5})
 
 
 def test_what_does_not_fit_into_the_line_of_a_step_is_what_matters_least():
