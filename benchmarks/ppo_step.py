@@ -70,18 +70,12 @@ COMMON = {
     "trackers.names": "[console]",
     "reward.path": HERE / "parity_reward.py",
     "data.max_prompt_tokens": 256,
+    "model.compile": "true",  # ten steps stand for a run of thousands, in which auto would be that
 }
 PPO = {"algorithm": "ppo", "algorithm.kl_coefficient": 0.001}
 GRPO = {"algorithm": "grpo", "algorithm.responses_per_prompt": 8, "algorithm.kl_coefficient": 0.001}
-ONE_H200 = {"model.compile": "true", "rollout.gpu_memory_utilization": 0.4, "actor.tokens_per_microbatch": 24576}
-ONE_H200 |= {"critic.tokens_per_microbatch": 24576, "reference.tokens_per_microbatch": 65536}
-FOUR_H200 = ONE_H200 | {"placement.pools.main": "1x4", "rollout.tensor_parallel": 2}
-FOUR_H200 |= {
-    "rollout.gpu_memory_utilization": 0.3,
-    "actor.tokens_per_microbatch": 4096,
-    "reference.tokens_per_microbatch": 32768,
-}
-TINY = {"rollout.engine": "torch", "run.device": "cpu", "actor.tokens_per_microbatch": 4096}
+ON_FOUR = {"placement.pools.main": "1x4", "rollout.tensor_parallel": 2}
+TINY = {"rollout.engine": "torch", "run.device": "cpu", "model.compile": "false"}
 
 LENGTHS = {"algorithm": "benchmarks.log_normal:LogNormalGRPO"}
 AHEAD = {"loop.max_staleness": 1}
@@ -90,26 +84,19 @@ SPLIT_IN_HALF = {
     "placement.pools": "{main: 1x2, generation: 1x2, scoring: 1x1 cpu}",
     "placement.roles.rollout": "generation",
     "rollout.tensor_parallel": 2,
-    "rollout.gpu_memory_utilization": 0.85,
-    "actor.tokens_per_microbatch": 4096,
-    "reference.tokens_per_microbatch": 32768,
 }
-W5 = Workload(shape="0.5b", prompts=64, response_tokens=4096, responses_per_prompt=8, overrides=GRPO | ONE_H200 | LENGTHS)
+W5 = Workload(shape="0.5b", prompts=64, response_tokens=4096, responses_per_prompt=8, overrides=GRPO | LENGTHS)
 TINY5 = Workload(shape="tiny", prompts=8, response_tokens=256, responses_per_prompt=4, overrides=GRPO | TINY | LENGTHS)
 
 WORKLOADS = {
-    "W1": Workload(
-        shape="0.5b", prompts=64, response_tokens=512, overrides=PPO | ONE_H200 | {"algorithm.prompts_per_update": 32}
-    ),
-    "W2": Workload(
-        shape="0.5b", prompts=512, response_tokens=512, overrides=PPO | ONE_H200 | {"algorithm.prompts_per_update": 256}
-    ),
+    "W1": Workload(shape="0.5b", prompts=64, response_tokens=512, overrides=PPO | {"algorithm.prompts_per_update": 32}),
+    "W2": Workload(shape="0.5b", prompts=512, response_tokens=512, overrides=PPO | {"algorithm.prompts_per_update": 256}),
     "W3": Workload(
         shape="0.5b",
         prompts=64,
         response_tokens=512,
         responses_per_prompt=8,
-        overrides=GRPO | ONE_H200,
+        overrides=GRPO,
     ),
     "W4": Workload(
         shape="7b",
@@ -117,7 +104,7 @@ WORKLOADS = {
         response_tokens=1024,
         responses_per_prompt=8,
         gpus=4,
-        overrides=GRPO | FOUR_H200,
+        overrides=GRPO | ON_FOUR,
     ),
     "W4s1": Workload(
         shape="7b",
@@ -125,12 +112,12 @@ WORKLOADS = {
         response_tokens=256,
         responses_per_prompt=8,
         gpus=4,
-        overrides=GRPO | ONE_H200 | AHEAD | SPLIT_IN_HALF,
+        overrides=GRPO | AHEAD | SPLIT_IN_HALF,
     ),
     "W5": W5,
     "W5s1": replace(W5, overrides=W5.overrides | AHEAD),
     "W5x2": replace(W5, gpus=2, overrides=W5.overrides | {"placement.pools.main": "1x2"}),
-    "W5s1x2": replace(W5, gpus=2, overrides=W5.overrides | AHEAD | APART | {"rollout.gpu_memory_utilization": 0.85}),
+    "W5s1x2": replace(W5, gpus=2, overrides=W5.overrides | AHEAD | APART),
     "tiny5": TINY5,
     "tiny5s1": replace(TINY5, overrides=TINY5.overrides | AHEAD | APART),
     "tiny": Workload(shape="tiny", prompts=16, response_tokens=32, overrides=PPO | TINY | {"algorithm.prompts_per_update": 8}),

@@ -33,6 +33,12 @@ Switch = bool | Literal["auto"]
 """What costs time and saves GPU memory. auto leaves it to the plan (hybridflow/planner); on a CPU it is off."""
 
 
+Tokens = Annotated[int, COUNT] | Literal["auto"]
+"""A number, or auto: the plan takes what is fastest and fits (hybridflow/planner/search.py); on a CPU a fixed number."""
+MODEST_TOKENS, MODEST_FROZEN_TOKENS, LOGITS_CHUNK_TOKENS, ENGINE_SHARE = 16384, 32768, 4096, 0.5
+"""What auto is where nothing is planned: of models with an optimizer, of frozen ones, of logits, of the GPU for an engine."""
+
+
 RENAMED = {
     "rollout.memory_fraction": "rollout.gpu_memory_utilization",
     "rollout.max_requests": "rollout.max_num_seqs",
@@ -111,10 +117,11 @@ class ModelConfig:
     """Packed attention; auto takes flash-attn where it is installed and the device is CUDA."""
     gradient_checkpointing: Switch = "auto"
     """Recompute activations in the backward pass instead of keeping them; auto for each model whose activations do not fit."""
-    compile: bool = False
-    """torch.compile the layers of training models: faster steps after a minute of compilation."""
-    logits_chunk_tokens: Annotated[int, COUNT] = 4096
-    """Tokens whose logits exist at once in the output layer."""
+    compile: Switch = "auto"
+    """torch.compile the layers of training models: faster steps after a minute of compilation. auto does so on CUDA where the
+    run is long enough to gain twice that minute."""
+    logits_chunk_tokens: Tokens = "auto"
+    """Tokens whose logits exist at once in the output layer; auto is 4096, or fewer where memory is short."""
     sequence_parallel: Annotated[int, COUNT] = 1
     """Ranks that share the tokens of a row (Ulysses)."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
@@ -181,8 +188,10 @@ class TrainingConfig:
     """Decay rates of AdamW's two moments."""
     max_grad_norm: Annotated[float, POSITIVE] = 1.0
     """Gradients are scaled down to this global L2 norm."""
-    tokens_per_microbatch: Annotated[int, COUNT] = 16384
-    """Prompt and response tokens that go through a rank's model at once; a longer row goes alone."""
+    tokens_per_microbatch: Tokens = "auto"
+    """Prompt and response tokens that go through a rank's model at once in an update; a longer row goes alone."""
+    forward_tokens_per_microbatch: Tokens = "auto"
+    """The same in passes without gradients; auto is `tokens_per_microbatch` where that is a number."""
     offload_parameters: Switch = "auto"
     """Keep weights in CPU memory while the role is idle; auto where they do not fit."""
     shard_gradients: Switch = "auto"
@@ -191,6 +200,16 @@ class TrainingConfig:
     offload_optimizer: Switch = "auto"
     """Keep optimizer state in CPU memory while the role does not learn; auto where it does not fit."""
 
+    @property
+    def update_tokens(self) -> int:
+        """`tokens_per_microbatch`; where nothing is planned a modest number in place of auto."""
+        return MODEST_TOKENS if self.tokens_per_microbatch == "auto" else self.tokens_per_microbatch
+
+    @property
+    def forward_tokens(self) -> int:
+        """`forward_tokens_per_microbatch` likewise."""
+        return self.update_tokens if self.forward_tokens_per_microbatch == "auto" else self.forward_tokens_per_microbatch
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
@@ -198,10 +217,15 @@ class ReferenceConfig:
 
     path: FilePath | None = None
     """Folder or hub name; null means `model.path`."""
-    tokens_per_microbatch: Annotated[int, COUNT] = 32768
+    tokens_per_microbatch: Tokens = "auto"
     """Tokens that go through a rank's model at once."""
     offload_parameters: Switch = "auto"
     """Keep weights in CPU memory while the role is idle; auto where they do not fit."""
+
+    @property
+    def forward_tokens(self) -> int:
+        """`tokens_per_microbatch`; where nothing is planned a modest number in place of auto."""
+        return MODEST_FROZEN_TOKENS if self.tokens_per_microbatch == "auto" else self.tokens_per_microbatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +271,9 @@ class RolloutConfig:
     where an algorithm makes prompts from responses."""
     max_num_seqs: Annotated[int, COUNT] = 1024
     """Responses generated at once by one engine."""
-    gpu_memory_utilization: Annotated[float, OPEN_SHARE] = 0.5
-    """Share of the GPU for the engine's weights and cache."""
+    gpu_memory_utilization: Annotated[float, OPEN_SHARE] | Literal["auto"] = "auto"
+    """Share of the GPU for the engine's weights and cache; auto is what the rows of a step need beside the models that share
+    the GPU, or nearly all of a GPU that the engine has to itself."""
     cpu_cache_gib: Annotated[float, POSITIVE] = 1.0
     """Key-value cache of vLLM on CPU."""
     enforce_eager: bool = False

@@ -1,19 +1,24 @@
-"""What stays on the GPUs: asking the ranks for sizes, and giving every role a configuration in which that is decided."""
+"""What stays on the GPUs and how much goes through a model at once: asking the ranks for sizes, and giving every role a
+configuration in which that is decided."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
+from hybridflow.checkpoint.plan_note import PlanNote, read_note
 from hybridflow.config.schema import Config
 from hybridflow.controller.group import Pool
 from hybridflow.controller.placement import RolePlace
+from hybridflow.planner.decisions import Decisions, resolved
 from hybridflow.planner.memory import Gpu
-from hybridflow.planner.needs import PoolInfo, has_open_switches, pool_needs, resolved
-from hybridflow.planner.options import choose_all
+from hybridflow.planner.needs import PoolInfo, compiling_pays, is_open, pool_needs
+from hybridflow.planner.refusal import plan_all
+from hybridflow.planner.search import fingerprint
 from hybridflow.workers.hardware import HardwareInfo
 
 logger = logging.getLogger("hybridflow")
@@ -27,15 +32,15 @@ class RunPlan:
     """What was decided for all pools."""
 
     config: Config
-    options: frozenset[str]
+    decisions: Decisions
 
     def config_of(self, role: str) -> Config:
-        """The configuration that workers of `role` are built from: every switch is on or off."""
-        return resolved(self.config, self.options, role)
+        """The configuration that workers of `role` are built from: nothing in it is left to a plan."""
+        return resolved(self.config, self.decisions, role)
 
     @property
     def engine_sleeps(self) -> bool:
-        return bool(resolved(self.config, self.options).rollout.sleep)
+        return bool(resolved(self.config, self.decisions).rollout.sleep)
 
 
 def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Pool], device: str) -> Asked:
@@ -44,7 +49,7 @@ def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Poo
     for name, pool in pools.items():
         members = _members(placed, name)
         is_on_gpu = device == "cuda" and not next(iter(members.values())).size.is_cpu
-        if is_on_gpu and has_open_switches(config, members.keys()):
+        if is_on_gpu and is_open(config, members.keys()):
             roles = [frozenset(members), *[frozenset[str]()] * (len(pool.processes) - 1)]
             asked[name] = [
                 process.hardware_info.remote(config, own) for process, own in zip(pool.processes, roles, strict=True)
@@ -53,17 +58,33 @@ def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Poo
 
 
 def decide(config: Config, placed: Mapping[str, RolePlace], asked: Asked) -> RunPlan:
-    """The cheapest options with which every pool that was asked holds its roles; the log says which and why.
+    """The cheapest options with which every pool that was asked holds its roles, and the sizes that are fastest with them; the
+    log says which and why. A run that goes on in its folder takes what it has decided there, where that still holds.
 
     Raises:
-        PlacementError: one of them cannot, whatever is offloaded.
+        PlacementError: a pool cannot hold its roles, whatever is offloaded.
     """
-    needs = [pool_needs(config, _pool_info(name, placed, ray.get(answers)), placed.keys()) for name, answers in asked.items()]
-    plans = choose_all(needs)
+    if not asked:
+        return RunPlan(config, Decisions())
+    found = {name: ray.get(answers) for name, answers in asked.items()}
+    infos = [_pool_info(name, placed, answers) for name, answers in found.items()]
+    folder = Path(config.run.folder)
+    note = PlanNote() if config.checkpoint.resume == "never" else read_note(folder)
+    num_rows = next((answers[0].num_training_rows for answers in found.values() if answers[0].num_training_rows), None)
+    is_compiled = compiling_pays(config, infos, num_rows) if note.is_compiled is None else note.is_compiled
+    needs = [pool_needs(config, info, placed.keys(), is_compiled=is_compiled) for info in infos]
+    decisions = Decisions(is_compiled=is_compiled)
+    plans = plan_all(needs, note.pools)
     for plan in plans:
+        decisions |= plan.decisions
         for line in plan.lines():
             logger.info(line)
-    return RunPlan(config, frozenset(option for plan in plans for option in plan.options))
+    if config.model.compile == "auto":
+        gains = "gains at least twice the minute" if is_compiled else "is too short to gain twice the minute"
+        logger.info("model.compile is %s: the run %s that compiling takes", "on" if is_compiled else "off", gains)
+    made = {fingerprint(own): plan.decisions for own, plan in zip(needs, plans, strict=True)}
+    PlanNote(is_compiled=is_compiled, pools=made).write(folder)
+    return RunPlan(config, decisions)
 
 
 def _pool_info(name: str, placed: Mapping[str, RolePlace], found: list[HardwareInfo]) -> PoolInfo:

@@ -51,6 +51,15 @@ def identity_of(path: str) -> dict[str, int | str]:
         return {"bytes": size, "footer": hashlib.blake2b(file.read(), digest_size=16).hexdigest()}
 
 
+def num_rows(path: str) -> int:
+    """Rows of a file, from its footer.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no Parquet file.
+    """
+    return int(pq.read_metadata(path).num_rows)
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Whether values of the type read as strings."""
     if pa.types.is_dictionary(kind):

@@ -30,6 +30,7 @@ def model_size(path: str, *, adapters: Adapters | None = None, trust_remote_code
     head, embeddings = output_layer(model), model.get_input_embeddings()
     settings = config.to_dict()
     num_heads = config.num_attention_heads
+    head_channels = settings.get("head_dim") or config.hidden_size // num_heads
     return ModelSize(
         parameters=parameters,
         trained_parameters=_count(parameter for parameter in model.parameters() if parameter.requires_grad),
@@ -38,7 +39,8 @@ def model_size(path: str, *, adapters: Adapters | None = None, trust_remote_code
         layers_parameters=sum(layers),
         num_layers=len(layers),
         hidden=config.hidden_size,
-        attention=num_heads * (settings.get("head_dim") or config.hidden_size // num_heads),
+        attention=num_heads * head_channels,
+        key_value=(settings.get("num_key_value_heads") or num_heads) * head_channels,
         feed_forward=_feed_forward(settings, config.hidden_size),
         vocabulary=head.out_features,
     )

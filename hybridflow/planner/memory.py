@@ -42,6 +42,8 @@ class EngineNeeds:
     """Weights and cache while awake."""
     kept_asleep: int
     """Of these, what sleeping does not free."""
+    levels: tuple[int, ...] = ()
+    """What `share` may be where that is left to the plan, the largest first and last the least that an engine works with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ class PoolNeeds:
     unknown_roles: tuple[str, ...] = ()
     fixed: Mapping[str, bool] = field(default_factory=dict)
     """Measures that the user has decided."""
+    chunks: tuple[int, ...] = ()
+    """Tokens whose logits may exist at once where that is left to the plan, the most first."""
 
     @property
     def switched_on(self) -> frozenset[str]:
@@ -126,7 +130,7 @@ def phases(needs: PoolNeeds, options: Set[str]) -> Iterator[Phase]:
             merging = {f"{model.role}: merged weights": model.parameters * MASTER_BYTES // model.num_ranks}
             yield _phase(needs, options, "weight sync", merging, active=model)
         forward = {f"{model.role}: layers and logits": model.forward()}
-        yield _phase(needs, options, f"{model.role} computes", forward, active=model)
+        yield _phase(needs, options, computing(model.role), forward, active=model)
     for model in needs.models:
         if model.is_trained:
             is_checkpointed = f"{model.role}.{CHECKPOINTING}" in options
@@ -134,7 +138,17 @@ def phases(needs: PoolNeeds, options: Set[str]) -> Iterator[Phase]:
                 f"{model.role}: gradients": model.gradients(are_sharded=f"{model.role}.{GRADIENTS}" in options),
                 f"{model.role}: layers, activations and logits": model.backward(is_checkpointed=is_checkpointed),
             }
-            yield _phase(needs, options, f"{model.role} learns", backward, active=model, learns=True)
+            yield _phase(needs, options, learning(model.role), backward, active=model, learns=True)
+
+
+def computing(role: str) -> str:
+    """The name of the phase in which a role's model passes rows without gradients."""
+    return f"{role} computes"
+
+
+def learning(role: str) -> str:
+    """The name of the phase in which a role's model is updated."""
+    return f"{role} learns"
 
 
 def _phase(

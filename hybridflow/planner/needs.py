@@ -1,29 +1,29 @@
-"""From a run's configuration to what the roles of a pool need, and back to a configuration in which all is decided."""
+"""From a run's configuration to what the roles of a pool need, and between what the plan may choose."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.rules_placement import ENGINE_ROLES, pool_of
-from hybridflow.config.schema import Config, ReferenceConfig, Switch, TrainingConfig
+from hybridflow.config.schema import ENGINE_SHARE, LOGITS_CHUNK_TOKENS, Config, Switch, TrainingConfig
 from hybridflow.planner.memory import (
     CHECKPOINTING,
+    GIB,
     GRADIENTS,
     OPTIMIZER,
     PARAMETERS,
+    RESERVED_SHARE,
     SLEEP,
     EngineNeeds,
     Gpu,
     PoolNeeds,
     SyncNeeds,
 )
-from hybridflow.planner.sizes import ModelNeeds, ModelSize, Numerics
+from hybridflow.planner.sizes import ModelNeeds, ModelSize, Numerics, TokenLimits
 
-Trained = TypeVar("Trained", bound=TrainingConfig)
 WITHOUT_OUTPUT_LAYER = ("critic", "reward_model", "cost_model")
 WITHOUT_GPU = ("data", "reward")
 """Roles that hold nothing on a GPU, wherever they are placed."""
@@ -32,6 +32,33 @@ ENGINES_THAT_FREE_WEIGHTS = ("vllm",)
 BYTES = {"bfloat16": 2, "float32": 4}
 DTYPE_ON_GPU = "bfloat16"
 """What `auto` means for the dtype of layers."""
+
+CHUNKS = (LOGITS_CHUNK_TOKENS, 2048, 1024)
+BUSY_PARAMETER_TOKENS = 4e11
+"""Tokens x parameters of a layer from which on an update's kernels hide the host: at 4e14 operations a second, half of what an
+H200 does, a layer's forward pass takes 2 ms then, some ten times what launching it takes. Of Qwen2.5-0.5B these are 26,800
+tokens, where 24,576 were set by hand; of SmolLM2-135M, which stood still at 16,384, more than `MOST_TOKENS`."""
+FORWARD_FACTOR = 2.5
+"""A pass without gradients has a third of the work for each launch, and keeps nothing: by hand 65,536 tokens."""
+LEAST_TOKENS = {"one": (4096, 8192), "several": (8192, 32768)}
+"""Of an update and of a pass without gradients, where memory allows it, on one rank and on several. Several gather each layer's
+weights in every microbatch, which takes as long as computing 2,000 tokens with them."""
+STEP_TOKENS = 2048
+"""Sizes are multiples of this, so that a little less free memory at the next start changes nothing."""
+MOST_TOKENS = (65536, 131072)
+EXPECTED_SHARE = 0.5
+"""Of the longest row, what a row is taken to have."""
+SECONDS_SAVED_PER_FLOP = 1.0e-15
+"""By torch.compile: 0.300 s became 0.239 for 20,400 tokens of Qwen2.5-0.5B on an H200, at six operations for each parameter."""
+COMPILING_S = 60.0
+ENGINE_EXTRA = 3 * GIB
+"""Of an engine beside weights and cache: CUDA graphs, its process's context, workspaces. Assumed."""
+ENGINE_BATCH_TOKENS = 8192
+"""Tokens of prompts that an engine reads at once, whose activations it counts in its share."""
+SAMPLER_BYTES = 12
+"""Of an engine, for each logit of the responses that it generates at once: float32, sorted, and as probabilities."""
+OWN_POOL_SHARE, GENEROUS_SHARE = 0.85, 0.3
+"""Of a GPU that an engine has to itself; of one that it shares where the models do not want the room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +91,21 @@ def switches(config: Config) -> dict[str, Switch]:
     }
 
 
-def has_open_switches(config: Config, roles: Set[str]) -> bool:
+def is_open(config: Config, roles: Set[str]) -> bool:
     """Whether something about these roles is left to the plan."""
-    return any(value == "auto" for option, value in switches(config).items() if option.partition(".")[0] in roles)
+    values: list[object] = [value for option, value in switches(config).items() if option.partition(".")[0] in roles]
+    values += [section.tokens_per_microbatch for role, section in config.models.items() if role in roles]
+    if roles & config.models.keys():
+        values += [config.model.logits_chunk_tokens, config.model.compile]
+    if not roles.isdisjoint(ENGINE_ROLES):
+        values.append(config.rollout.gpu_memory_utilization)
+    return "auto" in values
 
 
-def pool_needs(config: Config, pool: PoolInfo, run_roles: Set[str]) -> PoolNeeds:
-    """What the roles of a pool need; `run_roles` are those of all pools."""
+def pool_needs(config: Config, pool: PoolInfo, run_roles: Set[str], *, is_compiled: bool = False) -> PoolNeeds:
+    """What the roles of a pool need; `run_roles` are those of all pools, `is_compiled` is what `model.compile: auto` means."""
     engines = [role for role in ENGINE_ROLES if role in pool.roles]
-    models = tuple(_model_needs(config, role, pool) for role in pool.roles if role in config.models)
+    models = tuple(_model_needs(config, role, pool, is_compiled) for role in pool.roles if role in config.models)
     return PoolNeeds(
         pool=pool.name,
         num_ranks=pool.num_ranks,
@@ -89,68 +122,106 @@ def pool_needs(config: Config, pool: PoolInfo, run_roles: Set[str]) -> PoolNeeds
             for option, value in switches(config).items()
             if value != "auto" and option.partition(".")[0] in pool.roles
         },
+        chunks=CHUNKS if config.model.logits_chunk_tokens == "auto" else (),
     )
 
 
-def resolved(config: Config, options: Set[str] = frozenset(), role: str = "") -> Config:
-    """`config` for the worker of `role`, in which no switch is `auto`: those of `options` are on, the others off. A switch that
-    the user has set stays; so does a configuration that is resolved already."""
+def compiling_pays(config: Config, pools: Iterable[PoolInfo], num_training_rows: int | None) -> bool:
+    """Whether torch.compile saves twice the time that it takes, over all steps of the run, for the roles that learn.
 
-    def decided(option: str, value: Switch) -> bool:
-        return option in options if value == "auto" else value
-
-    def trained(name: str, section: Trained) -> Trained:
-        return replace(
-            section,
-            offload_parameters=decided(f"{name}.{PARAMETERS}", section.offload_parameters),
-            offload_optimizer=decided(f"{name}.{OPTIMIZER}", section.offload_optimizer),
-            shard_gradients=decided(f"{name}.{GRADIENTS}", section.shard_gradients),
-        )
-
-    def frozen(name: str, section: ReferenceConfig) -> ReferenceConfig:
-        return replace(section, offload_parameters=decided(f"{name}.{PARAMETERS}", section.offload_parameters))
-
-    model, rollout = config.model, config.rollout
-    return replace(
-        config,
-        model=replace(model, gradient_checkpointing=decided(f"{role}.{CHECKPOINTING}", model.gradient_checkpointing)),
-        actor=trained("actor", config.actor),
-        critic=trained("critic", config.critic),
-        reference=frozen("reference", config.reference),
-        reward_model=trained("reward_model", config.reward_model),
-        cost_model=frozen("cost_model", config.cost_model),
-        teacher=frozen("teacher", config.teacher),
-        rollout=replace(rollout, sleep=decided(f"rollout.{SLEEP}", rollout.sleep)),
+    `num_training_rows` gives the steps where `run.total_steps` does not; where that is not known either, the run is long.
+    """
+    if config.model.compile != "auto":
+        return config.model.compile
+    steps = config.run.total_steps
+    if steps is None and num_training_rows is None:
+        return True
+    steps = steps or config.run.total_epochs * (num_training_rows or 0) // config.data.prompts_per_step
+    tokens = steps * _step_rows(config) * config.max_model_tokens * EXPECTED_SHARE
+    trained = config.algorithm.trained_roles
+    saved = sum(
+        6 * pool.sizes[role].parameters * tokens / pool.num_ranks * SECONDS_SAVED_PER_FLOP
+        for pool in pools
+        for role in pool.sizes
+        if role in trained
     )
+    return saved > 2 * COMPILING_S
 
 
-def _model_needs(config: Config, role: str, pool: PoolInfo) -> ModelNeeds:
+def _step_rows(config: Config) -> int:
+    """Rows of a step; of an algorithm that has no such option two for each prompt."""
+    options: Mapping[str, object] = vars(config.algorithm.options) if config.algorithm.options is not None else {}
+    number = options.get("responses_per_prompt")
+    return config.data.prompts_per_step * (number if isinstance(number, int) else 2)
+
+
+def _model_needs(config: Config, role: str, pool: PoolInfo, is_compiled: bool) -> ModelNeeds:
     longest_row = -(-config.max_model_tokens // config.model.sequence_parallel)  # goes alone where it exceeds the budget
-    dtype = config.model.compute_dtype
+    dtype, section = config.model.compute_dtype, config.models[role]
+    chunk = config.model.logits_chunk_tokens
+    update = section.update_tokens if isinstance(section, TrainingConfig) else section.forward_tokens
     return ModelNeeds(
         role=role,
         size=pool.sizes[role],
         num_ranks=pool.num_ranks,
         is_trained=role in config.algorithm.trained_roles,
         has_output_layer=role not in WITHOUT_OUTPUT_LAYER,
-        tokens=max(config.models[role].tokens_per_microbatch, longest_row),
+        tokens=max(update, longest_row),
+        forward_tokens=max(section.forward_tokens, longest_row),
         numerics=Numerics(
             compute_bytes=BYTES[DTYPE_ON_GPU if dtype == "auto" else dtype],
-            is_compiled=config.model.compile,
-            chunk_tokens=config.model.logits_chunk_tokens,
+            is_compiled=is_compiled if config.model.compile == "auto" else config.model.compile,
+            chunk_tokens=LOGITS_CHUNK_TOKENS if chunk == "auto" else chunk,
         ),
+        limits=_limits(config, role, pool, longest_row) if section.tokens_per_microbatch == "auto" else None,
     )
+
+
+def _limits(config: Config, role: str, pool: PoolInfo, longest_row: int) -> TokenLimits:
+    """The fewest tokens with which the host is hidden, within fixed bounds and what a step has at most."""
+    section = config.models[role]
+    of_step = max(longest_row, -(-_step_rows(config) * config.max_model_tokens // pool.num_ranks))
+    busy = BUSY_PARAMETER_TOKENS / pool.sizes[role].layer_parameters
+    least = LEAST_TOKENS["one" if pool.num_ranks == 1 else "several"]
+    update, forward = (
+        max(longest_row, min(of_step, max(fewest, min(most, int(tokens)))) // STEP_TOKENS * STEP_TOKENS)
+        for tokens, fewest, most in zip((busy, busy * FORWARD_FACTOR), least, MOST_TOKENS, strict=True)
+    )
+    is_given = isinstance(section, TrainingConfig) and section.forward_tokens_per_microbatch != "auto"
+    return TokenLimits(longest_row=longest_row, update=update, forward=None if is_given else forward)
 
 
 def _engine_needs(config: Config, pool: PoolInfo, role: str) -> EngineNeeds:
     rollout = config.rollout
     weights = pool.sizes[role].parameters * _engine_bytes(config) // rollout.tensor_parallel
     frees_weights = rollout.engine in ENGINES_THAT_FREE_WEIGHTS
+    levels = _engine_levels(config, pool, role) if rollout.gpu_memory_utilization == "auto" else ()
+    given = ENGINE_SHARE if rollout.gpu_memory_utilization == "auto" else rollout.gpu_memory_utilization
     return EngineNeeds(
         role=role,
-        share=int(rollout.gpu_memory_utilization * pool.gpu.total),
+        share=levels[0] if levels else int(given * pool.gpu.total),
         kept_asleep=0 if frees_weights else weights,
+        levels=levels,
     )
+
+
+def _engine_levels(config: Config, pool: PoolInfo, role: str) -> tuple[int, ...]:
+    """Shares of the GPU in bytes, in hundredths of it: with room to spare; for all rows of a step at once, each as long as it
+    may be; for half of that; for an eighth."""
+    rollout, size, total = config.rollout, pool.sizes[role], pool.gpu.total
+    if not config.models.keys() & set(pool.roles):
+        return (int(min(OWN_POOL_SHARE, pool.gpu.free / total - RESERVED_SHARE) * total),)
+    number = _engine_bytes(config)
+    engines = max(1, pool.num_ranks // rollout.tensor_parallel)
+    rows = min(rollout.max_num_seqs, -(-_step_rows(config) * (1 + config.loop.max_staleness) // engines))
+    row = config.max_model_tokens * 2 * size.key_value * size.num_layers * number
+    fixed = size.parameters * number + SAMPLER_BYTES * rollout.max_num_seqs * size.vocabulary
+    fixed += ENGINE_BATCH_TOKENS * number * (2 * size.feed_forward + 6 * size.hidden)
+    at_once = (rows, max(8, rows // 2), max(8, rows // 8))
+    wanted = [(fixed + count * row) // rollout.tensor_parallel + ENGINE_EXTRA for count in at_once]
+    most = int((1 - RESERVED_SHARE) * total)
+    levels = [max(int(GENEROUS_SHARE * total), 2 * wanted[0]), *wanted]
+    return tuple(min(most, -(-level * 100 // total) * total // 100) for level in levels)
 
 
 def _sync_needs(config: Config, pool: PoolInfo) -> SyncNeeds | None:

@@ -1,10 +1,10 @@
-"""Which memory options a pool needs: the cheapest with which everything fits, and the words that say so."""
+"""Which memory options a pool of given sizes needs, the cheapest with which everything fits, and the words that say so."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from hybridflow.errors import PlacementError
+from hybridflow.planner.decisions import Decisions
 from hybridflow.planner.memory import (
     CHECKPOINTING,
     GIB,
@@ -14,8 +14,8 @@ from hybridflow.planner.memory import (
     SLEEP,
     PoolNeeds,
     peak,
-    phases,
 )
+from hybridflow.planner.sizes import ModelNeeds
 
 COSTS = {
     GRADIENTS: "summed over ranks in every microbatch",
@@ -25,10 +25,6 @@ COSTS = {
     SLEEP: "weights leave the GPU and the cache is rebuilt in every step",
     PARAMETERS: "copied to the GPU and back in every pass and update",
 }
-RANKS_TRIED = sorted(factor << exponent for factor in (2, 3) for exponent in range(10))
-"""2, 3, 4, 6, 8, 12, ... up to 1536: numbers that machines and nodes come in."""
-FREE_SHARE_EXPECTED = 0.95
-"""Of a GPU that nobody else uses, once a process has started on it."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +41,43 @@ class PoolPlan:
         Example, PPO of a model of 7B on four GPUs, in part:
 
             memory of pool 'main' fits: 103.7 of 120.0 GiB at the peak (actor computes); actor.offload_optimizer, ...
-              actor: 7.1 GiB of weights and 14.2 GiB of optimizer
-              rollout: 60.0 GiB of weights and cache
+              actor: 7.1 GiB of weights and 14.2 GiB of optimizer; microbatches of 8,192 tokens (what memory allows), ...
+              rollout: 60.0 GiB of weights and cache (0.50 of the GPU)
               actor.offload_optimizer: copied to the GPU and back in every update; without it 'actor computes' takes ...
         """
         needs, highest = self.needs, peak(self.needs, self.options)
         chosen = [option for option in candidates(needs) if option in self.options]
         own = sorted(needs.switched_on)
-        listed = ", ".join([*map(_shown, chosen), *(f"{_shown(option)} (as configured)" for option in own)])
-        sizes = f"{_gib(highest.total)} of {_gib(needs.gpu.total)} GiB at the peak ({highest.name})"
+        listed = ", ".join([*map(shown, chosen), *(f"{shown(option)} (as configured)" for option in own)])
+        sizes = f"{gib(highest.total)} of {gib(needs.gpu.total)} GiB at the peak ({highest.name})"
         lines = [f"memory of pool '{needs.pool}' fits: {sizes}; {listed or 'nothing is offloaded, slept or recomputed'}"]
         for model in needs.models:
-            optimizer = f" and {_gib(model.optimizer)} GiB of optimizer" if model.is_trained else ""
-            lines.append(f"  {model.role}: {_gib(model.weights)} GiB of weights{optimizer}")
+            optimizer = f" and {gib(model.optimizer)} GiB of optimizer" if model.is_trained else ""
+            lines.append(f"  {model.role}: {gib(model.weights)} GiB of weights{optimizer}; {_microbatches(model)}")
         if needs.engine is not None:
-            lines.append(f"  {needs.engine.role}: {_gib(needs.engine.share)} GiB of weights and cache")
+            share = needs.engine.share / needs.gpu.total
+            lines.append(f"  {needs.engine.role}: {gib(needs.engine.share)} GiB of weights and cache ({share:.2f} of the GPU)")
         return lines + [f"  {self._reason(option)}" for option in chosen]
+
+    @property
+    def decisions(self) -> Decisions:
+        """What the roles of the pool are to be built with, where the user has left it open."""
+        needs = self.needs
+        open_models = [model for model in needs.models if model.limits is not None]
+        engine = needs.engine if needs.engine and needs.engine.levels else None
+        return Decisions(
+            options=self.options,
+            update_tokens={model.role: model.tokens for model in open_models if model.is_trained},
+            forward_tokens={model.role: model.passing_tokens for model in open_models},
+            chunk_tokens={model.role: model.numerics.chunk_tokens for model in needs.models if needs.chunks},
+            engine_share={engine.role: engine.share / needs.gpu.total} if engine else {},
+        )
 
     def _reason(self, option: str) -> str:
         without = peak(self.needs, self.options - {option})
         cost = COSTS.get(option) or COSTS[option.partition(".")[2]]
-        too_much = f"'{without.name}' takes {_gib(without.total)} GiB, {_gib(self.needs.budget)} can be planned with"
-        return f"{_shown(option)}: {cost}; without it {too_much}"
+        too_much = f"'{without.name}' takes {gib(without.total)} GiB, {gib(self.needs.budget)} can be planned with"
+        return f"{shown(option)}: {cost}; without it {too_much}"
 
 
 def candidates(needs: PoolNeeds) -> list[str]:
@@ -95,60 +106,26 @@ def choose(needs: PoolNeeds) -> PoolPlan | None:
     return PoolPlan(needs, options)
 
 
-def refusal(needs: PoolNeeds) -> str:
-    """Why a pool cannot hold its roles: every phase that does not fit with all options on, and what can be changed."""
-    everything = needs.switched_on | set(candidates(needs))
-    size = f"{needs.num_ranks} rank(s) with {_gib(needs.gpu.total)} GiB, of which {_gib(needs.budget)} can be planned with"
-    tried = ", ".join(map(_shown, sorted(everything))) or "nothing"
-    lines = [f"Pool '{needs.pool}' has {size}. With {tried} on, it still needs more:"]
-    for phase in phases(needs, everything):
-        if phase.total > needs.budget:
-            lines.append(f"  {phase.name}: {_gib(phase.total)} GiB")
-            largest_first = sorted(phase.usage.items(), key=lambda use: -use[1])
-            lines += [f"    {_gib(taken):>7} GiB  {use}" for use, taken in largest_first]
-    if needs.gpu.free < FREE_SHARE_EXPECTED * needs.gpu.total:
-        lines.append(f"  Other processes hold {_gib(needs.gpu.total - needs.gpu.free)} GiB of the GPU.")
-    return "\n".join([*lines, f"  {_advice(needs)}"])
+def _microbatches(model: ModelNeeds) -> str:
+    """How many tokens go through a model at once, and why so many."""
+    limits = model.limits
+    forward = _tokens(model.passing_tokens, limits.forward if limits else None)
+    update = f"{_tokens(model.tokens, limits.update if limits else None)}, without gradients " if model.is_trained else ""
+    return f"microbatches of {update}{forward}"
 
 
-def _advice(needs: PoolNeeds) -> str:
-    advice = ["lower tokens_per_microbatch or model.logits_chunk_tokens, set model.lora_rank"]
-    if needs.engine is not None:
-        advice.insert(0, "lower rollout.gpu_memory_utilization, place rollout on a pool of its own")
-    if off := [option for option, is_on in needs.fixed.items() if not is_on]:
-        advice.insert(0, f"leave to the plan (auto) what is switched off: {', '.join(map(_shown, off))}")
-    if ranks := _ranks_that_suffice(needs):
-        advice.insert(0, f"use more ranks: {ranks} of this size suffice (placement.pools.{needs.pool})")
-    return f"What helps: {'; '.join(advice)}. To try nevertheless, set every switch to true or false: nothing is planned then."
+def _tokens(tokens: int, most: int | None) -> str:
+    if most is None:
+        return f"{tokens:,} tokens (as configured)"
+    return f"{tokens:,} tokens ({'what memory allows' if tokens < most else 'more gains nothing'})"
 
 
-def _ranks_that_suffice(needs: PoolNeeds) -> int | None:
-    """The fewest ranks for which there is a plan."""
-    for num_ranks in RANKS_TRIED:
-        if num_ranks > needs.num_ranks and num_ranks % needs.ranks_multiple == 0:
-            models = tuple(replace(model, num_ranks=num_ranks) for model in needs.models)
-            if choose(replace(needs, num_ranks=num_ranks, models=models)):
-                return num_ranks
-    return None
-
-
-def choose_all(pools: list[PoolNeeds]) -> list[PoolPlan]:
-    """A plan for every pool.
-
-    Raises:
-        PlacementError: with every pool that cannot hold its roles, and what of them takes how much.
-    """
-    plans = [(needs, choose(needs)) for needs in pools]
-    if refused := [refusal(needs) for needs, plan in plans if plan is None]:
-        raise PlacementError("the GPUs cannot hold what is placed on them. Nothing was loaded.\n" + "\n".join(refused))
-    return [plan for _, plan in plans if plan is not None]
-
-
-def _shown(option: str) -> str:
-    """As the configuration has it: one key recomputes activations, decided for each role."""
+def shown(option: str) -> str:
+    """An option as the configuration has it: one key recomputes activations, decided for each role."""
     role, _, key = option.partition(".")
     return f"model.{key} of {role}" if key == CHECKPOINTING else option
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in GiB."""
     return f"{size / GIB:.1f}"

@@ -45,6 +45,8 @@ class ModelSize:
     """Channels between the layers: 3584."""
     attention: int
     """Channels of all query heads: 28 x 128."""
+    key_value: int
+    """Channels of all key heads, as many as of all value heads: 4 x 128."""
     feed_forward: int
     """Channels within the feed-forward part that one token passes; of a mixture, those of its chosen experts: 18944."""
     vocabulary: int
@@ -63,6 +65,18 @@ class Numerics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLimits:
+    """Between what microbatches of a model are to be chosen, where the user gave no numbers."""
+
+    longest_row: int
+    """Goes alone where it exceeds a microbatch, so a smaller microbatch saves nothing."""
+    update: int
+    """More tokens than these gain nothing."""
+    forward: int | None
+    """The same in passes without gradients; None where the user gave that number."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelNeeds:
     """A role with a model, on one of the ranks that share it."""
 
@@ -73,8 +87,17 @@ class ModelNeeds:
     has_output_layer: bool
     """False for a value model."""
     tokens: int
-    """Most tokens that go through the model at once."""
+    """Most tokens that go through the model at once in an update."""
+    forward_tokens: int | None = None
+    """The same in passes without gradients; None means as in an update."""
     numerics: Numerics
+    limits: TokenLimits | None = None
+    """Where the number of tokens is left to the plan."""
+
+    @property
+    def passing_tokens(self) -> int:
+        """Most tokens that go through the model at once without gradients."""
+        return self.tokens if self.forward_tokens is None else self.forward_tokens
 
     @property
     def parameters(self) -> int:
@@ -116,8 +139,9 @@ class ModelNeeds:
     def forward(self) -> int:
         """A pass without gradients, beside the weights: the widest moment of a layer, or of a chunk of logits."""
         size, number = self.size, self.numerics.compute_bytes
-        layer = self.tokens * number * (3 * size.feed_forward + 6 * size.hidden)
-        return self.gathered + max(layer, self._logits("forward"))
+        tokens = self.passing_tokens
+        layer = tokens * number * (3 * size.feed_forward + 6 * size.hidden)
+        return self.gathered + max(layer, self._logits("forward", tokens))
 
     def backward(self, *, is_checkpointed: bool) -> int:
         """A pass with gradients, beside weights and gradients: its widest moment is where backward begins, or where it ends."""
@@ -125,7 +149,7 @@ class ModelNeeds:
         layer = self._kept_per_token() * self.tokens
         gradients_of_layer = self.tokens * number * 3 * size.feed_forward
         head = 0 if self.has_adapters or not self.has_output_layer else size.vocabulary * size.hidden * MASTER_BYTES
-        output_layer = self._logits("backward") + head
+        output_layer = self._logits("backward", self.tokens) + head
         if is_checkpointed:
             beginning = size.num_layers * self.tokens * number * size.hidden + max(layer + gradients_of_layer, output_layer)
         else:
@@ -148,7 +172,7 @@ class ModelNeeds:
         kept = 2 * size.hidden * (4 + 2 * number) + number * (4 * size.attention + 4 * size.feed_forward)
         return int(kept * EAGER_EXCESS)
 
-    def _logits(self, direction: str) -> int:
+    def _logits(self, direction: str, tokens: int) -> int:
         per_logit = LOGIT_BYTES[direction][self.numerics.is_compiled]
-        chunk = min(self.numerics.chunk_tokens, self.tokens)
+        chunk = min(self.numerics.chunk_tokens, tokens)
         return chunk * self.size.vocabulary * per_logit if self.has_output_layer else 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from hybridflow.config.schema import Config
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
-from hybridflow.planner.needs import resolved
+from hybridflow.planner.decisions import resolved
 from hybridflow.workers.remote import Dispatcher, remote
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ class FrozenCore:
         microbatches = Microbatches(
             batch,
             self.context,
-            tokens_per_microbatch=self.config.tokens_per_microbatch,
+            tokens_per_microbatch=self.config.forward_tokens,
             default_temperature=self.temperature,
             reads_rows=self.reads_rows,
         )

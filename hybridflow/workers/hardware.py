@@ -18,6 +18,8 @@ class HardwareInfo:
     gpu: Gpu
     sizes: dict[str, ModelSize]
     """By role."""
+    num_training_rows: int | None = None
+    """Of the training files; None where this machine cannot read them, or nobody needs it."""
 
 
 def hardware_info(config: Config, roles: Set[str]) -> HardwareInfo:
@@ -29,7 +31,18 @@ def hardware_info(config: Config, roles: Set[str]) -> HardwareInfo:
     import torch
 
     free, total = torch.cuda.mem_get_info()
-    return HardwareInfo(Gpu(total=total, free=free), model_sizes(config, roles))
+    num_rows = num_training_rows(config) if roles and config.run.total_steps is None else None
+    return HardwareInfo(Gpu(total=total, free=free), model_sizes(config, roles), num_rows)
+
+
+def num_training_rows(config: Config) -> int | None:
+    """Rows of all training files, before any is dropped; None where this machine cannot read them."""
+    from hybridflow.data.parquet import num_rows
+
+    try:
+        return sum(num_rows(path) for path in config.data.train_files)
+    except (OSError, ValueError):  # the data role, which may be elsewhere, says what is wrong with them
+        return None
 
 
 def model_sizes(config: Config, roles: Set[str]) -> dict[str, ModelSize]:

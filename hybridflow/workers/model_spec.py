@@ -38,8 +38,11 @@ def frozen_model(config: Config, context: RankContext, path: str | None) -> Mode
 
 
 def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.dtype, adapters: Adapters | None) -> ModelSpec:
-    is_checkpointed = config.model.gradient_checkpointing
-    assert is_checkpointed != "auto", "what is left to the plan is decided before models are built: planner.needs.resolved"
+    is_checkpointed, is_compiled = config.model.gradient_checkpointing, config.model.compile
+    chunk_tokens = config.model.logits_chunk_tokens
+    decided_before = "what is left to the plan is decided before models are built: planner.decisions.resolved"
+    assert is_checkpointed != "auto" and is_compiled != "auto", decided_before
+    assert chunk_tokens != "auto", decided_before
     source = ModelSource(
         path=path or config.model.path,
         attention=implementation(config.model.attention, context.device, compute_dtype(config, context.device)),
@@ -52,8 +55,8 @@ def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.d
         layout=context.layout,
         device=context.device,
         compute_dtype=compute_dtype(config, context.device),
-        chunk_tokens=config.model.logits_chunk_tokens,
+        chunk_tokens=chunk_tokens,
         gradient_checkpointing=is_checkpointed,
-        compile=config.model.compile,
+        compile=is_compiled,
         adapters=adapters,
     )

@@ -319,6 +319,8 @@ class ValidationWorker(RolloutWorker):
 def engine_spec(config: Config, context: RankContext) -> EngineSpec:
     """What the engine of this rank is built from."""
     rollout = config.rollout
+    share = rollout.gpu_memory_utilization
+    assert share != "auto", "what is left to the plan is decided before engines are built: planner.decisions.resolved"
     return EngineSpec(
         model=config.model.path,
         dtype=rollout.dtype_on(context.device.type),
@@ -329,7 +331,7 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         device=context.device,
         layout=context.layout,
         rank=context.rank,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        gpu_memory_utilization=share,
         cpu_cache_gib=rollout.cpu_cache_gib,
         enforce_eager=rollout.enforce_eager,
         options=dict(rollout.engine_options),

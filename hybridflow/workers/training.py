@@ -120,14 +120,14 @@ class TrainingCore:
 
     def evaluate(self, batch: Batch, forward: Callable[[Microbatch], Outputs]) -> dict[str, Ragged]:
         """What `forward` gives for each response token of the batch, in the order of its rows."""
-        microbatches = self._microbatches(batch)
+        microbatches = self._microbatches(batch, self.config.forward_tokens)
         with self._on_device():
             return evaluate(self.model, microbatches, forward)
 
     @torch.no_grad()
     def measure(self, batch: Batch, loss: Loss, forward: Callable[[Microbatch], Outputs]) -> Metrics:
         """The metrics that `update` would give of `loss`, of a model that stays as it is."""
-        microbatches = self._microbatches(batch)
+        microbatches = self._microbatches(batch, self.config.forward_tokens)
         metrics: dict[str, TokenMetric] = {}
         with self._on_device():
             self.model.eval()
@@ -137,11 +137,11 @@ class TrainingCore:
                     metrics = accumulate(metrics, loss(token_batch(microbatches, microbatch, loss, outputs))[1])
         return to_metrics(metrics).prefixed(self.context.role)
 
-    def _microbatches(self, batch: Batch) -> Microbatches:
+    def _microbatches(self, batch: Batch, tokens: int) -> Microbatches:
         return Microbatches(
             batch,
             self.context,
-            tokens_per_microbatch=self.config.tokens_per_microbatch,
+            tokens_per_microbatch=tokens,
             default_temperature=self.temperature,
             reads_rows=self.reads_rows,
         )
@@ -158,7 +158,7 @@ class TrainingCore:
         Raises:
             DivergenceError: as many updates in a row as `run.max_skipped_updates` were skipped.
         """
-        microbatches = self._microbatches(batch)
+        microbatches = self._microbatches(batch, self.config.update_tokens)
         with self._on_device(with_optimizer=True):
             started = time.perf_counter()
             metrics, observed = self._accumulate_gradients(microbatches, loss, forward, observe)

@@ -100,7 +100,7 @@ BUDGETS = {
     "hybridflow/models": 1800,
     "hybridflow/ops": 2000,
     "hybridflow/parallel": 450,
-    "hybridflow/planner": 900,
+    "hybridflow/planner": 1100,
     "hybridflow/resharding": 1500,
     "hybridflow/rewards": 2500,
     "hybridflow/rollout": 3400,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
 
-from hybridflow.config.schema import Config, ModelConfig, PlacementConfig
+from hybridflow.config.schema import Config, ModelConfig, PlacementConfig, RunConfig, TrainingConfig
 from hybridflow.controller.group import Pool
 from hybridflow.controller.placement import RolePlace, places
 from hybridflow.controller.planning import RunPlan, ask, decide
@@ -29,6 +30,7 @@ HALF_BILLION = ModelSize(
     num_layers=24,
     hidden=896,
     attention=896,
+    key_value=128,
     feed_forward=4864,
     vocabulary=151936,
 )
@@ -49,9 +51,10 @@ class FakeRank:
 
 
 @pytest.fixture
-def config() -> Config:
+def config(tmp_path: Path) -> Config:
     placement = PlacementConfig(pools={"main": "1x2", "scoring": "1x1 cpu"})
-    return Config(model=ModelConfig(path="0.5b"), placement=placement)
+    run = RunConfig(folder=str(tmp_path), total_steps=100)
+    return Config(model=ModelConfig(path="0.5b"), placement=placement, run=run)
 
 
 def planned(config: Config, *gib: float, device: str = "cuda") -> RunPlan:
@@ -70,14 +73,14 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 def test_what_fits_stays_and_the_log_says_so(config: Config, log: pytest.LogCaptureFixture) -> None:
     plan = planned(config, 139.8, 139.8)
-    assert not plan.options and plan.engine_sleeps is False
+    assert not plan.decisions.options and plan.engine_sleeps is False
     assert plan.config_of("actor").actor.offload_optimizer is False
     assert "memory of pool 'main' fits" in log.text and "nothing is offloaded, slept or recomputed" in log.text
 
 
 def test_the_smallest_gpu_of_a_pool_decides(config: Config, log: pytest.LogCaptureFixture) -> None:
     plan = planned(config, 139.8, 40.0)
-    assert "actor.gradient_checkpointing" in plan.options
+    assert "actor.gradient_checkpointing" in plan.decisions.options
     assert plan.config_of("actor").model.gradient_checkpointing is True
     assert "of 40.0 GiB at the peak" in log.text
 
@@ -94,12 +97,15 @@ def test_on_a_cpu_nothing_is_asked_and_everything_is_off(config: Config, log: py
 
 
 def test_switches_that_are_all_set_are_not_planned(config: Config) -> None:
+    trained = TrainingConfig(
+        offload_parameters=False, offload_optimizer=False, shard_gradients=False, tokens_per_microbatch=8192
+    )
     decided = replace(
         config,
-        model=replace(config.model, gradient_checkpointing=False),
-        actor=replace(config.actor, offload_parameters=False, offload_optimizer=False, shard_gradients=False),
-        critic=replace(config.critic, offload_parameters=False, offload_optimizer=False, shard_gradients=False),
-        reference=replace(config.reference, offload_parameters=False),
-        rollout=replace(config.rollout, sleep=True),
+        model=replace(config.model, gradient_checkpointing=False, compile=False, logits_chunk_tokens=4096),
+        actor=trained,
+        critic=trained,
+        reference=replace(config.reference, offload_parameters=False, tokens_per_microbatch=8192),
+        rollout=replace(config.rollout, sleep=True, gpu_memory_utilization=0.5),
     )
     assert planned(decided, 8.0, 8.0).engine_sleeps is True  # 8 GiB would be refused

@@ -29,7 +29,7 @@ from hybridflow.models.load import ModelSource, load_causal_lm
 from hybridflow.models.lora import Adapters
 from hybridflow.models.packing import pack
 from hybridflow.parallel.layout import Layout
-from hybridflow.planner.needs import resolved
+from hybridflow.planner.decisions import resolved
 from hybridflow.workers.model_spec import frozen_model, trained_model
 from tests.toy import make_tiny_model
 from tests.training_rows import context_of, random_batch, training_config

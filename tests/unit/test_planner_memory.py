@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from hybridflow.config.schema import Config, ModelConfig, RolloutConfig, TrainingConfig
+from hybridflow.config.schema import Config, ModelConfig, ReferenceConfig, RolloutConfig, TrainingConfig
 from hybridflow.errors import PlacementError
+from hybridflow.planner.decisions import Decisions, resolved
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak, phases
-from hybridflow.planner.needs import PoolInfo, has_open_switches, pool_needs, resolved
-from hybridflow.planner.options import candidates, choose, choose_all, refusal
+from hybridflow.planner.needs import PoolInfo, is_open, pool_needs
+from hybridflow.planner.options import candidates, choose
+from hybridflow.planner.refusal import plan_all, refusal
 from hybridflow.planner.sizes import ModelSize
 
 SIZE = ModelSize(  # Qwen2.5-7B
@@ -22,11 +24,20 @@ SIZE = ModelSize(  # Qwen2.5-7B
     num_layers=28,
     hidden=3584,
     attention=3584,
+    key_value=512,
     feed_forward=18944,
     vocabulary=152064,
 )
 PPO_ROLES = ("actor", "critic", "reference", "rollout")
-DEFAULTS = Config(model=ModelConfig(path="7b"), rollout=RolloutConfig(engine="vllm"))
+OF_GIVEN_SIZES = TrainingConfig(tokens_per_microbatch=16384)
+DEFAULTS = Config(
+    model=ModelConfig(path="7b", compile=False, logits_chunk_tokens=4096),
+    actor=OF_GIVEN_SIZES,
+    critic=OF_GIVEN_SIZES,
+    reference=ReferenceConfig(tokens_per_microbatch=32768),
+    rollout=RolloutConfig(engine="vllm", gpu_memory_utilization=0.5),
+)
+"""Sizes are given here; how they are chosen is in test_planner_search.py."""
 
 
 def gpu(gib: float) -> Gpu:
@@ -43,7 +54,7 @@ def ppo(gib: float, *, ranks: int = 1, config: Config = DEFAULTS, roles: tuple[s
 
 def test_ppo_of_7b_with_a_critic_is_refused_on_one_gpu_of_80_gib() -> None:
     with pytest.raises(PlacementError) as refused:
-        choose_all([ppo(79.2)])
+        plan_all([ppo(79.2)])
     message = str(refused.value)
     assert "Pool 'main' has 1 rank(s) with 79.2 GiB" in message
     assert "actor learns" in message and "critic learns" in message
@@ -72,6 +83,7 @@ def test_ranks_are_advised_that_suffice_only_where_gradients_are_shared() -> Non
         num_layers=80,
         hidden=8192,
         attention=8192,
+        key_value=1024,
         feed_forward=28672,
         vocabulary=128256,
     )
@@ -147,14 +159,14 @@ def test_a_switch_that_is_off_is_named_where_it_stands_in_the_way() -> None:
     off = replace(DEFAULTS, rollout=replace(DEFAULTS.rollout, sleep=False))
     assert choose(ppo(79.2, ranks=4)) is not None
     with pytest.raises(PlacementError, match=r"leave to the plan \(auto\) what is switched off: rollout\.sleep"):
-        choose_all([ppo(79.2, ranks=4, config=off)])
+        plan_all([ppo(79.2, ranks=4, config=off)])
 
 
 def test_every_pool_that_does_not_fit_is_listed() -> None:
     learner = ppo(40.0, roles=("actor", "reference"))
     engine = replace(ppo(40.0, roles=("rollout",)), pool="gen", gpu=Gpu(total=40 * GIB, free=10 * GIB))
     with pytest.raises(PlacementError) as refused:
-        choose_all([learner, ppo(79.2, ranks=4), engine])
+        plan_all([learner, ppo(79.2, ranks=4), engine])
     assert "Pool 'main' has 1 rank(s) with 40.0" in str(refused.value) and "Pool 'gen'" in str(refused.value)
     assert "Other processes hold 30.0 GiB" in str(refused.value)
 
@@ -188,8 +200,8 @@ def test_an_option_is_given_with_its_reason() -> None:
 
 
 def test_resolved_switches_are_true_or_false_for_each_role() -> None:
-    options = {"rollout.sleep", "critic.gradient_checkpointing", "critic.offload_optimizer"}
-    actor, critic = (resolved(DEFAULTS, options, role) for role in ("actor", "critic"))
+    made = Decisions(options=frozenset({"rollout.sleep", "critic.gradient_checkpointing", "critic.offload_optimizer"}))
+    actor, critic = (resolved(DEFAULTS, made, role) for role in ("actor", "critic"))
     assert (actor.model.gradient_checkpointing, critic.model.gradient_checkpointing) == (False, True)
     for config in (actor, critic):
         assert (config.rollout.sleep, config.reference.offload_parameters) == (True, False)
@@ -199,13 +211,18 @@ def test_resolved_switches_are_true_or_false_for_each_role() -> None:
 
 def test_resolving_leaves_what_was_decided() -> None:
     own = replace(DEFAULTS, actor=TrainingConfig(offload_parameters=True, offload_optimizer=False))
-    config = resolved(own, {"actor.offload_optimizer"}, "actor")
+    config = resolved(own, Decisions(options=frozenset({"actor.offload_optimizer"})), "actor")
     assert (config.actor.offload_parameters, config.actor.offload_optimizer) == (True, False)
 
 
-def test_only_roles_with_a_switch_on_auto_are_planned() -> None:
-    assert has_open_switches(DEFAULTS, {"rollout"}) and not has_open_switches(DEFAULTS, {"data", "reward"})
-    assert not has_open_switches(replace(DEFAULTS, rollout=replace(DEFAULTS.rollout, sleep=False)), {"rollout"})
+def test_only_roles_with_something_on_auto_are_planned() -> None:
+    assert is_open(DEFAULTS, {"rollout"}) and not is_open(DEFAULTS, {"data", "reward"})
+    awake = replace(DEFAULTS, rollout=replace(DEFAULTS.rollout, sleep=False))
+    assert not is_open(awake, {"rollout"})
+    assert is_open(replace(awake, rollout=replace(awake.rollout, gpu_memory_utilization="auto")), {"rollout"})
+    kept = replace(DEFAULTS.reference, offload_parameters=False)
+    assert not is_open(replace(DEFAULTS, reference=kept), {"reference"})
+    assert is_open(replace(DEFAULTS, reference=replace(kept, tokens_per_microbatch="auto")), {"reference"})
 
 
 def test_a_row_longer_than_a_microbatch_counts_whole() -> None:

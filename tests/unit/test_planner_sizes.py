@@ -24,6 +24,7 @@ SIZE = ModelSize(
     num_layers=4,
     hidden=10,
     attention=10,
+    key_value=10,
     feed_forward=30,
     vocabulary=10,
 )
@@ -126,6 +127,7 @@ def test_the_sizes_of_a_model_are_those_of_the_loaded_one(tiny_model: str) -> No
     assert size.output_parameters == loaded.lm_head.weight.numel()
     assert size.layers_parameters == 2 * size.layer_parameters == sum(w.numel() for w in loaded.model.layers.parameters())
     assert (size.num_layers, size.hidden, size.attention, size.feed_forward) == (2, 64, 64, 128)
+    assert size.key_value == loaded.model.layers[0].self_attn.k_proj.out_features
 
 
 def test_tied_embeddings_count_once(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -74,6 +74,7 @@ def planned(model: str, roles: tuple[str, ...], ranks: int, *, tensor: int, trai
         num_layers=shape.layers,
         hidden=shape.hidden,
         attention=shape.hidden,
+        key_value=shape.hidden,
         feed_forward=shape.intermediate,
         vocabulary=shape.vocabulary,
     )
