@@ -13,6 +13,7 @@ import pytest
 import hybridflow
 from hybridflow.checkpoint.export import export_checkpoint
 from hybridflow.evaluate import main as evaluate
+from tests.metric_names import unexplained
 from tests.toy import make_tiny_model
 
 
@@ -47,6 +48,7 @@ def test_a_reward_model_is_trained_and_then_rewards(tmp_path: Path, capsys: pyte
     config = settings(tmp_path, "reward_model", model) | {"algorithm": "reward_model", "data": {**sizes, **preferences}}
     config["reward_model"] = {"learning_rate": 1e-2}
     history = hybridflow.train(config)
+    assert not unexplained(history.columns)
     assert history["held_out/accuracy"][-1] > 0.9 > history["held_out/accuracy"][0]
     reward = export_checkpoint(tmp_path / "reward_model", tmp_path / "exported", role="reward_model")
 
@@ -60,7 +62,7 @@ def test_a_reward_model_is_trained_and_then_rewards(tmp_path: Path, capsys: pyte
         total, rules, scores = history[f"{column}/mean"][-1], history[f"{column}/rules"][-1], history[f"{column}/model"][-1]
         assert rules == 0.5
         assert total == pytest.approx(rules + 2.0 * scores, rel=1e-4)
-    assert "validation/s1/pass@2" in history.columns
+    assert "validation/s1/pass@2" in history.columns and not unexplained(history.columns)
     rollouts = pd.read_parquet(tmp_path / "grpo" / "rollouts" / "2.parquet")
     assert rollouts["reward"].mean() == pytest.approx(history["reward/mean"][-1], rel=1e-4)
     assert rollouts["response_text"].str.len().mean() == pytest.approx(rollouts["reward/letters"].mean())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.metric_names import unexplained
 from tests.ray.learned_prompts import learned
 from tests.ray.processes import training, wait_until
 from tests.ray.runs import Toy, metrics_of, trained
@@ -29,6 +30,7 @@ def test_generation_ahead_of_training_is_as_old_as_allowed_and_learns_from_every
 ) -> None:
     validation = (f"data.validation_files=[{toy.data}]", "validation.every_steps=4")
     steps = trained(toy, tmp_path, *AHEAD, *pools, *validation, "loop.max_staleness=2")
+    assert not unexplained(name for line in steps for name in line)
     assert learned(tmp_path) == list(range(NUM_PROMPTS))
     ages = [step["staleness/max"] for step in steps if "staleness/max" in step]
     assert max(ages) == 2 and len(ages) == 10

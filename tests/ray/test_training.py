@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybridflow import export
 from hybridflow.config.load import load_config
 from hybridflow.train import main
+from tests.metric_names import unexplained
 from tests.ray.runs import Toy, metrics_of, trained
 from tests.toy import make_tiny_model
 
@@ -46,6 +47,7 @@ def test_an_algorithm_trains_validates_saves_and_is_exported(toy: Toy, cluster: 
     lines = trained(toy, run, f"algorithm={algorithm}", *responses, *files)
 
     assert [line["step"] for line in lines] == [0, 1, 2]
+    assert not unexplained(name for line in lines for name in line)
     assert [("validation/reward/mean" in line) for line in lines] == [True, False, True]
     assert all(line["actor/grad_norm"] > 0 for line in lines[1:])
     assert len((run / "samples.jsonl").read_text().splitlines()) == 2 * 3

@@ -31,6 +31,7 @@ from hybridflow.workers.reward import RewardWorker
 from hybridflow.workers.rollout import RolloutWorker
 from hybridflow.workers.token_functions import CountLossTokens
 from tests.architecture import limits
+from tests.metric_names import unexplained
 from tests.training_rows import (
     context_of,
     disturbed,
@@ -172,6 +173,7 @@ def test_a_step_trains_and_says_finite_numbers(
 ) -> None:
     metrics, weights, _ = step_of(model_path, name, **VARIANTS[variant])
     assert np.isfinite(list(metrics.values())).all(), dict(metrics)
+    assert not unexplained(metrics)
     assert metrics["actor/skipped_updates"] == 0
     assert any(not torch.equal(weight, start[key]) for key, weight in weights.items())
 
