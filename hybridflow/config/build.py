@@ -140,7 +140,7 @@ def convert(value: object, hint: object) -> object:
     if get_origin(hint) is Literal:
         choices = [str(choice) for choice in get_args(hint)]
         raise UnfitError(f"found {found(value)}; allowed: {', '.join(choices)}{nearest(str(value), choices)}")
-    is_quotable = wanted(hint).startswith("text") and isinstance(value, int | float)
+    is_quotable = str in (hint, *get_args(hint)) and isinstance(value, int | float)
     advice = ". Quote it to have it read as text" if is_quotable else ""
     raise UnfitError(f"found {found(value)}; needed: {wanted(hint)}{advice}")
 

@@ -57,11 +57,7 @@ class SglangEngine(Engine):
 
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
-        if spec.layout.tensor > 1:
-            raise EngineError(
-                f"rollout.tensor_parallel={spec.layout.tensor}, but this engine runs SGLang on one GPU for each rank. "
-                "Use 1, or rollout.engine=vllm"
-            )
+        assert spec.layout.tensor == 1, "SGLang runs on one GPU for each rank here; config/rules_engine checks this"
         if os.environ.get("SGLANG_RETURN_ORIGINAL_LOGPROB", "").lower() in ("1", "true"):
             raise EngineError(
                 "SGLANG_RETURN_ORIGINAL_LOGPROB makes SGLang ignore the temperature in log-probabilities; unset it"

@@ -258,10 +258,6 @@ class TorchEngine(Engine):
 
 
 def _check(spec: EngineSpec) -> None:
-    if spec.layout.tensor > 1:
-        raise EngineError(
-            f"rollout.tensor_parallel={spec.layout.tensor}, but the torch engine does not cut weights. "
-            "Use 1, or rollout.engine=vllm"
-        )
+    assert spec.layout.tensor == 1, "the torch engine does not cut weights; config/rules_engine checks this"
     if spec.options:
         raise EngineError(f"the torch engine takes no rollout.engine_options; found {', '.join(spec.options)}")

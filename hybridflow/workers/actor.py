@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from hybridflow import ops
 from hybridflow.batch import Batch
 from hybridflow.errors import BatchError
-from hybridflow.workers.base import RankContext, Worker
-from hybridflow.workers.layouts import training_layout
+from hybridflow.workers.base import RankContext
 from hybridflow.workers.mismatch import ObserveMismatch, entropy_metrics, mismatch_metrics
+from hybridflow.workers.model_worker import ModelWorker
 from hybridflow.workers.remote import remote
 
 if TYPE_CHECKING:
@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from hybridflow.config.schema import Config
     from hybridflow.metrics import Metrics
     from hybridflow.ops import Loss
-    from hybridflow.parallel.layout import Layout
     from hybridflow.workers.microbatches import Microbatch
 
 
-class ActorWorker(Worker):
+class ActorWorker(ModelWorker):
     """A share of the policy, with its optimizer."""
 
     def __init__(self, config: Config, context: RankContext):
@@ -34,7 +33,7 @@ class ActorWorker(Worker):
 
         super().__init__(config, context)
         self.model = build_policy(trained_model(self.config, context, config.actor.path))
-        self.core = TrainingCore(
+        self.core = self.trained = TrainingCore(
             self.model,
             self.config.actor,
             context,
@@ -42,15 +41,6 @@ class ActorWorker(Worker):
             max_skipped_updates=config.run.max_skipped_updates,
         )
         self.weight_sync = ActorSync(config, context)
-
-    @classmethod
-    def layout_of(cls, config: Config, num_ranks: int) -> Layout:
-        return training_layout(config, num_ranks)
-
-    @remote("one_to_all")
-    def begin_step(self, step: int, total_steps: int) -> None:
-        """The learning rate of this step's updates."""
-        self.core.begin_step(step, total_steps)
 
     @remote("split_by_data_rank")
     def log_probs(self, batch: Batch) -> Batch:
@@ -107,16 +97,6 @@ class ActorWorker(Worker):
         """Updates since this worker was built; engines take the weights when it has changed. A subclass that changes weights
         by other means than `core.update` counts those changes too."""
         return self.core.num_updates
-
-    @remote("one_to_all")
-    def save(self, folder: str) -> None:
-        """Weights, optimizer and random state, every rank its shares."""
-        self.core.save(folder)
-
-    @remote("one_to_all")
-    def restore(self, folder: str) -> None:
-        """Read the state that `save` wrote, by any number of ranks."""
-        self.core.restore(folder)
 
     @remote("rank_zero")
     def transfer_address(self, receiver: str = "rollout") -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybridflow.batch import Batch
-from hybridflow.workers.base import RankContext, Worker
-from hybridflow.workers.layouts import training_layout
+from hybridflow.workers.base import RankContext
+from hybridflow.workers.model_worker import ModelWorker
 from hybridflow.workers.remote import remote
 
 if TYPE_CHECKING:
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from hybridflow.config.schema import Config
     from hybridflow.metrics import Metrics
     from hybridflow.ops import Loss
-    from hybridflow.parallel.layout import Layout
     from hybridflow.workers.microbatches import Microbatch
 
 
-class CriticWorker(Worker):
+class CriticWorker(ModelWorker):
     """A share of the value model, with its optimizer."""
 
     def __init__(self, config: Config, context: RankContext):
@@ -30,16 +29,7 @@ class CriticWorker(Worker):
         super().__init__(config, context)
         self.model = build_value_model(trained_model(self.config, context, config.critic.path))
         skips = config.run.max_skipped_updates
-        self.core = TrainingCore(self.model, self.config.critic, context, max_skipped_updates=skips)
-
-    @classmethod
-    def layout_of(cls, config: Config, num_ranks: int) -> Layout:
-        return training_layout(config, num_ranks)
-
-    @remote("one_to_all")
-    def begin_step(self, step: int, total_steps: int) -> None:
-        """The learning rate of this step's updates."""
-        self.core.begin_step(step, total_steps)
+        self.core = self.trained = TrainingCore(self.model, self.config.critic, context, max_skipped_updates=skips)
 
     @remote("split_by_data_rank")
     def values(self, batch: Batch) -> Batch:
@@ -57,13 +47,3 @@ class CriticWorker(Worker):
 
     def _forward(self, microbatch: Microbatch) -> dict[str, torch.Tensor]:
         return {"values": self.model(microbatch.packed)}
-
-    @remote("one_to_all")
-    def save(self, folder: str) -> None:
-        """Weights, optimizer and random state, every rank its shares."""
-        self.core.save(folder)
-
-    @remote("one_to_all")
-    def restore(self, folder: str) -> None:
-        """Read the state that `save` wrote, by any number of ranks."""
-        self.core.restore(folder)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybridflow.batch import Batch
-from hybridflow.workers.base import RankContext, Worker
-from hybridflow.workers.layouts import training_layout
+from hybridflow.workers.base import RankContext
+from hybridflow.workers.model_worker import ModelWorker
 from hybridflow.workers.remote import remote
 
 if TYPE_CHECKING:
     import torch
 
     from hybridflow.config.schema import Config
-    from hybridflow.parallel.layout import Layout
     from hybridflow.workers.microbatches import Microbatch
 
 
-class ReferenceWorker(Worker):
+class ReferenceWorker(ModelWorker):
     """A share of a frozen policy, the reference or a teacher. It has no state beyond the folder that it is read from.
 
     It reads the section of the configuration that is called like its role, or else `reference`.
@@ -32,10 +31,6 @@ class ReferenceWorker(Worker):
         settings = self.config.models.get(context.role, self.config.reference)
         self.model = build_policy(frozen_model(self.config, context, settings.path))
         self.core = FrozenCore(self.model, settings, context, temperature=self.config.rollout.temperature or 1.0)
-
-    @classmethod
-    def layout_of(cls, config: Config, num_ranks: int) -> Layout:
-        return training_layout(config, num_ranks)
 
     @remote("split_by_data_rank")
     def log_probs(self, batch: Batch) -> Batch:

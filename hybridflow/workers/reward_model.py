@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybridflow.batch import Batch
-from hybridflow.workers.base import RankContext, Worker
-from hybridflow.workers.layouts import training_layout
+from hybridflow.workers.base import RankContext
+from hybridflow.workers.model_worker import ModelWorker
 from hybridflow.workers.remote import remote
 
 if TYPE_CHECKING:
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from hybridflow.config.schema import Config
     from hybridflow.metrics import Metrics
     from hybridflow.ops import Loss
-    from hybridflow.parallel.layout import Layout
     from hybridflow.workers.microbatches import Microbatch
 
 
-class RewardModelWorker(Worker):
+class RewardModelWorker(ModelWorker):
     """A share of a model whose head reads a number at the last token of a row.
 
     It reads the section of the configuration that is called like its role, and has an optimizer where the algorithm names the
@@ -40,17 +39,7 @@ class RewardModelWorker(Worker):
         self.model = build_value_model(spec_of(self.config, context, settings.path))
         if is_trained:
             self.trained = TrainingCore(self.model, self.config.reward_model, context, reads_rows=True)
-        self.core = self.trained if is_trained else FrozenCore(self.model, settings, context, reads_rows=True)
-
-    @classmethod
-    def layout_of(cls, config: Config, num_ranks: int) -> Layout:
-        return training_layout(config, num_ranks)
-
-    @remote("one_to_all")
-    def begin_step(self, step: int, total_steps: int) -> None:
-        """The learning rate of this step's updates, where it is trained."""
-        if self.context.role in self.config.algorithm.trained_roles:
-            self.trained.begin_step(step, total_steps)
+        self.core = self.trained or FrozenCore(self.model, settings, context, reads_rows=True)
 
     @remote("split_by_data_rank")
     def score(self, batch: Batch) -> Batch:
@@ -65,24 +54,14 @@ class RewardModelWorker(Worker):
         Raises:
             BatchError: the loss reads a column that the batch lacks.
         """
+        assert self.trained is not None, f"role {self.context.role!r} is not among trained_roles"
         return self.trained.update(batch, loss, self._forward)
 
     @remote("split_by_data_rank")
     def measure(self, batch: Batch, *, loss: Loss) -> Metrics:
         """What `update` would report of the loss, without an update."""
+        assert self.trained is not None, f"role {self.context.role!r} is not among trained_roles"
         return self.trained.measure(batch, loss, self._forward)
 
     def _forward(self, microbatch: Microbatch) -> dict[str, torch.Tensor]:
         return {"values": self.model(microbatch.packed)}
-
-    @remote("one_to_all")
-    def save(self, folder: str) -> None:
-        """Weights, optimizer and random state, where it is trained."""
-        if self.context.role in self.config.algorithm.trained_roles:
-            self.trained.save(folder)
-
-    @remote("one_to_all")
-    def restore(self, folder: str) -> None:
-        """Read the state that `save` wrote, by any number of ranks."""
-        if self.context.role in self.config.algorithm.trained_roles:
-            self.trained.restore(folder)

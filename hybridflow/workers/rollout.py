@@ -122,10 +122,7 @@ class RolloutWorker(Worker):
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
         tensor = config.rollout.tensor_parallel
-        if num_ranks % tensor:
-            divisors = ", ".join(str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0)
-            problem = f"found {tensor}, which does not divide the {num_ranks} ranks of the pool. Use one of {divisors}"
-            raise ConfigError([FieldError("rollout.tensor_parallel", problem)])
+        assert num_ranks % tensor == 0, f"{num_ranks} ranks do not divide into engines of {tensor}; config/rules checks this"
         per_node = parse_pool(config.placement.pools[pool_of(cls.placed_as, config)]).ranks_per_node
         # The paper's groups (section 5.3): what a rank trains then lies inside what it generates with, on one node.
         stride = per_node // tensor if per_node % tensor == 0 and num_ranks % per_node == 0 else 1

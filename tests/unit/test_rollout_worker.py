@@ -203,11 +203,6 @@ def test_tensor_ranks_share_an_engine() -> None:
     assert RolloutWorker.layout_of(config, 8) == Layout(data=4, tensor=2)
 
 
-def test_tensor_parallel_must_divide_the_pool() -> None:
-    with pytest.raises(ConfigError, match=r"rollout.tensor_parallel.*found 3.*8 ranks.*1, 2, 4, 8"):
-        RolloutWorker.layout_of(Config(rollout=RolloutConfig(tensor_parallel=3)), 8)
-
-
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
 def test_the_dtype_follows_the_device(tiny_model: str, device: str, dtype: str) -> None:
     context = RankContext(role="rollout", rank=0, layout=Layout(), device=torch.device(device))
@@ -220,12 +215,6 @@ def test_an_engine_of_the_wrong_class_is_refused(tiny_model: str) -> None:
     config = replace(config_of(tiny_model), rollout=RolloutConfig(engine="collections:OrderedDict"))
     with pytest.raises(ConfigError, match="is no subclass of"):
         RolloutWorker(config, CONTEXT)
-
-
-def test_the_torch_engine_does_not_cut_weights(tiny_model: str) -> None:
-    context = replace(CONTEXT, layout=Layout(tensor=2))
-    with pytest.raises(EngineError, match="tensor_parallel=2"):
-        RolloutWorker(config_of(tiny_model), context)
 
 
 def test_a_cache_too_small_for_one_response_is_refused(tiny_model: str) -> None:

@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from hybridflow.errors import EngineError
-from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Request, Sampling
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_model
@@ -185,11 +184,6 @@ def test_arguments_are_the_specs_with_the_users_options_over_them(adapter: type[
     assert (arguments["model_path"], arguments["mem_fraction_static"]) == (tiny_model, 0.3)
     assert arguments["attention_backend"] == "triton" and arguments["enable_deterministic_inference"] is True
     engine.close()
-
-
-def test_a_cut_model_is_refused(adapter: type[SglangEngine], tiny_model: str) -> None:
-    with pytest.raises(EngineError, match="tensor_parallel=2"):
-        adapter(spec_of(tiny_model, layout=Layout(tensor=2)))
 
 
 def test_a_setting_that_changes_log_probs_is_refused(
