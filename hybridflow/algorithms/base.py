@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from hybridflow.algorithms.annotations import is_worker
+from hybridflow.algorithms.options import GroupOptions, old_column
 from hybridflow.algorithms.options import ImportanceOptions as ImportanceOptions
 from hybridflow.algorithms.options import NoOptions as NoOptions
 from hybridflow.algorithms.options import PolicyOptions as PolicyOptions
 from hybridflow.algorithms.options import UpdateOptions as UpdateOptions
 from hybridflow.algorithms.options import check_prompts_per_update as check_prompts_per_update
-from hybridflow.algorithms.options import old_column
 from hybridflow.batch import Batch
 from hybridflow.config.choices import OldLogProbs as OldLogProbs
 from hybridflow.errors import FieldError
@@ -48,6 +48,8 @@ class Algorithm(ABC):
         self.run = run
         self.config = run.algorithm.options
         self.step = 0
+        self.refused = (0, 0)
+        """A step, and how many prompts `keep` has refused in it."""
         self.groups: dict[str, Worker] = {}
         for role in self.roles(run):
             self.use(role, groups[role])
@@ -67,8 +69,15 @@ class Algorithm(ABC):
         """
 
     def keep(self, group: Batch) -> bool:
-        """Whether to learn from the rows of one prompt. Where not, another prompt takes its place in the step."""
-        return True
+        """Whether to learn from the rows of one prompt. Where not, another prompt takes its place in the step. By default all
+        but, where `GroupOptions` say `dynamic_sampling`, those of equal rewards."""
+        options = self.config
+        if not (isinstance(options, GroupOptions) and options.dynamic_sampling and np.ptp(group["reward"]) == 0):
+            return True
+        num_refused = self.refused[1] if self.refused[0] == self.step else 0
+        is_refused = num_refused < (options.max_rounds - 1) * self.run.data.prompts_per_step
+        self.refused = (self.step, num_refused + is_refused)
+        return not is_refused
 
     @abstractmethod
     def learn(self, batch: Batch) -> Metrics:
@@ -130,12 +139,21 @@ class Algorithm(ABC):
         return batch.join(*(call.result() for call in pending))
 
     def prepare(self, batch: Batch) -> Batch:
-        """The same, with rewards less the KL of their rows where `kl_in: reward` says so."""
-        batch, options = self.with_log_probs(batch), self.options()
+        """The same, with rewards less the KL of their rows where `kl_in: reward` says so, and less what `GroupOptions` take
+        from long responses."""
+        batch, options = self.with_log_probs(self.with_length_penalty(batch)), self.options()
         if not options.penalises_reward:
             return batch
         kl = self.roled("actor").compute(batch, RowKL(options.kl_estimator, old_column(options.ratio_over(self.run))))
         return batch.with_columns(reward=batch["reward"] - options.kl_coefficient * kl["kl_sum"])
+
+    def with_length_penalty(self, batch: Batch) -> Batch:
+        """`batch` with rewards less the punishment of long responses of `GroupOptions`, which is in column `length_penalty`."""
+        options = self.options()
+        if not isinstance(options, GroupOptions) or not options.overlong_penalty:
+            return batch
+        penalty = options.length_penalty(self.run, batch["response_tokens"])
+        return batch.with_columns(reward=batch["reward"] + penalty, length_penalty=penalty)
 
     def with_returns(self, batch: Batch, *, gamma: float = 1.0, whiten: bool = False) -> Batch:
         """`batch` with column `advantages`: at each token the discounted sum of the rewards from it on, which carry the KL of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from hybridflow import ops
 from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
@@ -155,6 +155,21 @@ class GroupOptions(UpdateOptions):
 
     responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 8
     """Responses generated to each prompt: the group that each is compared with."""
+    dynamic_sampling: bool = False
+    """Refuse prompts whose responses all have the same reward (DAPO, arXiv:2503.14476, eq. 11)."""
+    max_rounds: Annotated[int, COUNT] = 10
+    """Once so many times a step's prompts were drawn for it, no further prompt is refused."""
+    overlong_buffer_tokens: Annotated[int, COUNT] | None = None
+    """Over the last so many tokens before data.max_response_tokens the punishment rises to `overlong_penalty`; null means a
+    fifth of them."""
+    overlong_penalty: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Taken from the reward of a response that is as long as may be (DAPO, eq. 13); 0 for none."""
+
+    def length_penalty(self, run: RunConfig, tokens_B: Any) -> Any:  # arrays of numbers, one per row
+        """What to add to rewards, 0 or below."""
+        limit = run.data.max_response_tokens
+        buffer = self.overlong_buffer_tokens or max(1, limit // 5)
+        return self.overlong_penalty * ops.overlong_penalty(tokens_B, max_tokens=limit, buffer_tokens=buffer).numpy()
 
 
 def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[FieldError]:

@@ -51,7 +51,7 @@ class ReinforcePlusPlusBaseline(Algorithm):
         return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
-        batch = self.with_log_probs(batch)
+        batch = self.with_log_probs(self.with_length_penalty(batch))
         deviation = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=False)
         batch = self.with_returns(batch.with_columns(reward=deviation.numpy()), whiten=True)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")

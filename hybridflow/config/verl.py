@@ -117,7 +117,8 @@ class VerlSet:
         if not is_plain or not (names or key.is_filled):
             return
         try:
-            value = self(key.name)
+            if (value := self(key.name)) is None and not key.is_filled:
+                return  # as in verl where it is left out
             value = CONVERSIONS[key.how](value) if key.how in CONVERSIONS else value
         except (UntranslatableError, ValueError) as error:
             self._refuse(key.name, str(error))

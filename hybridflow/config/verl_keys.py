@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+MODEL = "actor_rollout_ref.model"
 ALIASES = {
     "reward.custom_reward_function": "custom_reward_function",
     "reward.reward_manager.name": "reward_model.reward_manager",
@@ -18,6 +19,10 @@ ALIASES = {
     "reward.reward_kwargs": "reward_model.reward_kwargs",
     "reward.sandbox_fusion": "reward_model.sandbox_fusion",
     "reward.num_workers": "reward_model.num_workers",
+    "sandbox_fusion": "reward_model.sandbox_fusion",
+    "reward_model.reward_loop_source": "reward.reward_loop_source",
+    "reward_model.reward_loop_module_path": "reward.reward_loop_module_name",
+    "reward_model.reward_loop_class_name": "reward.reward_loop_class_name",
     "reward_manager.name": "reward_model.reward_manager",
     "reward_manager": "reward.reward_manager",
     "algorithm.dynamic_filter": "algorithm.filter_groups",
@@ -28,8 +33,8 @@ ALIASES = {
     "ray_init": "ray_kwargs.ray_init",
     "trainer.val_generations_to_log_to_wandb": "trainer.log_val_generations",
 } | {
-    f"actor_rollout_ref.{part}.lora.{name}": f"actor_rollout_ref.model.{ours}"
-    for part in ("actor", "model")
+    f"{part}.lora.{name}": f"{model}.{ours}"
+    for part, model in (("actor_rollout_ref.actor", MODEL), (MODEL, MODEL))
     for name, ours in {
         "rank": "lora_rank",
         "alpha": "lora_alpha",
@@ -38,6 +43,7 @@ ALIASES = {
         "adapter_path": "lora_adapter_path",
     }.items()
 }
+ALIASES |= {"critic.model.lora.rank": "critic.model.lora_rank"}
 ALIASES |= {f"{part}.optim.lr_scheduler_type": f"{part}.optim.warmup_style" for part in ("actor_rollout_ref.actor", "critic")}
 """Other names of keys and sections, of older and newer releases of verl and in documents about it."""
 
@@ -45,7 +51,17 @@ SHORT_FORMS = ("actor_rollout_ref.", "data.", "trainer.")
 """Documents about verl often leave these out: `actor.optim.lr`, `train_batch_size`."""
 
 SECTIONS = frozenset({"actor_rollout_ref", "trainer", "custom_reward_function", "reward_manager", "ray_init", "ray_kwargs"})
-SECTIONS |= {"global_profiler", "transfer_queue", "hydra", "npu_profile", "distillation", "async_training", "model_engine"}
+SECTIONS |= {
+    "global_profiler",
+    "transfer_queue",
+    "hydra",
+    "npu_profile",
+    "distillation",
+    "async_training",
+    "model_engine",
+    "skip",
+}
+SECTIONS |= {"sandbox_fusion"}
 """Top-level sections that only verl has."""
 SHARED = ("critic.model.", "critic.optim.", "critic.fsdp", "reward_model.model.", "reward_model.reward_kwargs.")
 """Sections of verl's within sections that are ours too."""

@@ -60,6 +60,8 @@ OF_ESTIMATOR = {
 """Algorithms with the clipped ratio, loss_mode vanilla."""
 OF_LOSS = {"gspo": "gspo", "cispo": "cispo", "geo_mean": "gmpo", "sapo": "sapo", "kl_cov": "kl_cov", "clip_cov": "clip_cov"}
 """Algorithms with the advantages of GRPO."""
+WITHOUT_GROUPS = ("ppo", "remax", "reinforce_plus_plus")
+"""Algorithms here that compare a response with no others to its prompt."""
 OWN_AGGREGATION = ("gspo", "sapo", "geo_mean")
 """Losses that verl aggregates in their own way, whatever loss_agg_mode says."""
 
@@ -74,14 +76,11 @@ def algorithm(given: Given) -> Values:
         return
     is_filtered = is_true(given("algorithm.filter_groups.enable"))
     if is_filtered or has_overlong_buffer(given):
-        if name != "grpo":
-            problem = (
-                f"filtered groups and the overlong buffer come with adv_estimator=grpo here, found {estimator} with {mode}"
-            )
-            raise UntranslatableError(f"{problem}. Set both enable to False, or loss_mode to vanilla")
-        yield "algorithm.name", "dapo"
+        if name in WITHOUT_GROUPS:
+            problem = f"filtered groups and the overlong buffer come with algorithms of groups here, found {estimator}"
+            raise UntranslatableError(f"{problem}. Set both enable to False, or adv_estimator to grpo")
+        name = "dapo" if name == "grpo" else name
         yield "algorithm.dynamic_sampling", is_filtered
-        return
     if name is None:
         pairs = f"{', '.join(OF_ESTIMATOR)} with vanilla; grpo with {', '.join(OF_LOSS)}; gpg with gpg"
         problem = f"no algorithm here has the advantages of {estimator!r} and the loss {mode!r}; there are {pairs}"
@@ -101,7 +100,7 @@ def has_overlong_buffer(given: Given) -> bool:
 
 def overlong(given: Given) -> Values:
     """Punishment of long responses, and how often prompts are drawn."""
-    if given.algorithm != "dapo":
+    if given.algorithm in WITHOUT_GROUPS:
         return
     rounds = given("algorithm.filter_groups.max_num_gen_batches")
     if isinstance(rounds, int) and rounds > 0:
