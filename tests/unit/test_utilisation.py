@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from benchmarks.ppo_step import WORKLOADS, flops_of_roles, summary
+from benchmarks.ppo_step import flops_of_roles, num_training_ranks, summary
 from benchmarks.shapes import SHAPES
 from hybridflow.models.lora import Adapters, add_adapters
 from hybridflow.models.policy import PolicyModel
@@ -54,10 +56,24 @@ def test_a_benchmark_counts_what_each_trained_role_computes() -> None:
         "seconds/actor.update": 0.05,
         "seconds/critic.update": 0.03,
     }
-    found = summary(SHAPES["0.5b"], WORKLOADS["W1"], [step] * 3)["training_utilisation"]
+    found = summary(SHAPES["0.5b"], [step] * 3)["training_utilisation"]
     # 10 rows of 100 + 400 tokens: the actor 2.1470e9 x 5,000 + 8.1681e8 x 4,000 = 1.40020e13, the critic 1.07348e13,
     # in 0.08 s of 790e12 each.
     assert found == pytest.approx(2.47368e13 / 0.08 / 790e12, rel=1e-4)
     alone = {name: value for name, value in step.items() if not name.startswith(("critic/", "seconds/critic"))}
-    found = summary(SHAPES["0.5b"], WORKLOADS["W3"], [alone] * 3)["training_utilisation"]
+    found = summary(SHAPES["0.5b"], [alone] * 3)["training_utilisation"]
     assert found == pytest.approx(1.40020e13 / 0.05 / 790e12, rel=1e-4)
+    shared = summary(SHAPES["0.5b"], [alone] * 3, num_ranks=2)["training_utilisation"]
+    assert shared == pytest.approx(found / 2)
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_ranks"),
+    [
+        ("{pools: {main: 1x2, scoring: 1x1 cpu}, roles: {data: scoring}}", 2),
+        ("{pools: {gen: 1x4, train: 2x8}, roles: {actor: train}}", 16),
+    ],
+)
+def test_a_benchmark_counts_the_ranks_of_the_pool_that_trains(placement: str, num_ranks: int, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"placement: {placement}")
+    assert num_training_ranks(tmp_path) == num_ranks
