@@ -59,6 +59,8 @@ class Microbatches:
     ):
         self.batch, self.context, self.default_temperature = batch, context, default_temperature
         self.reads_rows = reads_rows
+        self.columns: dict[str, Ragged] = {}
+        """Per-token columns that were read: from all shards of the batch, once for all microbatches."""
         self.prompt, self.response = batch.tokens("prompt"), batch.tokens("response")
         self.mask = batch.tokens("loss_mask") if "loss_mask" in batch and not reads_rows else None
         self.trained = self._trained()
@@ -147,7 +149,9 @@ class Microbatches:
         if name in self.batch.per_row:
             values_R = np.repeat(self.batch[name][rows].astype(np.float32), microbatch.lengths_B)
         else:
-            values_R = self.batch.tokens(name).take(rows).values.astype(np.float32)
+            if name not in self.columns:
+                self.columns[name] = self.batch.tokens(name)
+            values_R = self.columns[name].take(rows).values.astype(np.float32)
             values_R = values_R if self.mask is None else values_R[self._mask(rows)]
         return to_device(values_R, self.context.device)
 
