@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from hybridflow.config.rules_files import missing
 from hybridflow.config.schema import Config
+from hybridflow.config.user_code import import_errors, name_errors, parsed, top_level_names
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
@@ -29,20 +29,19 @@ def environment_can_be_found(config: Config, roles: tuple[str, ...]) -> Iterator
     if not os.path.isfile(environment.path):
         yield FieldError("environment.path", missing(environment.path, "file"), is_local=True)
         return
-    try:
-        tree = ast.parse(Path(environment.path).read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        yield FieldError("environment.path", f"{environment.path} is not Python: {error}")
+    if environment.class_name is not None:
+        file_key = "environment.path"
+        yield from name_errors("environment.class_name", Path(environment.path), environment.class_name, file_key=file_key)
         return
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    classes = [node.name for node in tree.body if isinstance(node, kinds)]
-    has_others = any(isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.If | ast.Try) for node in tree.body)
-    if environment.class_name is None and not classes:
+    try:
+        names = list(top_level_names(parsed(Path(environment.path))))
+    except ValueError as error:
+        yield FieldError("environment.path", str(error))
+        return
+    if not names:
         problem = f"{environment.path} defines no class with reset and step, and no agent's run(row, address)"
         yield FieldError("environment.path", problem)
-    elif environment.class_name is not None and environment.class_name not in classes and not has_others:
-        problem = f"{environment.path} has no class {environment.class_name!r}{nearest(environment.class_name, classes) or '.'}"
-        yield FieldError("environment.class_name", problem, related=("environment.path",))
+    yield from import_errors("environment.path", Path(environment.path))
 
 
 def episodes_can_be_generated(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:

@@ -13,9 +13,8 @@ from hybridflow import registry
 from hybridflow.config.reward_signature import SignatureError, call_for
 from hybridflow.config.rules_files import missing
 from hybridflow.config.schema import Config, RewardTerm
-from hybridflow.config.user_code import import_errors, parsed, top_level_names
+from hybridflow.config.user_code import name_errors, parsed, top_level_names
 from hybridflow.errors import FieldError
-from hybridflow.registry import nearest
 from hybridflow.user_file import split_name
 
 
@@ -56,18 +55,13 @@ def sections(config: Config) -> dict[str, RewardTerm]:
 
 
 def _own_function(section: str, term: RewardTerm, file: Path, name: str) -> Iterator[FieldError]:
+    yield from name_errors(f"{section}.function", file, name, file_key=f"{section}.path")
     try:
         tree = parsed(file)
-    except ValueError as error:
-        yield FieldError(f"{section}.path", str(error))
+    except ValueError:
         return
-    yield from import_errors(f"{section}.path", file)
     names = list(top_level_names(tree))
-    if "*" not in names and name not in names:
-        defined = f" It defines: {', '.join(names)}" if names else ""
-        problem = f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}"
-        yield FieldError(f"{section}.function", problem, related=(f"{section}.path",))
-    elif "*" not in names and names.count(name) == 1:
+    if "*" not in names and names.count(name) == 1:
         yield from _signature_errors(section, term, f"{section}.function", tree, name)
 
 

@@ -12,21 +12,23 @@ from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
 
-def name_errors(key: str, file: Path, name: str) -> Iterator[FieldError]:
-    """Why `file.py:name` cannot be had: no such file, no such name in it, or imports that will fail."""
-    if not file.expanduser().is_file():
-        yield FieldError(key, f"there is no file {str(file)!r} here", is_local=True)
+def name_errors(key: str, file: Path, name: str, *, file_key: str = "") -> Iterator[FieldError]:
+    """Why `file.py:name` cannot be had: no such file, no such name in it, or imports that will fail. `file_key` names the file
+    where `key` names the name alone."""
+    file_key, file = file_key or key, file.expanduser()
+    if not file.is_file():
+        yield FieldError(file_key, f"there is no file {str(file)!r} here", is_local=True)
         return
     try:
-        tree = parsed(file.expanduser())
+        names = list(top_level_names(parsed(file)))
     except ValueError as error:
-        yield FieldError(key, str(error))
+        yield FieldError(file_key, str(error))
         return
-    names = list(top_level_names(tree))
     if "*" not in names and name not in names:
         defined = f" It defines: {', '.join(names)}" if names else ""
-        yield FieldError(key, f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}")
-    yield from import_errors(key, file.expanduser())
+        related = (file_key,) if file_key != key else ()
+        yield FieldError(key, f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}", related=related)
+    yield from import_errors(file_key, file)
 
 
 def parsed(file: Path) -> ast.Module:

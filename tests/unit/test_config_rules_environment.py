@@ -44,7 +44,7 @@ def test_a_mistake_is_told(tmp_path: Path, override: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["environment.class_name=Gam"], "has no class 'Gam'; did you mean 'Game'?"),
+        (["environment.class_name=Gam"], "has no 'Gam'; did you mean 'Game'?"),
         (["environment.name=json:loads"], "Leave out one of them"),
         (
             ["rollout.tensor_parallel=2", "rollout.engine=vllm", "placement.pools.main=1x2"],
