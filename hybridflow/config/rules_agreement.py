@@ -4,13 +4,12 @@ the vocabularies of all models. Only what this machine has is compared; tokenize
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridflow.config.rules_files import TOKENIZER_FILES, model_paths
+from hybridflow.config.rules_files import TOKENIZER_FILES, model_paths, settings_in
 from hybridflow.config.schema import Config
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
 
@@ -106,7 +105,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _tokens_have_rows(key: str, path: str, policy: Side) -> Iterator[FieldError]:
-    rows = _settings(path, "config.json").get("vocab_size")
+    rows = settings_in(path).get("vocab_size")
     if not isinstance(rows, int):
         return
     if beyond := sorted((token_id, token) for token, token_id in policy.ids.items() if token_id >= rows):
@@ -139,7 +138,7 @@ def _vocabularies_reach(config: Config, roles: tuple[str, ...]) -> Iterator[Fiel
     rows = {
         key: found
         for key, path in model_paths(config, roles).items()
-        if isinstance(found := _settings(path, "config.json").get("vocab_size"), int)
+        if isinstance(found := settings_in(path).get("vocab_size"), int)
     }
     sampled = rows.get("actor.path", rows.get("model.path", 0))
     for key, found in rows.items():
@@ -167,7 +166,7 @@ def _stops_can_stop(config: Config, policy: Side) -> Iterator[FieldError]:
                 f"{stop!r} cannot be written in the tokens of {policy.path!r}, which make it {text!r}: it would never stop"
             )
             yield FieldError("rollout.stop", f"{problem}. Use a string of its own characters", related=("model.tokenizer",))
-    rows = _settings(config.model.path, "config.json").get("vocab_size")
+    rows = settings_in(config.model.path).get("vocab_size")
     for token_id in config.rollout.stop_token_ids:
         if isinstance(rows, int) and token_id >= rows:
             problem = f"{token_id} is no token of {config.model.path!r}, which has {rows} (from 0): it would never stop"
@@ -194,21 +193,9 @@ def _turns_end(config: Config, roles: tuple[str, ...], policy: Side) -> Iterator
 
 def end_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end a sequence by the model's files and the tokenizer's."""
-    named = [_settings(model, file).get("eos_token_id") for file in ("config.json", "generation_config.json")]
+    named = [settings_in(model, file).get("eos_token_id") for file in ("config.json", "generation_config.json")]
     ids: set[int] = set()
     for found in (*named, tokenizer.eos_token_id):
         given: Iterable[object] = found if isinstance(found, list) else [found]
         ids.update(token_id for token_id in given if isinstance(token_id, int))
     return tuple(sorted(ids))
-
-
-def _settings(model: str, file: str) -> Mapping[str, object]:
-    """Of a local folder's file, those of a text model within another first; none where it cannot be read."""
-    try:
-        read = json.loads((Path(model) / file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(read, dict):
-        return {}
-    inner = read.get("text_config")
-    return {**read, **inner} if isinstance(inner, dict) else read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hybridflow.config.rules_placement import divisors
@@ -60,6 +60,8 @@ def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[Fiel
             continue
         if not (Path(path) / "config.json").is_file():
             yield FieldError(key, f"folder {path!r} holds no config.json. Give the folder of a saved Hugging Face model")
+        elif not settings_in(path):
+            yield FieldError(key, f"{path}/config.json is not JSON with the settings of a model. Was it written completely?")
         elif not any(file for pattern in WEIGHTS for file in Path(path).glob(pattern)):
             yield FieldError(key, f"folder {path!r} holds no weights ({' or '.join(WEIGHTS)})")
 
@@ -83,14 +85,7 @@ def tokenizer_is_there(config: Config, roles: tuple[str, ...]) -> Iterator[Field
 def rows_fit_the_context(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """Prompt and response together are no longer than a local model can read."""
     for key, path in model_paths(config, roles).items():
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            continue
-        try:
-            context = _number_in(json.loads(file.read_text(encoding="utf-8")), CONTEXT_NAMES)
-        except ValueError as error:
-            yield FieldError(key, f"{file} is not JSON: {error}")
-            continue
+        context = _number_in(path, CONTEXT_NAMES)
         if context is not None and config.max_model_tokens > context:
             problem = f"make {config.max_model_tokens} tokens; {key}={path!r} reads {context}. Lower"
             if config.rollout.max_model_tokens is not None:
@@ -117,10 +112,7 @@ def heads_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]
         shares = {"model.sequence_parallel": config.model.sequence_parallel}
         if key == "model.path" and "rollout" in roles:  # the engines' too
             shares["rollout.tensor_parallel"] = config.rollout.tensor_parallel
-        try:
-            heads = _number_in(json.loads((Path(path) / "config.json").read_text(encoding="utf-8")), HEADS_NAMES)
-        except (OSError, ValueError):
-            heads = None  # other rules tell
+        heads = _number_in(path, HEADS_NAMES)
         for share_key, number in shares.items():
             if heads is not None and heads % number:
                 problem = f"found {number}, which does not divide the {heads} attention heads of {key}={path!r}"
@@ -165,12 +157,19 @@ def missing(path: str, kind: str) -> str:
     return f"{kind} {path!r} does not exist{nearby or f' (the last folder on the way that does is {parents[0]})'}"
 
 
-def _number_in(model_config: object, names: tuple[str, ...]) -> int | None:
-    """Of a model's configuration, by the first of the names that it has."""
-    if not isinstance(model_config, dict):
-        raise ValueError("the top level is not an object")
-    for name in names:
-        if isinstance(model_config.get(name), int):
-            return int(model_config[name])
-    text_config = model_config.get("text_config")
-    return _number_in(text_config, names) if isinstance(text_config, dict) else None
+def settings_in(model: str, file: str = "config.json") -> Mapping[str, object]:
+    """Of a local folder's file, those of a text model within another first; none where it cannot be read."""
+    try:
+        read = json.loads((Path(model) / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(read, dict):
+        return {}
+    inner = read.get("text_config")
+    return {**read, **inner} if isinstance(inner, dict) else read
+
+
+def _number_in(path: str, names: tuple[str, ...]) -> int | None:
+    """Of a local model's configuration, by the first of the names that it has."""
+    settings = settings_in(path)
+    return next((found for name in names if isinstance(found := settings.get(name), int)), None)
