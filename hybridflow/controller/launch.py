@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hybridflow.workers.rollout import RolloutWorker
 
 logger = logging.getLogger("hybridflow")
+W = TypeVar("W", bound=Worker)
 
 CLOSING_TIMEOUT_S = 5.0
 """For what ranks do before they are killed, when the run has failed."""
@@ -59,8 +60,8 @@ class Launched:
         """The group that reads the dataset."""
         from hybridflow.workers.data import DataWorker
 
-        data = self.groups["data"]
-        assert isinstance(data, DataWorker)
+        data = self._role("data", DataWorker)
+        assert data is not None, "every run has the role 'data'"
         return data
 
     @property
@@ -68,45 +69,40 @@ class Launched:
         """The group that trains the policy, where the algorithm has one."""
         from hybridflow.workers.actor import ActorWorker
 
-        actor = self.groups.get("actor")
-        assert actor is None or isinstance(actor, ActorWorker)
-        return actor
+        return self._role("actor", ActorWorker)
 
     @property
     def rollout(self) -> RolloutWorker | None:
         """The group that generates, where the algorithm has one."""
         from hybridflow.workers.rollout import RolloutWorker
 
-        rollout = self.groups.get("rollout")
-        assert rollout is None or isinstance(rollout, RolloutWorker)
-        return rollout
+        return self._role("rollout", RolloutWorker)
 
     @property
     def validation(self) -> RolloutWorker | None:
         """The engines that generate for validation alone, where validation is concurrent."""
         from hybridflow.workers.rollout import RolloutWorker
 
-        validation = self.groups.get("validation")
-        assert validation is None or isinstance(validation, RolloutWorker)
-        return validation
+        return self._role("validation", RolloutWorker)
 
     @property
     def reward(self) -> RewardWorker | None:
         """The group that scores, where the algorithm has one."""
         from hybridflow.workers.reward import RewardWorker
 
-        reward = self.groups.get("reward")
-        assert reward is None or isinstance(reward, RewardWorker)
-        return reward
+        return self._role("reward", RewardWorker)
 
     @property
     def reward_model(self) -> RewardModelWorker | None:
         """The group whose score is part of every reward; None where there is none, or where it is what is trained."""
         from hybridflow.workers.reward_model import RewardModelWorker
 
-        model = self.groups.get("reward_model") if "reward" in self.groups else None
-        assert model is None or isinstance(model, RewardModelWorker)
-        return model
+        return self._role("reward_model", RewardModelWorker) if "reward" in self.groups else None
+
+    def _role(self, role: str, kind: type[W]) -> W | None:
+        worker = self.groups.get(role)
+        assert worker is None or isinstance(worker, kind), f"role {role!r} is no {kind.__name__}"
+        return worker
 
 
 def algorithm_class(config: Config) -> type[Algorithm]:

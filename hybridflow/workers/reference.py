@@ -24,7 +24,7 @@ class ReferenceWorker(ModelWorker):
 
     def __init__(self, config: Config, context: RankContext):
         from hybridflow.models.build import build_policy
-        from hybridflow.workers.frozen import FrozenCore
+        from hybridflow.workers.model_core import FrozenCore
         from hybridflow.workers.model_spec import frozen_model
 
         super().__init__(config, context)

@@ -28,7 +28,7 @@ class RewardModelWorker(ModelWorker):
 
     def __init__(self, config: Config, context: RankContext):
         from hybridflow.models.build import build_value_model
-        from hybridflow.workers.frozen import FrozenCore
+        from hybridflow.workers.model_core import FrozenCore
         from hybridflow.workers.model_spec import frozen_model, trained_model
         from hybridflow.workers.training import TrainingCore
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from hybridflow.batch import Batch, Ragged
+from hybridflow.batch import Batch
 from hybridflow.checkpoint.sharded import check_same_parts, load_sharded, save_sharded
 from hybridflow.config.schema import TrainingConfig
 from hybridflow.metrics import Metric, Metrics
@@ -26,13 +25,11 @@ from hybridflow.parallel.finite import largest
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.finite import SkippedUpdates, WeightCheck, why_skipped
 from hybridflow.workers.microbatches import Microbatch, Microbatches
+from hybridflow.workers.model_core import CPU, ModelCore, Outputs
 from hybridflow.workers.utilisation import flops_per_token, peak_flops, utilisation
 
 logger = logging.getLogger("hybridflow")
 
-CPU = torch.device("cpu")
-Outputs = dict[str, torch.Tensor]
-"""What the model gives at each trained response token: name -> [R]."""
 Observe = Callable[[Microbatches, list[tuple[Microbatch, Outputs]]], dict[str, TokenMetric]]
 """Measures what the model gave in an update, microbatch by microbatch, without waiting for the device."""
 
@@ -82,8 +79,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
     return optimizer
 
 
-class TrainingCore:
-    """A sharded model, its optimizer and its learning rate. A worker has one and lends it its forward pass."""
+class TrainingCore(ModelCore):
+    """A model with its optimizer and its learning rate."""
 
     def __init__(
         self,
@@ -95,19 +92,14 @@ class TrainingCore:
         reads_rows: bool = False,
         max_skipped_updates: int | None = 5,
     ):
-        self.model, self.config, self.context = model, config, context
-        self.reads_rows = reads_rows
-        """Whether the model gives one number for each row, at its last token."""
-        self.temperature = temperature
-        """Of rows without a column that says with which they were sampled."""
+        super().__init__(model, config, context, temperature=temperature, reads_rows=reads_rows)
+        self.config = config
         self.optimizer = make_optimizer(model, config)
         self.has_adapters = any(".lora_" in name for name, _ in model.named_parameters())
         self.learning_rate = config.learning_rate
         self.num_updates = 0
         """Calls of `update`."""
         self.step = self.total_steps = 0
-        self.weights = WeightCheck(context)
-        self.weights.check(model.named_parameters(), when="when the model was loaded")
         self.moments = WeightCheck(context, most=torch.finfo(torch.float32).max)
         self.skipped = SkippedUpdates(context, most=max_skipped_updates)
         self.peak_flops, self.flops_per_token = peak_flops(context.device), flops_per_token(model)
@@ -118,33 +110,18 @@ class TrainingCore:
         self.step, self.total_steps = step, total_steps
         self.learning_rate = learning_rate(self.config, step, total_steps)
 
-    def evaluate(self, batch: Batch, forward: Callable[[Microbatch], Outputs]) -> dict[str, Ragged]:
-        """What `forward` gives for each response token of the batch, in the order of its rows."""
-        microbatches = self._microbatches(batch, self.config.forward_tokens)
-        with self._on_device():
-            return evaluate(self.model, microbatches, forward)
-
     @torch.no_grad()
     def measure(self, batch: Batch, loss: Loss, forward: Callable[[Microbatch], Outputs]) -> Metrics:
         """The metrics that `update` would give of `loss`, of a model that stays as it is."""
-        microbatches = self._microbatches(batch, self.config.forward_tokens)
+        microbatches = self.microbatches(batch, self.config.forward_tokens)
         metrics: dict[str, TokenMetric] = {}
-        with self._on_device():
+        with self.on_device():
             self.model.eval()
             for microbatch in microbatches:
                 outputs = forward(microbatch)
                 if microbatch.lengths_B.any():
                     metrics = accumulate(metrics, loss(token_batch(microbatches, microbatch, loss, outputs))[1])
         return to_metrics(metrics).prefixed(self.context.role)
-
-    def _microbatches(self, batch: Batch, tokens: int) -> Microbatches:
-        return Microbatches(
-            batch,
-            self.context,
-            tokens_per_microbatch=tokens,
-            default_temperature=self.temperature,
-            reads_rows=self.reads_rows,
-        )
 
     def update(
         self, batch: Batch, loss: Loss, forward: Callable[[Microbatch], Outputs], *, observe: Observe | None = None
@@ -158,8 +135,8 @@ class TrainingCore:
         Raises:
             DivergenceError: as many updates in a row as `run.max_skipped_updates` were skipped.
         """
-        microbatches = self._microbatches(batch, self.config.update_tokens)
-        with self._on_device(with_optimizer=True):
+        microbatches = self.microbatches(batch, self.config.update_tokens)
+        with self.on_device(with_optimizer=True):
             started = time.perf_counter()
             metrics, observed = self._accumulate_gradients(microbatches, loss, forward, observe)
             norm, why = self._apply_gradients(lambda: dict(to_metrics(metrics)))
@@ -241,7 +218,7 @@ class TrainingCore:
         self.weights.check(self.model.named_parameters(), when=f"at the weight sync of step {self.step}")
         if not self.has_adapters:
             return named_tensors(self.model)
-        with self._on_device():
+        with self.on_device():
             return named_tensors(self.model)
 
     def save(self, folder: str) -> None:
@@ -295,28 +272,15 @@ class TrainingCore:
             "random": torch.get_rng_state(),
         }
 
-    def onload(self, *, with_optimizer: bool) -> None:
-        """Bring to the device what is offloaded."""
-        if self.config.offload_parameters:
-            fsdp.move_model(self.model, self.context.device)
+    def onload(self, *, with_optimizer: bool = False) -> None:
+        super().onload()
         if with_optimizer and self.config.offload_optimizer:
             fsdp.move_optimizer(self.optimizer, self.context.device)
 
     def offload(self) -> None:
-        """Give back gathered weights, and what the configuration keeps in CPU memory while the role is idle."""
-        fsdp.drop_gathered(self.model)
-        if self.config.offload_parameters:
-            fsdp.move_model(self.model, CPU)
+        super().offload()
         if self.config.offload_optimizer:
             fsdp.move_optimizer(self.optimizer, CPU)
-
-    @contextmanager
-    def _on_device(self, *, with_optimizer: bool = False) -> Iterator[None]:
-        self.onload(with_optimizer=with_optimizer)
-        try:
-            yield
-        finally:
-            self.offload()
 
 
 def token_batch(microbatches: Microbatches, microbatch: Microbatch, loss: Loss, outputs: Outputs) -> TokenBatch:
@@ -336,16 +300,3 @@ def token_batch(microbatches: Microbatches, microbatch: Microbatch, loss: Loss, 
         lengths_B=to_device(microbatch.lengths_B, device),
         weights_T=to_device(weights_R.numpy(), device),
     )
-
-
-@torch.no_grad()
-def evaluate(
-    model: PolicyModel | ValueModel, microbatches: Microbatches, forward: Callable[[Microbatch], Outputs]
-) -> dict[str, Ragged]:
-    """What `forward` gives for each response token, in the order of the batch's rows, without gradients."""
-    model.eval()
-    collected: dict[str, list[torch.Tensor]] = {}
-    for microbatch in microbatches:
-        for name, output in forward(microbatch).items():
-            collected.setdefault(name, []).append(output)
-    return {name: microbatches.gather_rows(parts) for name, parts in collected.items()}

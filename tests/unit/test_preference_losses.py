@@ -134,7 +134,7 @@ def test_a_model_in_use_has_no_optimizer_and_any_role_name(model_path: str, tmp_
     config = config_of(model_path, algorithm="ppo")
     for role in ("reward_model", "cost_model", "safety"):
         worker = RewardModelWorker(config, context_of(role))
-        assert not hasattr(worker, "trained")
+        assert worker.trained is None
         worker.begin_step(1, 1)
         worker.save(str(tmp_path))
         assert worker.score(pairs())[f"{role}_score"].shape == (6,)
