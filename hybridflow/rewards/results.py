@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from hybridflow.errors import RewardError
 MAIN_KEYS = ("overall", "score")
 TAKEN_METRICS = ("mean", "std", "failed")
 """What `reward/...` says of the reward itself; see controller/batch_metrics.py."""
+MAX_CHARACTERS = 4000
+"""Of what is said of a failure: whatever a function raises goes to the log."""
 CALLING = ("rewards/scorer.py", "rewards/call.py", "rewards/results.py", "concurrent/futures/_base.py", "asyncio/timeouts.py")
 """Files between the pool and the function that is called."""
 
@@ -55,7 +58,9 @@ def trace_of(error: BaseException) -> str:
     rest = error.__traceback__
     while rest is not None and rest.tb_frame.f_code.co_filename.endswith(CALLING):
         rest = rest.tb_next
-    return "".join(traceback.format_exception(type(error), error, rest))
+    text = "".join(traceback.format_exception(type(error), error, rest))
+    half = MAX_CHARACTERS // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def as_list(results: object, num_inputs: int) -> Sequence[object]:
@@ -90,10 +95,10 @@ def as_score(result: object) -> Score:
     if taken := [name for name in TAKEN_METRICS if name in metrics]:
         found = f"the reward function returned a number called {taken[0]!r}, but reward/{taken[0]} is of the reward itself"
         raise RewardError(f"{found}. Give it another name than {', '.join(TAKEN_METRICS)}")
-    return Score(finite(result[main]), metrics)
+    return Score(finite(result[main], key=main), metrics)
 
 
-def finite(value: object) -> float:
+def finite(value: object, *, key: str | None = None) -> float:
     """The number, which must be finite as float32: rewards are float32 from here on.
 
     Raises:
@@ -101,7 +106,8 @@ def finite(value: object) -> float:
     """
     number = None if isinstance(value, str) else _number(value)
     if number is None:
-        raise TypeError(f"the function returned {kind_of(value)}; expected a number, or a dict with 'overall' and more numbers")
+        found = f"{kind_of(value)} as {key!r}" if key else kind_of(value)
+        raise TypeError(f"the function returned {found}; expected a number, or a dict with 'overall' and more numbers")
     with np.errstate(over="ignore"):
         if not np.isfinite(np.float32(number)):
             raise ValueError(f"the function returned {number:g}; a reward must be finite, and at most 3.4e38 as float32")
@@ -128,5 +134,5 @@ def _only(value: object) -> object:
 
 
 def kind_of(value: object) -> str:
-    """What was found, for messages."""
-    return "None" if value is None else f"a {type(value).__name__} ({value!r:.80})"
+    """What was found, for messages: equal ones for equal mistakes, wherever objects lie in memory."""
+    return "None" if value is None else f"a {type(value).__name__} ({re.sub(r' at 0x[0-9a-f]+', '', f'{value!r:.100}'):.80})"

@@ -177,15 +177,34 @@ def test_a_file_may_import_what_lies_beside_it(tmp_path: Path) -> None:
         ("None", "returned None; expected a number, or a dict with 'overall'"),
         ("'1'", "returned a str"),
         ("{'accuracy': 1}", r"a dict with \['accuracy'\]; it needs 'overall' or 'score'"),
-        ("{'overall': None}", "returned None"),
+        ("{'overall': None}", "returned None as 'overall'"),
+        ("{'score': (1.0, 2.0)}", "returned a tuple .* as 'score'"),
+        ("(number for number in [1.0])", r"returned a generator \(<generator object compute_score.<locals>.<genexpr>>\)"),
         ("float('nan')", "must be finite"),
         ("[1.0]", "returned a list"),
+        ("(1.0, {'right': 1})", "returned a tuple"),
     ],
 )
 def test_a_wrong_result_is_named(tmp_path: Path, result: str, problem: str) -> None:
     function = user_function(tmp_path, f"def compute_score(reward_input):\n    return {result}")
     with pytest.raises((TypeError, ValueError), match=problem):
         function.score(given())
+
+
+def test_of_what_a_function_raises_so_much_is_told_and_nothing_of_who_called_it(tmp_path: Path) -> None:
+    source = "def compute_score(reward_input):\n    raise ValueError('a' + 'x' * 10_000_000 + 'z')"
+    (tmp_path / "reward.py").write_text(source)
+    scorer = Scorer(RewardConfig(path=str(tmp_path / "reward.py")))
+    failure = scorer.begin(given())()
+    assert isinstance(failure, Failure) and len(failure.detail) < 5000
+    assert "ValueError: axxx" in failure.detail and failure.detail.rstrip().endswith("xz")
+    assert "reward.py" in failure.detail and "scorer.py" not in failure.detail
+
+
+def test_a_result_that_is_none_is_told_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("def compute_score(reward_input):\n    return 'good'")
+    failure = Scorer(RewardConfig(path=str(tmp_path / "reward.py"))).begin(given())()
+    assert isinstance(failure, Failure) and failure.detail.startswith("TypeError: the function returned a str ('good')")
 
 
 @pytest.mark.parametrize("name", ["mean", "std", "failed"])
