@@ -104,6 +104,8 @@ def read_json(path: Path, what: str) -> dict[str, object]:
     Raises:
         DamagedCheckpointError: the file is missing, unreadable, or holds something else.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would never end
+        raise DamagedCheckpointError(f"{path} is no file. It should hold {what}")
     try:
         content = json.loads(retried(path, lambda: path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:

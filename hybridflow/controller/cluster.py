@@ -18,7 +18,7 @@ from ray._private import worker as ray_worker
 from hybridflow.config.pools import cpu_slots_of_this_machine
 from hybridflow.config.schema import Config
 from hybridflow.controller import interrupts
-from hybridflow.controller.waiting import wait_for_thread
+from hybridflow.controller.waiting import ended_after, wait_for_thread
 from hybridflow.errors import CallTimeoutError, HybridflowError, PlacementError
 
 logger = logging.getLogger("hybridflow")
@@ -27,10 +27,15 @@ JOIN_TIMEOUT_S = 10.0
 """For something to be said at the address of a cluster."""
 CONNECT_TIMEOUT_S = 240.0
 """For a connection to Ray. It has limits of its own of up to two minutes."""
+LAST_WORD_S = 30.0
+"""After that limit, for whoever waits to say so; then the interpreter is not free."""
 SHUTDOWN_TIMEOUT_S = 30.0
 LOOK_EVERY_S = 1.0
 HTTP2_SETTINGS = b"\x04"
 """The kind of the first frame on a connection."""
+NO_WAIT_FOR_WORKERS = ("RAY_prestart_worker_first_driver", "0")
+"""Otherwise a node connects this process when its first workers have come up: where Python hangs in these, `ray.init` does too,
+and holds the interpreter meanwhile."""
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In the environment of what `ray job submit` runs."""
 
@@ -73,6 +78,7 @@ def _join(address: str) -> None:
 
 def _start(config: Config) -> None:
     """On the loopback interface alone: the cluster is this machine. Ray has no setting for that on Linux, only a constant."""
+    os.environ.setdefault(*NO_WAIT_FOR_WORKERS)
     num_cpus, before = cpu_slots_of_this_machine(config.placement.cpu_slots), ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     init = partial(ray.init, "local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=True)
@@ -122,7 +128,9 @@ def _begun(begin: Callable[[], None]) -> Callable[[], None]:
 
     thread = threading.Thread(target=live, name="hybridflow-ray", daemon=True)
     thread.start()
-    wait_for_thread(thread, has_begun.wait, has_begun.is_set, CONNECT_TIMEOUT_S, "connecting to Ray")
+    doing = "connecting to Ray"
+    with ended_after(CONNECT_TIMEOUT_S + LAST_WORD_S, doing):
+        wait_for_thread(thread, has_begun.wait, has_begun.is_set, CONNECT_TIMEOUT_S, doing)
     if raised:
         raise raised[0]
     return end

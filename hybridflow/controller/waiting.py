@@ -6,13 +6,19 @@ is over, the error names the ranks that are stuck, which need not be those that 
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -264,6 +270,24 @@ def wait_for_thread(
         if now - said >= SECONDS_OF_SILENCE:
             said = now
             logger.info("%s is not done after %.0f s: %s", doing, now - started, thread_line(thread.ident))
+
+
+@contextmanager
+def ended_after(limit_s: float, doing: str) -> Iterator[None]:
+    """End the process where the block takes longer and C code holds the interpreter, so that no thread of Python can say so:
+    faulthandler needs none. A process beside this one, which waits for what it writes, has the last word."""
+    file = Path(tempfile.gettempdir(), f"hybridflow-{os.getpid()}-stacks.txt")
+    words = f"\nThe run failed.\n{doing} has not ended after {limit_s:g} s. What every thread was doing is in {file}"
+    tell = 'cat > "$0"; if [ -s "$0" ]; then echo "$1" >&2; else rm -f "$0"; fi'
+    teller = subprocess.Popen(["/bin/sh", "-c", tell, file, words], stdin=subprocess.PIPE, start_new_session=True)
+    assert teller.stdin is not None, "asked for"
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=teller.stdin)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        teller.stdin.close()
+        teller.wait()
 
 
 def thread_line(ident: int | None) -> str:

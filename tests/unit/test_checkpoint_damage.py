@@ -45,6 +45,11 @@ def mutate(path: Path, chance: random.Random) -> str:
         "gone": path.unlink,
         "empty": lambda: path.write_bytes(b""),
         "a folder": lambda: (path.unlink(), path.mkdir()),
+        "a pipe": lambda: (path.unlink(), os.mkfifo(path)),
+        "a link to itself": lambda: (path.unlink(), path.symlink_to(path)),
+        "a part is zeros": lambda: path.write_bytes(content[: len(content) // 3] + bytes(len(content) - len(content) // 3)),
+        "one byte more inside": lambda: path.write_bytes(content[:1] + chance.randbytes(1) + content[1:]),
+        "a line more": lambda: path.write_bytes(content + b"\n"),
         "another's": lambda: path.write_bytes(bytes(chance.randbytes(len(content)))),
     }
 
@@ -59,7 +64,7 @@ def mutate(path: Path, chance: random.Random) -> str:
     return kind
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(120))
 def test_a_random_mutation_of_a_checkpoint_is_refused_by_name_or_changes_nothing(finished: Path, tmp_path: Path, seed: int):
     chance = random.Random(seed)
     folder = copied(finished, tmp_path)
