@@ -17,14 +17,36 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """Of Linux: a signal for when the parent has ended; and orphans among the descendants become children of this process."""
 MAX_OUTPUT_BYTES = 2**16
 OUTPUT_PERIOD_S = 60.0
 """In which a process may write so much; what is more is dropped, and that is said once."""
+LOAD_TIMEOUT_S = 300.0
+"""For the code of a user to be loaded, which may import large packages from a slow disk."""
 ENDING_S = 5.0
 """For what was killed to end. A process in the kernel may not."""
+
+
+def start_guarded(module: str, connection: Connection) -> subprocess.Popen[bytes]:
+    """Start Python in a process and session of its own that calls `main()` of a module under `guarded`. Its first argument is
+    the number of `connection`, which is closed here."""
+    # Not with -m: the classes of its messages would belong to __main__ there, and to another module here.
+    code = f"import sys; from {__name__} import guarded; guarded(int(sys.argv[1])); from {module} import main; main()"
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # the user's names may be of modules that only we find
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(connection.fileno())],
+        pass_fds=[connection.fileno()],
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
+    )
+    connection.close()
+    return process
 
 
 def guarded(connection: int) -> None:

@@ -8,10 +8,8 @@ wait for the policy are told that they were lost.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,19 +23,10 @@ from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments.base import Message, Opening, Outcome, Row
 from hybridflow.environments.child import Alive, Answer, Ask, Failure, Ready, Stop
 from hybridflow.errors import EpisodeError
-from hybridflow.guardian import end_process
+from hybridflow.guardian import LOAD_TIMEOUT_S, end_process, start_guarded
 
 logger = logging.getLogger("hybridflow")
 
-CODE = """
-import sys
-from hybridflow.guardian import guarded
-guarded(int(sys.argv[1]))
-from hybridflow.environments.child import main
-main()
-"""
-LOAD_TIMEOUT_S = 300.0
-"""A user's file may import large packages from a slow disk."""
 SILENCE_S = 10.0
 """Beyond the time limit of a method, after which a process that says nothing is ended."""
 CHECK_EVERY_S = 0.5
@@ -211,12 +200,7 @@ class EnvironmentProcesses:
 
     def _spawn(self) -> _Child:
         ours, theirs = Pipe()
-        # Not with -m: the classes of its messages would belong to __main__ there, and to another module here.
-        command = [sys.executable, "-P", "-c", CODE, str(theirs.fileno())]
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # `environment.name` may be one that only we find
-        environment = {**os.environ, "PYTHONPATH": path}
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
-        theirs.close()
+        process = start_guarded("hybridflow.environments.child", theirs)
         child = _Child(process, ours, heard_at=time.monotonic())
         child.outbox.put(self.config)
         for task in (self._read, self._write):

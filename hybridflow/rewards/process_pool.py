@@ -9,11 +9,9 @@ have many under way at once and one of them blocks: which one shows when each is
 from __future__ import annotations
 
 import math
-import os
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,23 +20,14 @@ from multiprocessing.connection import Connection, wait
 
 from hybridflow.config.schema import RewardConfig
 from hybridflow.errors import RewardError
-from hybridflow.guardian import end_process
+from hybridflow.guardian import LOAD_TIMEOUT_S, end_process, start_guarded
 from hybridflow.rewards.call import RewardInput
 from hybridflow.rewards.child import Ready, Stop
 from hybridflow.rewards.results import Failure, Score
 
 MAX_INPUTS_PER_MESSAGE = 32
-CODE = """
-import sys
-from hybridflow.guardian import guarded
-guarded(int(sys.argv[1]))
-from hybridflow.rewards.child import main
-main()
-"""
 ASYNC_GRACE_S = 2.0
 """How much longer than the process itself the parent waits for coroutines, which only blocking ones make use of."""
-LOAD_TIMEOUT_S = 300.0
-"""A user's file may import large packages from a slow disk."""
 
 
 @dataclass
@@ -213,11 +202,6 @@ def _spawn(config: RewardConfig) -> _Child:
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         near.setsockopt(socket.SOL_SOCKET, option, limit)
     ours, theirs = Connection(near.detach()), Connection(far.detach())
-    # Not with -m: the classes of its messages would belong to __main__ there, and to another module here.
-    command = [sys.executable, "-P", "-c", CODE, str(theirs.fileno())]
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # `reward.name` may name a module that only we find
-    environment = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
-    theirs.close()
+    process = start_guarded("hybridflow.rewards.child", theirs)
     ours.send(config)
     return _Child(process, ours, deadline=time.monotonic() + LOAD_TIMEOUT_S)
