@@ -9,7 +9,7 @@ import numpy as np
 
 from hybridflow.algorithms.grpo import GRPO
 from hybridflow.batch import Batch
-from hybridflow.rollout.sampling import mixed_seed
+from hybridflow.rollout.seeds import mixed_seed
 
 MEAN_TOKENS = 400.0
 """Of the distribution, before the cut at data.max_response_tokens."""

@@ -10,9 +10,8 @@ from hybridflow.controller.launch import Launched
 from hybridflow.controller.waiting import DEATHS_SHOW_S
 from hybridflow.errors import HybridflowError, WeightMismatchError, WorkerDiedError
 from hybridflow.metrics import Metrics
-from hybridflow.workers.proof import kinds_of, not_taken
+from hybridflow.workers.proof import PROBED_SYNCS, kinds_of, not_taken
 from hybridflow.workers.remote import Future
-from hybridflow.workers.sync import PROBED_SYNCS
 
 if TYPE_CHECKING:
     from hybridflow.workers.rollout import RolloutWorker

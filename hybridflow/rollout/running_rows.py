@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from hybridflow.rollout.base import FinishReason, Request, Response
-from hybridflow.rollout.sampling import SamplingColumns, uniform
+from hybridflow.rollout.sampling import SamplingColumns
+from hybridflow.rollout.seeds import uniform
 from hybridflow.rollout.stopping import Detokenize, StopStrings
 
 Slots = npt.NDArray[np.int64]

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 
-import torch
-
 from hybridflow.errors import EngineError, RequestRefusedError
 from hybridflow.rollout.base import Engine, Request, Response
 
@@ -147,6 +145,8 @@ class EngineThread:
             raise EngineError("the generation engine was closed")
 
     def _run(self) -> None:
+        import torch  # here, since the controller knows this class too and needs no torch
+
         if self._engine.spec.device.type == "cuda":
             torch.cuda.set_device(self._engine.spec.device)  # the current device belongs to a thread
         # So does OpenMP's number of threads, which a new thread takes from OMP_NUM_THREADS until torch, at its first call,

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, GenerationConfig
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +15,8 @@ Detokenize = Callable[[Sequence[int]], str]
 
 def end_of_sequence_ids(model: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> tuple[int, ...]:
     """The tokens that end a sequence according to the generation configuration, the model's, and the tokenizer."""
+    from transformers import AutoConfig, GenerationConfig
+
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     named: list[int | list[int] | None] = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
     with contextlib.suppress(OSError):  # a model folder without generation_config.json is complete

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hybridflow.errors import RequestRefusedError
 from hybridflow.rollout.base import Request, Response, Sampling
-from hybridflow.rollout.sampling import mixed_seed
+from hybridflow.rollout.seeds import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.stopping import Detokenize, end_across
 

@@ -27,7 +27,7 @@ from hybridflow.errors import EngineError
 from hybridflow.rollout import vllm_patches as patches
 from hybridflow.rollout.base import Engine, EngineSpec, FinishReason, Request, Response
 from hybridflow.rollout.expected_weights import ExpectedWeights
-from hybridflow.rollout.sampling import mixed_seed
+from hybridflow.rollout.seeds import mixed_seed
 from hybridflow.rollout.stopping import end_of_sequence_ids
 from hybridflow.rollout.vllm_arguments import REFUSALS, engine_arguments, why_not_started
 

@@ -43,7 +43,8 @@ from hybridflow.errors import EngineError
 from hybridflow.models.load import load_config
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import EngineSpec
-from hybridflow.rollout.sampling import sample, uniform
+from hybridflow.rollout.sampling import sample
+from hybridflow.rollout.seeds import uniform
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -14,18 +14,17 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.distributed as dist
 
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
 from hybridflow.errors import WeightMismatchError
-from hybridflow.models.load import load_config
-from hybridflow.models.self_test import text_rows
 from hybridflow.rollout.base import Engine, Request, Sampling
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.probe import ScoresRows, as_rows, probe_dtype, without_log_probs
 
+PROBED_SYNCS = 2
+"""Syncs at the start of a run after which log-probabilities are compared too: the first shows whether engine and trainer
+compute the same at all, the second whether cached prefixes were forgotten."""
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 6, 48, 6
 """Enough different tokens that some reach each of many experts."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
@@ -90,6 +89,9 @@ def kinds_of(names: Sequence[str]) -> dict[str, list[str]]:
 
 def probe_rows(engine: Engine, config: Config, context: RankContext) -> Batch:
     """Responses of an idle engine to fixed prompts, with its `rollout_log_probs`, and the `tolerance` of each row."""
+    from hybridflow.models.load import load_config
+    from hybridflow.models.self_test import text_rows
+
     most = engine.spec.max_model_tokens
     num_response = min(RESPONSE_TOKENS, most - 1)
     lengths = (min(PROMPT_TOKENS, most - num_response),) * NUM_PROMPTS
@@ -113,6 +115,9 @@ def differences(rows: Batch, actor: ScoresRows, context: RankContext) -> npt.NDA
 
 
 def _largest_difference(engine: Engine, actor: ScoresRows, config: Config, context: RankContext) -> float:
+    import torch
+    import torch.distributed as dist
+
     found = differences(probe_rows(engine, config, context), actor, context).max()
     worst = torch.tensor(found, dtype=torch.float32, device=context.device)
     if context.group is not None:  # all ranks go on alike

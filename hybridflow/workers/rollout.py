@@ -27,15 +27,13 @@ from hybridflow.errors import ConfigError, EngineError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Sampling
-from hybridflow.rollout.lockstep import lockstep
-from hybridflow.rollout.sampling import mixed_seed
+from hybridflow.rollout.seeds import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.stopping import detokenizer
 from hybridflow.rollout.under_way import RowsUnderWay, RowUnderWay
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.proof import probe_rows
 from hybridflow.workers.remote import remote
-from hybridflow.workers.sync import RolloutSync
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +92,9 @@ class RolloutWorker(Worker):
             raise ConfigError([FieldError("placement.workers", f"{problem}. Set answers_row_by_row on it")])
 
     def __init__(self, config: Config, context: RankContext):
+        from hybridflow.rollout.lockstep import lockstep
+        from hybridflow.workers.sync import RolloutSync
+
         super().__init__(config, context)
         self.tokenizer = tokenizer_at(
             config.model.tokenizer or config.model.path, trust_remote_code=config.model.trust_remote_code

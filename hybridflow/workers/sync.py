@@ -24,13 +24,10 @@ from hybridflow.rollout.base import Engine
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.probe import ScoresRows, probe
-from hybridflow.workers.proof import FlipsSigns, prove
+from hybridflow.workers.proof import PROBED_SYNCS, FlipsSigns, prove
 
 logger = logging.getLogger("hybridflow")
 
-PROBED_SYNCS = 2
-"""Syncs at the start of a run after which log-probabilities are compared too: the first shows whether engine and trainer
-compute the same at all, the second whether cached prefixes were forgotten."""
 MOST_NAMED = 5
 """Weights that a line of the log names."""
 

@@ -12,7 +12,6 @@ from hybridflow import ops
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.choices import KLEstimator
 from hybridflow.metrics import Metric, Metrics
-from hybridflow.rewards.answers import answer_of
 from hybridflow.workers.mismatch import sampled_tokens
 
 if TYPE_CHECKING:
@@ -182,6 +181,8 @@ class AnswerKeys:
     """Column `answer_key`: a number for what each response answers, equal where the answers are."""
 
     def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        from hybridflow.rewards.answers import answer_of  # imports sympy: half a second that the controller does not need
+
         digests = [
             hashlib.blake2b(answer_of(str(text)).encode(), digest_size=8).digest() for text in batch.objects("response_text")
         ]

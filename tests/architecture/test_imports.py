@@ -93,6 +93,12 @@ def test_a_configuration_is_checked_without_torch(module: str):
     assert result.returncode == 0, f"importing {module} imports torch or ray, or fails:\n{result.stderr}"
 
 
+def test_the_controller_starts_ray_before_anything_imports_torch():
+    code = "import sys, hybridflow.controller.run; sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=limits.ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"importing hybridflow.controller.run imports torch, or fails:\n{result.stderr}"
+
+
 @pytest.mark.parametrize(("key", "name"), [(key, name) for key, table in TABLES.items() for name in table])
 def test_every_name_in_a_table_imports(key: str, name: str):
     try:

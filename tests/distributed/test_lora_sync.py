@@ -14,8 +14,8 @@ from hybridflow.config.schema import Config, DataConfig, ModelConfig, PlacementC
 from hybridflow.ops.losses import NextTokenLoss
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.base import Worker
+from hybridflow.workers.proof import PROBED_SYNCS
 from hybridflow.workers.rollout import RolloutWorker
-from hybridflow.workers.sync import PROBED_SYNCS
 from tests.distributed.ranks import on_ranks
 from tests.toy import make_tiny_model
 from tests.training_rows import context_of, random_batch

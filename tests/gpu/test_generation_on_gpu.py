@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Sampling
-from hybridflow.rollout.sampling import uniform
+from hybridflow.rollout.seeds import uniform
 from tests.toy import make_tiny_model
 
 pytestmark = [

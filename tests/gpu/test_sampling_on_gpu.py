@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hybridflow.rollout.sampling import sample, uniform
+from hybridflow.rollout.sampling import sample
+from hybridflow.rollout.seeds import uniform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a CUDA device")]
 VOCABULARY = 151_936

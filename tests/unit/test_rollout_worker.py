@@ -14,7 +14,7 @@ from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig, ValidationConfig
 from hybridflow.errors import ConfigError, EngineError
 from hybridflow.parallel.layout import Layout
-from hybridflow.rollout.sampling import mixed_seed
+from hybridflow.rollout.seeds import mixed_seed
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.rollout import RolloutWorker, _seeds, engine_spec, training_sampling, validation_sampling
 from tests.toy import make_tiny_model

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hybridflow.rollout.sampling import SamplingColumns, choose, filter_probs, mixed_seed, sample, uniform
+from hybridflow.rollout.sampling import SamplingColumns, choose, filter_probs, sample
+from hybridflow.rollout.seeds import mixed_seed, uniform
 from hybridflow.rollout.stopping import StopStrings, detokenizer, end_of_sequence_ids
 
 

@@ -17,7 +17,8 @@ import torch
 from hybridflow.errors import EngineError
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Request, Sampling
-from hybridflow.rollout.sampling import sample, uniform
+from hybridflow.rollout.sampling import sample
+from hybridflow.rollout.seeds import uniform
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.torch_engine import TorchEngine
 from tests.toy import make_tiny_model
