@@ -82,8 +82,9 @@ def checked_out(commit_or_folder: str) -> Iterator[Checkout]:
 
 
 def own_checkout() -> Checkout:
-    """The one that this file belongs to."""
-    return Checkout(ROOT, _git("rev-parse", "--short", "HEAD") or str(ROOT))
+    """The one that this file belongs to; its commit, with a plus where something was changed since."""
+    changed = "+" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return Checkout(ROOT, f"{_git('rev-parse', '--short', 'HEAD') or ROOT}{changed}")
 
 
 def ratios(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]]) -> dict[str, float]:

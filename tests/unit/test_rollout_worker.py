@@ -14,6 +14,7 @@ from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig, ValidationConfig
 from hybridflow.errors import ConfigError, EngineError
 from hybridflow.parallel.layout import Layout
+from hybridflow.planner.decisions import resolved
 from hybridflow.rollout.seeds import mixed_seed
 from hybridflow.workers.base import RankContext
 from hybridflow.workers.rollout import RolloutWorker, _seeds, engine_spec, training_sampling, validation_sampling
@@ -206,7 +207,7 @@ def test_tensor_ranks_share_an_engine() -> None:
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
 def test_the_dtype_follows_the_device(tiny_model: str, device: str, dtype: str) -> None:
     context = RankContext(role="rollout", rank=0, layout=Layout(), device=torch.device(device))
-    spec = engine_spec(config_of(tiny_model), context)
+    spec = engine_spec(resolved(config_of(tiny_model)), context)
     assert spec.dtype == dtype
     assert spec.max_model_tokens == 52
 
