@@ -120,7 +120,7 @@ class Checkpoints:
     def _restore(self, source: Path, state: RunState) -> None:
         for role, worker in self.launched.groups.items():
             if not (source / role).is_dir():
-                raise CheckpointError(f"it has no state of role '{role}': it was written by a run with other roles")
+                raise CheckpointError(f"it has no state of role '{role}'")
             worker.restore(str(source / role))
         try:
             self.rows.restore(source / "data", state.stream)

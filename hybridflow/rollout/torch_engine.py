@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import EngineError
@@ -44,6 +45,7 @@ class TorchEngine(Engine):
         super().__init__(spec)
         _check(spec)
         register()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         with explained(spec.model, "a model that the torch engine can generate with"):
             self.model = AutoModelForCausalLM.from_pretrained(
                 spec.model,
