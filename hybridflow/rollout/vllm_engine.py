@@ -193,12 +193,8 @@ class VllmEngine(Engine):
         if not self.engine.reset_prefix_cache():
             raise EngineError("vLLM did not forget its cached prefixes, which belong to the old weights")
 
-    @torch.no_grad()
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, module, (first, last) in self.parts:
-            tensor = patches.held_weight(self.model, name, module, self.spec)
-            if tensor is not None:
-                yield name, tensor[first:last]
+        return patches.held_weights(self.model, self.parts, self.spec)
 
     def sleep(self) -> None:
         self.check_idle()

@@ -15,7 +15,7 @@ that it names. Where a release has moved a private name, a warning tells so and 
 | `partial_outputs` | `output_processor.request_states` | tokens of unfinished requests are given to streams alone | an interrupted request starts again from its prompt |
 | `pack_heads` | `quant_method` of output layers (0.32, CPU) | a reload packs only layers that it is given weights for; with tied embeddings the output layer would keep the old ones | checksums stop the run |
 | `pack_experts_at_reload` | `quant_method.moe_kernel` of experts (0.32, CPU) | a reload packs experts only when their kernel is made, which a reload does not do | the perturbed probe of the first sync stops the run |
-| `weight_parts`, `held_weight` | `packed_modules_mapping`, `quant_method.apply` | weights are stacked, and packed on the CPU | no checksums of the engine's weights |
+| `weight_parts`, `held_weights` | `packed_modules_mapping`, `quant_method.apply` | weights are stacked, and packed on the CPU | no checksums of the engine's weights |
 """  # noqa: E501, a table
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -305,13 +305,17 @@ def pack_experts_at_reload(model: torch.nn.Module) -> None:
             method.moe_kernel = None
 
 
-def held_weight(model: torch.nn.Module, name: str, module: torch.nn.Module, spec: EngineSpec) -> torch.Tensor | None:
-    """The weight of a part with all rows of its parameter; None where it cannot be read back."""
-    tensor: torch.Tensor = module.get_parameter(name.rpartition(".")[2])
-    layer = _heads(model).get(id(tensor), module)  # a tied weight is also packed for the output, the copy that may be stale
-    if spec.device.type == "cpu" and name.endswith(".weight") and isinstance(layer, LinearBase | ParallelLMHead):
-        return _read_back(layer, spec.torch_dtype)
-    return tensor
+@torch.no_grad()
+def held_weights(model: torch.nn.Module, parts: Sequence[Part], spec: EngineSpec) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of parts, as the engine computes with them, but for those that cannot be read back."""
+    heads = _heads(model) if spec.device.type == "cpu" else {}
+    for name, module, (first, last) in parts:
+        held: torch.Tensor | None = module.get_parameter(name.rpartition(".")[2])
+        layer = heads.get(id(held), module)  # a tied weight is also packed for the output, the copy that may be stale
+        if spec.device.type == "cpu" and name.endswith(".weight") and isinstance(layer, LinearBase | ParallelLMHead):
+            held = _read_back(layer, spec.torch_dtype)
+        if held is not None:
+            yield name, held[first:last]
 
 
 def _read_back(module: LinearBase | ParallelLMHead, dtype: torch.dtype) -> torch.Tensor | None:
