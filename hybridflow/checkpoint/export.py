@@ -40,7 +40,7 @@ FILE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class WeightFiles:
     """The model that training started from: what it is made of is copied from there."""
 
     path: str
@@ -96,7 +96,7 @@ def export_checkpoint(
     return target
 
 
-def _write_model(weights_folder: Path, target: Path, origin: Source, dtype: DtypeName) -> None:
+def _write_model(weights_folder: Path, target: Path, origin: WeightFiles, dtype: DtypeName) -> None:
     config = load_config(origin.path, trust_remote_code=origin.trust_remote_code)
     exported = _dtype(config, dtype)
     weights = SavedWeights(weights_folder, lora_scale=origin.lora_scale)
@@ -263,7 +263,7 @@ def _portions(sizes: Mapping[tuple[str, ...], int]) -> Iterator[list[str]]:
     yield names
 
 
-def _without_code(origin: Source) -> Source:
+def _without_code(origin: WeightFiles) -> WeightFiles:
     """`origin` with none of its own code run. A checkpoint says whether the run was allowed to; whoever exports is asked again.
 
     Raises:
@@ -282,7 +282,7 @@ def _without_code(origin: Source) -> Source:
     return replace(origin, trust_remote_code=False)
 
 
-def _copy_extras(origin: Source, target: Path, *, has_value_head: bool) -> None:
+def _copy_extras(origin: WeightFiles, target: Path, *, has_value_head: bool) -> None:
     """Generation settings, and the code of a model that brings its own."""
     if not has_value_head:
         # Copied as it is: what people published, transformers may refuse to write. A model without any is complete.
@@ -300,14 +300,14 @@ def _dtype(config: PretrainedConfig, name: DtypeName) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
-def _source(config: Mapping[str, object], role: str, moved_to: str | None) -> Source:
+def _source(config: Mapping[str, object], role: str, moved_to: str | None) -> WeightFiles:
     """Where the model of `role` came from, by the run's configuration."""
     model, own = _section(config, "model"), _section(config, role)
     path = str(moved_to or own.get("path") or model.get("path") or "")
     if not path:
         raise CheckpointError(f"the checkpoint does not say which model {role!r} started from. Give it by --source")
     rank, alpha = model.get("lora_rank", 0), model.get("lora_alpha", 0.0)
-    return Source(
+    return WeightFiles(
         path=path,
         tokenizer=str(moved_to or model.get("tokenizer") or path),
         trust_remote_code=bool(model.get("trust_remote_code", False)),

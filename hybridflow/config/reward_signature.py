@@ -29,7 +29,7 @@ class SignatureError(ValueError):
 
 
 @dataclass(frozen=True)
-class Call:
+class CallStyle:
     """How a function is called, its options aside."""
 
     style: Literal["one", "by_name", "by_place", "columns"]
@@ -43,7 +43,7 @@ class Call:
     """Whether it takes columns of other names too."""
 
 
-def call_for(parameters: Parameters, options: Mapping[str, object], *, is_batch: bool) -> Call:
+def call_for(parameters: Parameters, options: Mapping[str, object], *, is_batch: bool) -> CallStyle:
     """The way that the signature asks for.
 
     Raises:
@@ -60,25 +60,25 @@ def call_for(parameters: Parameters, options: Mapping[str, object], *, is_batch:
         raise SignatureError(f"takes ({', '.join(parameters)}); expected {SIGNATURES}")
     if not by_name and num_required < 3:
         _check_rest(parameters, {places[0].name}, options)
-        return Call("one")
+        return CallStyle("one")
     if is_batch:
         raise SignatureError("a batch function takes one list of dicts, (reward_inputs, **kwargs)")
     if by_name:
         names = tuple(name for name in FOUR_ARGUMENTS if takes_any or name in parameters)
         _check_rest(parameters, set(names), options)
-        return Call("by_name", names)
+        return CallStyle("by_name", names)
     taken = FOUR_ARGUMENTS[: len(places)]
     _check_rest(parameters, {p.name for p in places[: len(taken)]}, options)
-    return Call("by_place", taken)
+    return CallStyle("by_place", taken)
 
 
-def _call_with_columns(parameters: Parameters, options: Mapping[str, object]) -> Call:
+def _call_with_columns(parameters: Parameters, options: Mapping[str, object]) -> CallStyle:
     """TRL's way: everything by name. Which columns the dataset has shows when the function is called."""
     by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     named = [p for p in parameters.values() if p.kind in by_keyword]
     supplied = {p.name for p in named if p.name not in options}
     _check_rest(parameters, supplied, options)
-    return Call(
+    return CallStyle(
         "columns",
         tuple(p.name for p in named if p.default is p.empty),
         allowed=tuple(p.name for p in named),

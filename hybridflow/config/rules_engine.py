@@ -34,7 +34,7 @@ SGLANG_KEYS |= {"enable_deterministic_inference": "rollout.seed_requests"}
 
 
 @dataclass(frozen=True)
-class Arguments:
+class EngineArguments:
     """What an engine's constructor takes."""
 
     keys: Mapping[str, str]
@@ -57,9 +57,9 @@ class Arguments:
 
 
 ENGINES = {
-    "torch": Arguments({}),
-    "vllm": Arguments(VLLM_KEYS, "vllm", "engine/arg_utils.py", "EngineArgs"),
-    "sglang": Arguments(SGLANG_KEYS, "sglang", "srt/server_args.py", "ServerArgs"),
+    "torch": EngineArguments({}),
+    "vllm": EngineArguments(VLLM_KEYS, "vllm", "engine/arg_utils.py", "EngineArgs"),
+    "sglang": EngineArguments(SGLANG_KEYS, "sglang", "srt/server_args.py", "ServerArgs"),
 }
 """The built-in ones."""
 WHOLE = ("torch", "sglang")

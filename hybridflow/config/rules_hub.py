@@ -25,7 +25,7 @@ NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ConnectionError", "ProxyErro
 
 
 @dataclass(frozen=True)
-class Answer:
+class HubReply:
     """What the hub said about a name."""
 
     kind: Literal["found", "refused", "no connection", "unclear"]
@@ -37,7 +37,7 @@ def hub_models_can_be_had(config: Config, roles: tuple[str, ...]) -> Iterator[Fi
 
     On a cluster that is joined the ranks load the models, so what is found here is only a warning.
     """
-    unreachable: Answer | None = None
+    unreachable: HubReply | None = None
     is_remote = joins_a_cluster(config)
     here = "on this machine (the ranks look where they run), " if is_remote else ""
 
@@ -72,7 +72,7 @@ def _names(config: Config, roles: tuple[str, ...]) -> dict[str, str]:
     return {key: path for key, path in paths.items() if HUB_NAME.fullmatch(path) and not Path(path).is_dir()}
 
 
-def _ask(name: str, file: str) -> Answer:
+def _ask(name: str, file: str) -> HubReply:
     """What the hub says about a file: one request without its content."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -81,25 +81,25 @@ def _ask(name: str, file: str) -> Answer:
     for attempt in range(1, NUM_ATTEMPTS + 1):
         try:
             get_hf_file_metadata(hf_hub_url(name, file), timeout=TIMEOUT_S)
-            return Answer("found")
+            return HubReply("found")
         except EntryNotFoundError:
             is_model = file == "config.json"  # a tokenizer has other files too
-            return Answer("refused", f"{hub}/{name} holds no config.json. Name a model") if is_model else Answer("found")
+            return HubReply("refused", f"{hub}/{name} holds no config.json. Name a model") if is_model else HubReply("found")
         except RepositoryNotFoundError:
             problem = f"{hub} knows no such model, or shows it to others only. Check the name"
-            return Answer("refused", f"{problem}; log in with `hf auth login` or set HF_TOKEN where it is private or gated")
+            return HubReply("refused", f"{problem}; log in with `hf auth login` or set HF_TOKEN where it is private or gated")
         except HfHubHTTPError as error:
-            return Answer("unclear", f"{hub} answered {error.response.status_code} when asked for {name!r}")
+            return HubReply("unclear", f"{hub} answered {error.response.status_code} when asked for {name!r}")
         except HFValidationError as error:
-            return Answer("refused", f"is no name on the hub either: {error}")
+            return HubReply("refused", f"is no name on the hub either: {error}")
         except Exception as error:
             reason = str(error) or type(error).__name__
             if not NO_CONNECTION & {base.__name__ for base in type(error).__mro__}:
-                return Answer(
+                return HubReply(
                     "unclear", f"{hub} did not answer for {name!r} in {TIMEOUT_S:g} s or not as a hub does ({reason})"
                 )
             if attempt == NUM_ATTEMPTS:
-                return Answer("no connection", f"{hub} cannot be reached ({reason})")
+                return HubReply("no connection", f"{hub} cannot be reached ({reason})")
             time.sleep(PAUSE_S)
     raise AssertionError("the last attempt returns")
 

@@ -16,7 +16,7 @@ from hybridflow import registry
 from hybridflow.batch import ShardColumn
 from hybridflow.controller.cost import CallLog, pickled_size
 from hybridflow.controller.protocols import Arguments, Protocol
-from hybridflow.controller.rank_process import Answer
+from hybridflow.controller.rank_process import RankAnswer
 from hybridflow.controller.waiting import Job, Ranks, results_of
 from hybridflow.errors import CallTimeoutError
 from hybridflow.metrics import Metrics
@@ -24,7 +24,7 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.trackers.timeline import Span
 from hybridflow.workers.remote import CombinedFuture
 
-Reply = tuple["ray.ObjectRef[Answer]", "ray.ObjectRef[dict[str, ShardColumn]]"]
+Reply = tuple["ray.ObjectRef[RankAnswer]", "ray.ObjectRef[dict[str, ShardColumn]]"]
 ARGUMENTS_LATE_S = 120.0
 """Whoever waits for the arguments of a call is to say which call is late, and has longer than its limit for that."""
 
@@ -46,7 +46,7 @@ class Pool(Ranks):
 
 
 @dataclass(frozen=True)
-class Call:
+class StartedCall:
     """A call that is under way on every rank."""
 
     method: str
@@ -58,7 +58,7 @@ class Call:
 class GroupFuture:
     """The collected result of a call, when it has come."""
 
-    def __init__(self, dispatcher: GroupDispatcher, call: Call | ThreadFuture[Call]):
+    def __init__(self, dispatcher: GroupDispatcher, call: StartedCall | ThreadFuture[StartedCall]):
         self._dispatcher, self._call = dispatcher, call
         self._lock = threading.Lock()
         self._result: list[object] = []
@@ -76,8 +76,8 @@ class GroupFuture:
                 self._result.append(self._dispatcher.collect(self._sent(timeout_s), timeout_s))
             return self._result[0]
 
-    def _sent(self, timeout_s: float | None) -> Call:
-        if isinstance(self._call, Call):
+    def _sent(self, timeout_s: float | None) -> StartedCall:
+        if isinstance(self._call, StartedCall):
             return self._call
         limit_s = timeout_s if timeout_s is not None else self._dispatcher.timeout_s
         try:
@@ -90,7 +90,7 @@ class GroupFuture:
         """Whether every rank has answered."""
         if isinstance(self._call, ThreadFuture) and not self._call.done():
             return False
-        call = self._call if isinstance(self._call, Call) else self._call.result()
+        call = self._call if isinstance(self._call, StartedCall) else self._call.result()
         answers = [answer for answer, _ in call.replies.values()]
         return len(ray.wait(answers, num_returns=len(answers), timeout=0, fetch_local=False)[0]) == len(answers)
 
@@ -136,14 +136,14 @@ class GroupDispatcher:
             self.pool.waiting += 1
         return GroupFuture(self, self.pool.queue.submit(self._send_when_ready, method, protocol, arguments))
 
-    def _send_when_ready(self, method: str, protocol: str, arguments: Arguments) -> Call:
+    def _send_when_ready(self, method: str, protocol: str, arguments: Arguments) -> StartedCall:
         try:
             return self._send(method, protocol, _resolved(arguments))
         finally:
             with self.pool.lock:
                 self.pool.waiting -= 1
 
-    def _send(self, method: str, protocol_name: str, arguments: Arguments) -> Call:
+    def _send(self, method: str, protocol_name: str, arguments: Arguments) -> StartedCall:
         started = time.perf_counter()
         protocol_class = registry.load(protocol_name, registry.PROTOCOLS, key=f"@remote of {self.role}.{method}")
         assert isinstance(protocol_class, type) and issubclass(protocol_class, Protocol), f"{protocol_name} is not a Protocol"
@@ -156,13 +156,13 @@ class GroupDispatcher:
         }
         num_bytes = sum(_sizes(per_rank))
         self.log.sent(num_bytes, time.perf_counter() - started)
-        return Call(method, replies, protocol)
+        return StartedCall(method, replies, protocol)
 
-    def collect(self, call: Call, timeout_s: float | None) -> object:
+    def collect(self, call: StartedCall, timeout_s: float | None) -> object:
         """Wait for all ranks of a call and make their answers one result."""
         jobs = {answer: Job(self.pool, rank, self.role, call.method) for rank, (answer, _) in call.replies.items()}
         found = results_of(jobs, timeout_s if timeout_s is not None else self.timeout_s)
-        answers: dict[int, Answer] = dict(zip(call.replies, found, strict=True))
+        answers: dict[int, RankAnswer] = dict(zip(call.replies, found, strict=True))
         started = time.perf_counter()
         results: list[object] = [None] * self.layout.num_ranks
         for rank, answer in answers.items():

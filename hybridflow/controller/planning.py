@@ -23,7 +23,7 @@ from hybridflow.workers.hardware import HardwareInfo
 
 logger = logging.getLogger("hybridflow")
 
-Asked = dict[str, list["ray.ObjectRef[HardwareInfo]"]]
+HardwareAnswers = dict[str, list["ray.ObjectRef[HardwareInfo]"]]
 """What the ranks of each pool that is planned will answer."""
 
 
@@ -43,9 +43,9 @@ class RunPlan:
         return bool(resolved(self.config, self.decisions).rollout.sleep)
 
 
-def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Pool], device: str) -> Asked:
+def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Pool], device: str) -> HardwareAnswers:
     """Start to ask the ranks of each pool with GPUs for which something is left to the plan; the first also for sizes."""
-    asked: Asked = {}
+    asked: HardwareAnswers = {}
     for name, pool in pools.items():
         members = _members(placed, name)
         is_on_gpu = device == "cuda" and not next(iter(members.values())).size.is_cpu
@@ -57,7 +57,7 @@ def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Poo
     return asked
 
 
-def decide(config: Config, placed: Mapping[str, RolePlace], asked: Asked) -> RunPlan:
+def decide(config: Config, placed: Mapping[str, RolePlace], asked: HardwareAnswers) -> RunPlan:
     """The cheapest options with which every pool that was asked holds its roles, and the sizes that are fastest with them; the
     log says which and why. A run that goes on in its folder takes what it has decided there, where that still holds.
 

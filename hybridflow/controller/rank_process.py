@@ -66,7 +66,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RankAnswer:
     """What a rank sends to the controller: everything but token-level data, which stays in the object store."""
 
     value: object
@@ -205,7 +205,7 @@ class RankProcess:
         except BaseException as error:
             raise self._named(role, "__init__", error) from None
 
-    def call(self, invocation: Invocation) -> tuple[Answer, dict[str, ShardColumn]]:
+    def call(self, invocation: Invocation) -> tuple[RankAnswer, dict[str, ShardColumn]]:
         """Run a marked method of a role; the second value goes to the object store."""
         role, method, args, kwargs = invocation
         began, started = time.time(), time.perf_counter()
@@ -264,16 +264,16 @@ def _marked_method(worker_class: type[Worker], name: str) -> RemoteMethod[Worker
     raise AssertionError(f"{worker_class.__name__} has no method {name}")
 
 
-def _answer(result: object, seconds: float, memory: Memory | None) -> tuple[Answer, dict[str, ShardColumn]]:
+def _answer(result: object, seconds: float, memory: Memory | None) -> tuple[RankAnswer, dict[str, ShardColumn]]:
     if not isinstance(result, Batch):
-        return Answer(result, seconds=seconds, num_bytes=_pickled_size(result), memory=memory), {}
+        return RankAnswer(result, seconds=seconds, num_bytes=_pickled_size(result), memory=memory), {}
     shard: dict[str, ShardColumn] = {}
     for source in result.sources:
         whole = [shard for shard in source.shards if isinstance(shard, LocalShard)]
         assert len(whole) == len(source.shards), "a worker returns new columns, not those it was given"
         shard |= {name: source.read(name) for name in source.names}
     numbers = Batch(result.per_row)
-    answer = Answer(
+    answer = RankAnswer(
         numbers,
         shard_names=tuple(shard),
         num_rows=len(result),

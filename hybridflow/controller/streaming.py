@@ -67,7 +67,7 @@ def streaming_handle(handle: W, **answers: Callable[..., CallFuture[object]]) ->
 
 
 @dataclass
-class Answer:
+class StreamedFuture:
     """The result of a call on a streaming handle."""
 
     future: Future[Batch] = field(default_factory=Future)
@@ -97,7 +97,7 @@ class GenerateCall:
     first: int
     """Position of its first row; the others follow."""
     sampling: Sampling | None
-    answer: Answer = field(default_factory=Answer)
+    answer: StreamedFuture = field(default_factory=StreamedFuture)
     parts: list[Batch] = field(default_factory=list)
     num_finished: int = 0
 
@@ -120,7 +120,7 @@ class Generation:
         self._thread = threading.Thread(target=self._run, name="hybridflow-generation", daemon=True)
         self._thread.start()
 
-    def generate(self, rows: Batch, *, sampling: Sampling | None = None) -> Answer:
+    def generate(self, rows: Batch, *, sampling: Sampling | None = None) -> StreamedFuture:
         """What stands for `rollout.generate` on the streaming handle."""
         with self._changed:
             group = int(rows["group"][0])
@@ -268,14 +268,14 @@ class Scoring:
     def __init__(self, reward: RewardWorker):
         self.reward = reward
         self._changed = threading.Condition()
-        self._waiting: list[tuple[Batch, Answer]] = []
+        self._waiting: list[tuple[Batch, StreamedFuture]] = []
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="hybridflow-scoring", daemon=True)
         self._thread.start()
 
-    def score(self, rows: Batch) -> Answer:
+    def score(self, rows: Batch) -> StreamedFuture:
         """What stands for `reward.score` on the streaming handle."""
-        answer = Answer()
+        answer = StreamedFuture()
         with self._changed:
             if self._is_closed:
                 raise RuntimeError("the run has ended")
@@ -302,7 +302,7 @@ class Scoring:
                 return
             self._score(taken)
 
-    def _score(self, taken: list[tuple[Batch, Answer]]) -> None:
+    def _score(self, taken: list[tuple[Batch, StreamedFuture]]) -> None:
         try:
             scores = self.reward.score(Batch.concatenate([rows for rows, _ in taken]))
         except BaseException as error:  # each collect raises it, and the stream with them

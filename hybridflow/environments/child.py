@@ -40,7 +40,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Failure:
+class MethodFailure:
     """An episode that cannot go on."""
 
     reason: Literal["raised", "timed out", "died"]
@@ -49,17 +49,17 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Answer:
+class MethodAnswer:
     """What a method of an episode has given."""
 
     episode: int
-    result: Opening | Outcome | Failure
+    result: Opening | Outcome | MethodFailure
     is_stuck: bool = False
     """A thread was left behind in it: the process ends when its other episodes have ended."""
 
 
 @dataclass(frozen=True)
-class Ready:
+class Loaded:
     """The class is loaded."""
 
 
@@ -69,7 +69,7 @@ class Alive:
 
 
 @dataclass(frozen=True)
-class Stop:
+class NotLoaded:
     """No episode can begin: a mistake of the configuration."""
 
     problem: str
@@ -123,19 +123,19 @@ class Episodes:
     async def answer(self, ask: Ask) -> None:
         """Call the method and say what came of it."""
         is_stuck = False
-        result: Opening | Outcome | Failure
+        result: Opening | Outcome | MethodFailure
         try:
             result = await self.call(ask)
         except LateError as late:
             is_stuck = late.is_stuck
             allowed = f"environment.timeout_s={self.config.timeout_s:g}"
-            result = Failure("timed out", f"{ask.method} has not returned within {allowed}")
+            result = MethodFailure("timed out", f"{ask.method} has not returned within {allowed}")
         except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError):
-            result = Failure("raised", traceback.format_exc())
+            result = MethodFailure("raised", traceback.format_exc())
         if os.getpid() != self.own:  # a method that forks returns twice: what the copy says is nobody's answer
             os._exit(0)
         if ask.method != "close":
-            self.connection.send(Answer(ask.episode, result, is_stuck))
+            self.connection.send(MethodAnswer(ask.episode, result, is_stuck))
 
     async def call(self, ask: Ask) -> Opening | Outcome:
         """The checked result of a method."""
@@ -179,12 +179,12 @@ def main() -> None:
     try:
         make = load_environment(config)
     except HybridflowError as error:
-        connection.send(Stop(str(error)))
+        connection.send(NotLoaded(str(error)))
         return
     except Exception:
-        connection.send(Stop(f"the environment does not load:\n{traceback.format_exc()}"))
+        connection.send(NotLoaded(f"the environment does not load:\n{traceback.format_exc()}"))
         return
-    connection.send(Ready())
+    connection.send(Loaded())
 
     async def serve() -> None:
         await Episodes(connection, config, make).serve()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments.base import Message, Row
-from hybridflow.environments.child import Failure
+from hybridflow.environments.child import MethodFailure
 from hybridflow.rollout.base import Response
 from hybridflow.rollout.stopping import Detokenize
 from hybridflow.rollout.under_way import RowUnderWay
@@ -22,7 +22,7 @@ Versions = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Part:
+class ResponsePart:
     """A turn of the policy, or what was appended behind one."""
 
     is_sampled: bool
@@ -58,11 +58,11 @@ class Episode(RowUnderWay):
     """Conversations of earlier histories, one behind the other."""
     turn_ended_by: Literal["stop", "length"] | None = None
     """While the environment works on the turn."""
-    script: deque[Part] = field(default_factory=deque)
+    script: deque[ResponsePart] = field(default_factory=deque)
     """What was said before, in a process that is gone: it is said again, as long as the environment answers the same."""
     place: int | None = None
     """Number in the processes of environments; None where it is in none."""
-    failure: Failure | None = None
+    failure: MethodFailure | None = None
 
     @property
     def context(self) -> Sequence[npt.NDArray[np.int32]]:
@@ -100,7 +100,7 @@ class Episode(RowUnderWay):
 
     def append(self, tokens: Sequence[int]) -> None:
         """Add what follows the present turn, and begin the next one."""
-        self._add(Part(False, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), []))
+        self._add(ResponsePart(False, np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), []))
         self.turn_start = len(self.tokens)
         self.turn_ended_by = None
 
@@ -113,11 +113,11 @@ class Episode(RowUnderWay):
         self.history_start = start
         self.history_starts.append(self.num_tokens - len(tokens))
 
-    def say_again(self, turn: Part) -> None:
+    def say_again(self, turn: ResponsePart) -> None:
         """Take a turn from the script."""
         self._add(turn)
 
-    def _add(self, part: Part) -> None:
+    def _add(self, part: ResponsePart) -> None:
         if not len(part.tokens):
             return
         self.tokens.append(part.tokens)
@@ -129,7 +129,7 @@ class Episode(RowUnderWay):
                 count += self.versions.pop()[1]
             self.versions.append((version, count))
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ResponsePart]:
         """Turns and what was appended, in their order; what is still in the script included."""
         masks = [np.full(len(tokens), sampled) for tokens, sampled in zip(self.tokens, self.is_sampled, strict=True)]
         response, mask = self.joined(self.tokens, np.int32), self.joined(masks, np.bool_)
@@ -153,7 +153,7 @@ class Episode(RowUnderWay):
         """At each token that `recorded` gives: whether the policy sampled it."""
         return self.joined([np.full(len(part.tokens), part.is_sampled) for part in self.parts()], np.bool_)
 
-    def begin_again(self, parts: Sequence[Part], *, is_last_whole: bool) -> None:
+    def begin_again(self, parts: Sequence[ResponsePart], *, is_last_whole: bool) -> None:
         """Forget everything and say `parts` again as the environment lets it. The last turn is gone on with, unless it is
         whole."""
         self.tokens, self.log_probs, self.versions, self.is_sampled = [], [], [], []
@@ -182,19 +182,19 @@ class Episode(RowUnderWay):
         parts = parts_of(tokens, known, pairs, mask) if mask.any() else []
         self.begin_again(parts, is_last_whole=finish_reason is not None)
 
-    def fail(self, failure: Failure, *, filler: int) -> None:
+    def fail(self, failure: MethodFailure, *, filler: int) -> None:
         """End as an episode that is not learned from; one that had not begun is the token `filler`."""
         self.failure, self.finish_reason = failure, "stop"
         self.script.clear()
         if not self.tokens:
-            self._add(Part(False, np.array([filler], np.int32), np.zeros(1, np.float32), []))
+            self._add(ResponsePart(False, np.array([filler], np.int32), np.zeros(1, np.float32), []))
         self.is_sampled = [False] * len(self.tokens)
         self.versions = []
 
 
 def parts_of(
     tokens: npt.NDArray[np.int32], log_probs: npt.NDArray[np.float32], versions: Versions, mask: npt.NDArray[np.bool_]
-) -> list[Part]:
+) -> list[ResponsePart]:
     """Cut a response where its mask changes."""
     if not len(tokens):
         return []
@@ -210,5 +210,5 @@ def parts_of(
             missing -= taken
             if count > taken:
                 left.appendleft((version, count - taken))
-        parts.append(Part(bool(mask[start]), tokens[start:end], log_probs[start:end], own))
+        parts.append(ResponsePart(bool(mask[start]), tokens[start:end], log_probs[start:end], own))
     return parts

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 
 from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments.base import Message, Opening, Outcome, Row
-from hybridflow.environments.child import Alive, Answer, Ask, Failure, Ready, Stop
+from hybridflow.environments.child import Alive, Ask, Loaded, MethodAnswer, MethodFailure, NotLoaded
 from hybridflow.errors import EpisodeError
 from hybridflow.guardian import LOAD_TIMEOUT_S, end_process, start_guarded
 
@@ -31,7 +31,7 @@ SILENCE_S = 10.0
 """Beyond the time limit of a method, after which a process that says nothing is ended."""
 CHECK_EVERY_S = 0.5
 
-Result = Opening | Outcome | Failure
+Result = Opening | Outcome | MethodFailure
 Job = Callable[[], None]
 
 
@@ -145,12 +145,12 @@ class EnvironmentProcesses:
 
     def _hear(self, child: _Child, message: object) -> None:
         match message:
-            case Ready():
+            case Loaded():
                 child.is_ready = True
                 self._loaded.put(None)
-            case Stop(problem):
+            case NotLoaded(problem):
                 self._loaded.put(problem)
-            case Answer(number, result, is_stuck):
+            case MethodAnswer(number, result, is_stuck):
                 child.is_stuck |= is_stuck
                 live = self._live.get(number)
                 if live is not None and live.on_answer is not None:
@@ -169,7 +169,9 @@ class EnvironmentProcesses:
             self._loaded.put(f"the process ended with exit code {exit_code} while it loaded the environment")
         silent = f"its process said nothing for {self.config.timeout_s + SILENCE_S:g} s"
         failure = (
-            Failure("timed out", silent) if was_silent else Failure("died", f"its process ended with exit code {exit_code}")
+            MethodFailure("timed out", silent)
+            if was_silent
+            else MethodFailure("died", f"its process ended with exit code {exit_code}")
         )
         for live in [self._live.pop(number) for number in sorted(child.episodes)]:
             if live.on_answer is not None:

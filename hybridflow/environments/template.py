@@ -25,7 +25,7 @@ class TemplateError(Exception):
     """The chat template does not take a conversation."""
 
 
-class Conversations:
+class TemplateTokens:
     """Tokens of conversations by the tokenizer's chat template; without one, messages are written one behind the other.
 
     Example:

@@ -16,10 +16,10 @@ import numpy as np
 
 from hybridflow.config.schema import Config
 from hybridflow.environments.base import Opening, Outcome
-from hybridflow.environments.child import Failure
+from hybridflow.environments.child import MethodFailure
 from hybridflow.environments.episode import Episode
 from hybridflow.environments.processes import EnvironmentProcesses, Result
-from hybridflow.environments.template import Conversations, TemplateError
+from hybridflow.environments.template import TemplateError, TemplateTokens
 from hybridflow.environments.tools import format_of, message_of
 from hybridflow.errors import EpisodeError
 from hybridflow.rollout.step_thread import EngineThread
@@ -48,7 +48,7 @@ class Surroundings:
 
     def __post_init__(self) -> None:
         use_template = self.config.data.apply_chat_template != "never"
-        self.conversations = Conversations(self.tokenizer, use_template=use_template)
+        self.conversations = TemplateTokens(self.tokenizer, use_template=use_template)
         self.tool_format = format_of(self.config.environment.tool_format, self.tokenizer.chat_template)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
 
@@ -68,7 +68,7 @@ class Surroundings:
         decoder = self.tokenizer.backend_tokenizer if self.tokenizer.is_fast else self.tokenizer
         return str(decoder.decode(tokens, skip_special_tokens=skip_special_tokens))
 
-    def note(self, failure: Failure | None) -> EpisodeError | None:
+    def note(self, failure: MethodFailure | None) -> EpisodeError | None:
         """Count an episode that has ended; the error with which to end the run, where all of late have failed."""
         if failure is None:
             self.num_failures_in_a_row = 0
@@ -121,7 +121,7 @@ class EpisodesUnderWay(RowsUnderWay):
             try:
                 job(episode)
             except TemplateError as error:
-                self._fail(episode, Failure("raised", str(error)))
+                self._fail(episode, MethodFailure("raised", str(error)))
             except BaseException as error:
                 self._break(error)
 
@@ -135,7 +135,7 @@ class EpisodesUnderWay(RowsUnderWay):
         episode.place = self.around.processes.begin(episode.given, answered, partial(self._lose, episode))
 
     def _hear(self, episode: Episode, job: Callable[[Episode, Result], None], result: Result) -> None:
-        self._do(episode, lambda same: self._fail(same, result) if isinstance(result, Failure) else job(same, result))
+        self._do(episode, lambda same: self._fail(same, result) if isinstance(result, MethodFailure) else job(same, result))
 
     def _lose(self, episode: Episode) -> None:
         """The process is gone; the episode says everything again in another once its turn has ended."""
@@ -148,7 +148,7 @@ class EpisodesUnderWay(RowsUnderWay):
         most = self.around.config.data.max_prompt_tokens
         if len(tokens) > most:
             problem = f"the messages of reset are {len(tokens)} tokens, more than data.max_prompt_tokens={most}"
-            self._fail(episode, Failure("raised", problem))
+            self._fail(episode, MethodFailure("raised", problem))
             return
         episode.prompt = np.array(tokens, np.int32)
         self._next_turn(episode)
@@ -200,7 +200,7 @@ class EpisodesUnderWay(RowsUnderWay):
             return self.around.conversations.opening(result.messages, result.tools)[1]
         return self.around.conversations.appended(episode.said, result.messages, episode.tools, behind=episode.turn.tolist())
 
-    def _fail(self, episode: Episode, failure: Failure) -> None:
+    def _fail(self, episode: Episode, failure: MethodFailure) -> None:
         if episode.finish_reason is None:
             episode.fail(failure, filler=self.around.tokenizer.eos_token_id or 0)
             self._finish(episode, "stop")

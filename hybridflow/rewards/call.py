@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, TypedDict, cast
 
-from hybridflow.config.reward_signature import Call, SignatureError, call_for
+from hybridflow.config.reward_signature import CallStyle, SignatureError, call_for
 from hybridflow.config.schema import RewardConfig, RewardTerm
 from hybridflow.errors import RewardError, UserFileError
 from hybridflow.registry import REWARDS, load, nearest
@@ -144,7 +144,7 @@ def _is_coroutine_function(function: Callable[..., object]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _caller(function: Callable[..., object], way: Call, options: Mapping[str, object]) -> Callable[[object], object]:
+def _caller(function: Callable[..., object], way: CallStyle, options: Mapping[str, object]) -> Callable[[object], object]:
     match way.style:
         case "one":
             return lambda given: function(given, **options)
@@ -162,7 +162,7 @@ def _argument(given: object, name: str) -> object:
     return reward_input["response" if name == "solution_str" else name]
 
 
-def _columns(inputs: Sequence[RewardInput], way: Call, options: Mapping[str, object]) -> dict[str, object]:
+def _columns(inputs: Sequence[RewardInput], way: CallStyle, options: Mapping[str, object]) -> dict[str, object]:
     """TRL's keyword arguments: prompts and completions, as messages where a template was applied, and the dataset's columns.
 
     Raises:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hybridflow.rewards.call import RewardInput
-from hybridflow.rewards.sandbox import Limits, Run, run_program
+from hybridflow.rewards.sandbox import Limits, ProgramRun, run_program
 
 REWARD_NAME = "code"
 
@@ -41,7 +41,7 @@ class Tests:
     passed_text: str = ""
     """What the last statement of the program prints: a program that leaves before its tests does not say it."""
 
-    def passes(self, number: int, run: Run) -> bool:
+    def passes(self, number: int, run: ProgramRun) -> bool:
         """Whether a run is a success."""
         if run.exit_code != 0 or run.reason is not None:
             return False

@@ -40,7 +40,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Run:
+class ProgramRun:
     """How a run ended."""
 
     exit_code: int
@@ -59,7 +59,7 @@ async def run_program(
     limits: Limits | None = None,
     stops_at_failure: bool = True,
     allow_unconfined: bool = False,
-) -> list[Run]:
+) -> list[ProgramRun]:
     """Run a Python program once for each text of `inputs`, its standard input, one after the other.
 
     Fewer runs come back where one has failed and `stops_at_failure`. Cancelling kills all that was started.
@@ -86,7 +86,7 @@ async def run_program(
             f"this machine's kernel lacks {lacks}, without which a program may write to any file or use the network. Score on "
             "another machine, or let programs run unconfined by the option allow_unconfined=true of the reward 'code'"
         )
-    return [Run(**run) for run in answer["runs"]]
+    return [ProgramRun(**run) for run in answer["runs"]]
 
 
 def _job(program: str, inputs: Sequence[str], limits: Limits, folder: str) -> dict[str, object]:

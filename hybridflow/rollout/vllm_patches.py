@@ -251,11 +251,11 @@ def quieten() -> None:
     logging.getLogger("vllm.model_executor.model_loader.reload").setLevel(logging.ERROR)
 
 
-Rows = tuple[int, int]
-Part = tuple[str, torch.nn.Module, Rows]
+RowRange = tuple[int, int]
+WeightPart = tuple[str, torch.nn.Module, RowRange]
 
 
-def weight_parts(model: torch.nn.Module) -> Iterator[Part]:
+def weight_parts(model: torch.nn.Module) -> Iterator[WeightPart]:
     """Every weight of this rank under its Hugging Face name, with the module that holds it and its rows in the parameter.
 
     vLLM stacks what shares an input: rows of qkv_proj are q_proj, k_proj, v_proj. Its vocabulary is padded. A tied weight
@@ -306,7 +306,7 @@ def pack_experts_at_reload(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def held_weights(model: torch.nn.Module, parts: Sequence[Part], spec: EngineSpec) -> Iterator[tuple[str, torch.Tensor]]:
+def held_weights(model: torch.nn.Module, parts: Sequence[WeightPart], spec: EngineSpec) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of parts, as the engine computes with them, but for those that cannot be read back."""
     heads = _heads(model) if spec.device.type == "cpu" else {}
     for name, module, (first, last) in parts:

@@ -31,7 +31,7 @@ LARGEST_DRAWN = 1e300
 
 
 @dataclass(frozen=True)
-class Run:
+class ReadRun:
     """The numbers of a run."""
 
     name: str
@@ -109,7 +109,7 @@ def plot_run(folder: str | Path) -> list[Path]:
     return paths
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> ReadRun:
     """The metrics of the run in `folder`.
 
     Raises:
@@ -121,10 +121,10 @@ def read_run(folder: Path) -> Run:
     lines = read_lines(path)
     if not lines:
         raise DataError(f"{path} has no finished step yet. Try again after the first step")
-    return Run(folder.absolute().name, lines)
+    return ReadRun(folder.absolute().name, lines)
 
 
-def figures(run: Run) -> dict[str, tuple[Panel, ...]]:
+def figures(run: ReadRun) -> dict[str, tuple[Panel, ...]]:
     """File name -> its panels, in reading order. The run says which metrics of the user's own there are."""
     return {"learning": _learning(run), "health": HEALTH, "speed": SPEED, "own_metrics": _own(run)}
 
@@ -134,7 +134,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return [sum(part) / len(part) for part in (values[max(0, end - window) : end] for end in range(1, len(values) + 1))]
 
 
-def _learning(run: Run) -> tuple[Panel, ...]:
+def _learning(run: ReadRun) -> tuple[Panel, ...]:
     training, validation = _scores(run, "reward/"), _scores(run, "validation/reward/")
     colors = dict(zip(dict.fromkeys([*training.values(), *validation.values()]), cycle(COLORS), strict=False))
     training_lines = [Line(name, score, colors[score]) for name, score in training.items()]
@@ -146,7 +146,7 @@ def _learning(run: Run) -> tuple[Panel, ...]:
     )
 
 
-def _own(run: Run) -> tuple[Panel, ...]:
+def _own(run: ReadRun) -> tuple[Panel, ...]:
     """A panel for each first word of the metrics that are the run's own: what its rewards, roles or algorithm have reported."""
     drawn_elsewhere = {line.metric for panel in (*_learning(run), *HEALTH, *SPEED) for line in panel.lines}
     words: dict[str, list[str]] = {}
@@ -166,7 +166,7 @@ def _own(run: Run) -> tuple[Panel, ...]:
     )
 
 
-def _quality(run: Run) -> tuple[Panel, ...]:
+def _quality(run: ReadRun) -> tuple[Panel, ...]:
     """Of validation, what answers are worth; of rows that are held out, what the algorithm measures."""
     measures = ("accuracy", "pass", "majority")
     found = [name for name in run.names("validation/") if name.rpartition("/")[2].partition("@")[0] in measures]
@@ -189,7 +189,7 @@ def _quality(run: Run) -> tuple[Panel, ...]:
     )
 
 
-def _scores(run: Run, prefix: str) -> dict[str, str]:
+def _scores(run: ReadRun, prefix: str) -> dict[str, str]:
     """Metric -> what people call it."""
     return {name: _score(name) for name in run.names(prefix) if not name.endswith(("/std", "/failed"))}
 
@@ -200,7 +200,7 @@ def _score(metric: str) -> str:
     return "reward" if name == "mean" else name.replace("_", " ")
 
 
-def merged(lines: Sequence[Line], run: Run) -> list[Line]:
+def merged(lines: Sequence[Line], run: ReadRun) -> list[Line]:
     """The lines that were measured; those that would lie on each other are one, with the names of all."""
     found: dict[tuple[tuple[int, float], ...], Line] = {}
     for line in lines:
@@ -210,11 +210,11 @@ def merged(lines: Sequence[Line], run: Run) -> list[Line]:
     return list(found.values())
 
 
-def _is_measured(panel: Panel, run: Run) -> bool:
+def _is_measured(panel: Panel, run: ReadRun) -> bool:
     return any(run.series(line.metric)[0] for line in panel.lines)
 
 
-def drawn(run: Run, panels: Sequence[Panel], title: str) -> Figure:
+def drawn(run: ReadRun, panels: Sequence[Panel], title: str) -> Figure:
     """The panels in rows of two; of an odd number, the first has a row of its own."""
     from matplotlib.figure import Figure
 
@@ -232,7 +232,7 @@ def drawn(run: Run, panels: Sequence[Panel], title: str) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
+def _draw_panel(axes: Axes, panel: Panel, run: ReadRun) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
@@ -260,7 +260,7 @@ def _draw_panel(axes: Axes, panel: Panel, run: Run) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
 
 
-def _draw_line(axes: Axes, line: Line, run: Run) -> None:
+def _draw_line(axes: Axes, line: Line, run: ReadRun) -> None:
     """The metric; in long runs its running mean, with the raw values thin behind."""
     steps, values = run.series(line.metric)
     if line.with_ends:
@@ -274,7 +274,7 @@ def _draw_line(axes: Axes, line: Line, run: Run) -> None:
     axes.plot(steps, values, color=line.color, label=line.label, linewidth=1.8, marker=marker, markersize=3)
 
 
-def _draw_phases(axes: Axes, run: Run) -> None:
+def _draw_phases(axes: Axes, run: ReadRun) -> None:
     """The longest phase at the bottom; phases that overlap in time add up to more than the step."""
     lines = [line for line in run.lines if "seconds/step" in line]
     columns = {
@@ -291,7 +291,7 @@ def _draw_phases(axes: Axes, run: Run) -> None:
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
 
 
-def _cut_first_step(axes: Axes, run: Run) -> None:
+def _cut_first_step(axes: Axes, run: ReadRun) -> None:
     """Let a first step that compiles kernels leave the diagram at the top, and say how long it took."""
     steps, seconds = run.series("seconds/step")
     longest = max(seconds[1:], default=math.inf)

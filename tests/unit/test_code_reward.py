@@ -15,7 +15,7 @@ from hybridflow.config.schema import RewardConfig
 from hybridflow.rewards.code import compute_score, program_of
 from hybridflow.rewards.process_pool import RewardPool
 from hybridflow.rewards.results import Score
-from hybridflow.rewards.sandbox import Limits, Run, run_program
+from hybridflow.rewards.sandbox import Limits, ProgramRun, run_program
 from tests.unit.test_reward_worker import inputs
 from tests.unit.test_rewards import given
 
@@ -59,7 +59,7 @@ subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)', '{MARK}
 """
 
 
-def run(program: str, text: str = "", limits: Limits = LIMITS) -> Run:
+def run(program: str, text: str = "", limits: Limits = LIMITS) -> ProgramRun:
     return asyncio.run(run_program(program, [text], limits=limits))[0]
 
 

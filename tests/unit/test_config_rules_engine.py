@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybridflow import registry
-from hybridflow.config.rules_engine import ENGINES, Arguments
+from hybridflow.config.rules_engine import ENGINES, EngineArguments
 from tests.unit.config_cases import mistakes_of, right_run
 
 
@@ -26,7 +26,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "class Other:\n    b: int = 1\n\nclass Args:\n    seed: int = 0\n    block_size: int = 1\n    c: str\n    d = 1\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path / "path"))
-    monkeypatch.setitem(ENGINES, "vllm", Arguments(ENGINES["vllm"].keys, "made_up_engine", "arguments.py", "Args"))
+    monkeypatch.setitem(ENGINES, "vllm", EngineArguments(ENGINES["vllm"].keys, "made_up_engine", "arguments.py", "Args"))
 
 
 @pytest.mark.usefixtures("installed")

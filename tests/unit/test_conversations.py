@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from hybridflow.environments.base import Message
-from hybridflow.environments.template import Conversations, TemplateError
+from hybridflow.environments.template import TemplateError, TemplateTokens
 from hybridflow.environments.tools import format_of, message_of
 from tests.toy import make_tiny_tokenizer
 from tests.unit.chat_templates import FAMILIES, tokenizer_of
@@ -32,7 +32,7 @@ class Recorded:
 
     def __init__(self, family: str, messages: Sequence[Message], tools: Sequence[dict[str, object]] = ()):
         self.tokenizer = tokenizer_of(family)
-        self.conversations, self.said, self.tools = Conversations(self.tokenizer), list(messages), tools
+        self.conversations, self.said, self.tools = TemplateTokens(self.tokenizer), list(messages), tools
         _, self.tokens = self.conversations.opening(messages, tools)
         self.num_encoded = len(self.tokens)
         self.end = FAMILIES[family][1]
@@ -130,7 +130,7 @@ def test_what_a_template_refuses_is_said() -> None:
 def test_without_a_template_messages_follow_each_other() -> None:
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template = None
-    conversations = Conversations(tokenizer)
+    conversations = TemplateTokens(tokenizer)
     text, tokens = conversations.opening([{"role": "user", "content": "1+1="}])
     assert (text, tokens) == ("1+1=", tokenizer.encode("1+1="))
     said = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "3"}]

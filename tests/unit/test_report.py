@@ -9,7 +9,7 @@ import pytest
 
 from hybridflow.errors import DataError
 from hybridflow.report import main
-from hybridflow.trackers.plots import HEALTH, SPEED, Run, drawn, figures, merged, plot_run, read_run, running_mean
+from hybridflow.trackers.plots import HEALTH, SPEED, ReadRun, drawn, figures, merged, plot_run, read_run, running_mean
 
 pytest.importorskip("matplotlib")
 
@@ -145,7 +145,7 @@ def test_metrics_of_the_runs_own_have_a_figure():
     lines = [
         {"step": step, "actor/loss": 1.0, "judge/words": step, "judge/minutes": 2.0, "held_out/loss": 1.0} for step in (1, 2)
     ]
-    run = Run("run", lines)
+    run = ReadRun("run", lines)
     assert [(panel.title, [line.metric for line in panel.lines]) for panel in figures(run)["own_metrics"]] == [
         ("judge", ["judge/words", "judge/minutes"])
     ]
