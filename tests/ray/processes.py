@@ -20,6 +20,12 @@ AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Two idle processes of Ray's own that look for the rest of a killed cluster for a minute before they end."""
 
 
+def _heed_signals() -> None:
+    """As in a terminal; a shell lets its jobs in the background ignore Ctrl-C, and nohup the end of the terminal."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class StartedProcess:
     """`python -m MODULE ARGUMENTS` with everything that it has started."""
@@ -42,6 +48,7 @@ class StartedProcess:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=_heed_signals,
             )
 
     def wait_for(self, file: Path) -> None:
