@@ -17,8 +17,12 @@ import pytest
 from hybridflow.checkpoint import advice
 from hybridflow.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from hybridflow.checkpoint.store import CheckpointStore, find
+from hybridflow.config.build import keys_of
+from hybridflow.config.load import load_algorithm
+from hybridflow.config.settings import KNOWN_KEYS, SECTIONS
 from hybridflow.controller.boundary import ended_by, how_to_go_on
 from hybridflow.errors import CallTimeoutError, CheckpointError, DataError
+from hybridflow.registry import ALGORITHMS
 from tests.architecture.limits import sources
 from tests.unit.counting_run import NUM_STEPS, Counting, command, config_of, whole_run
 
@@ -320,3 +324,18 @@ def test_every_advice_of_the_package_is_in_one_place_and_is_tried_here():
         and re.search(r"checkpoint\.resume=(?!never\))", node.value)
     ]
     assert not strays
+
+
+def test_every_setting_that_a_message_names_is_one() -> None:
+    options = {f"algorithm.{key}" for name in ALGORITHMS for key in keys_of(load_algorithm(name).config_class)}
+    named = {
+        (source.path, key)
+        for source in sources("hybridflow")
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for key in re.findall(rf"(?<![\w.])((?:{'|'.join(sorted(SECTIONS))})\.[a-z_]+)=", node.value)
+    }
+    assert len({key for _, key in named}) > 30
+    assert not [(path, key) for path, key in named if key not in {*KNOWN_KEYS, *options, "actor.lerning_rate"}], (
+        "the last is an example"
+    )
