@@ -90,25 +90,26 @@ def test_no_text_depends_on_one_machine(folder: str):
 
 
 BUDGETS = {
-    "hybridflow": 34000,
-    "hybridflow/algorithms": 3200,
-    "hybridflow/checkpoint": 1800,
-    "hybridflow/config": 4500,
-    "hybridflow/controller": 5000,
+    "hybridflow": 33540,
+    "hybridflow/algorithms": 2020,
+    "hybridflow/checkpoint": 1540,
+    "hybridflow/config": 4100,
+    "hybridflow/controller": 4430,
     "hybridflow/controller/stream.py": 250,
-    "hybridflow/data": 3000,
-    "hybridflow/models": 1800,
-    "hybridflow/ops": 2000,
-    "hybridflow/parallel": 450,
-    "hybridflow/planner": 1100,
-    "hybridflow/resharding": 1500,
-    "hybridflow/rewards": 2500,
-    "hybridflow/rollout": 3400,
-    "hybridflow/trackers": 1400,
-    "hybridflow/workers": 3200,
+    "hybridflow/data": 2500,
+    "hybridflow/environments": 1710,
+    "hybridflow/models": 1350,
+    "hybridflow/ops": 1510,
+    "hybridflow/parallel": 460,
+    "hybridflow/planner": 1090,
+    "hybridflow/resharding": 1440,
+    "hybridflow/rewards": 2220,
+    "hybridflow/rollout": 2850,
+    "hybridflow/trackers": 1390,
+    "hybridflow/workers": 3050,
 }
-"""Lines of each folder. Raising one is a decision of its own, and says what it buys; where code went, the number follows
-down."""
+"""Lines of each folder: what is there and 2 %. Raising one is a decision of its own, and says what it buys; where code went,
+the number follows down."""
 
 
 @pytest.mark.parametrize("folder", BUDGETS)
