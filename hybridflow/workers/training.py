@@ -241,7 +241,6 @@ class TrainingCore(ModelCore):
         state = self._state()
         check_same_parts(folder, state)
         load_sharded(folder, state, self.context.group)
-        self.weights.forget()
         random_state = state["random"]
         assert isinstance(random_state, torch.Tensor)
         torch.set_rng_state(random_state)
@@ -249,6 +248,7 @@ class TrainingCore(ModelCore):
 
     def _check(self, *, when: str) -> None:
         """Of all that is saved. Where a moment of the optimizer is infinite, its weight learns no more, in silence."""
+        self.weights.forget()  # a checkpoint is worth a look at what nobody should have written to
         self.weights.check(self.model.named_parameters(), when=when)
         moments = [
             (f"{key} of {name}", tensor)

@@ -177,6 +177,20 @@ def test_a_moment_of_the_optimizer_that_is_infinite_is_not_saved(model_path: str
         worker.save(str(tmp_path / "second"))
 
 
+@pytest.mark.parametrize(
+    "write", [lambda weight: weight.data.fill_(float("nan")), lambda weight: weight.detach().fill_(float("nan"))]
+)
+def test_what_is_saved_is_read_again_however_it_was_written_to(
+    model_path: str, tmp_path: Path, write: Callable[[torch.Tensor], object]
+) -> None:
+    worker = worker_of(ActorWorker, training_config(model_path))
+    worker.core.named_tensors()
+    write(next(iter(worker.model.parameters())))
+    with pytest.raises(DivergenceError, match="in order at the weight sync"):
+        worker.save(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_are_read_again_only_where_somebody_has_written_to_them(
     model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
