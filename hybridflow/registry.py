@@ -15,6 +15,7 @@ from hybridflow.user_file import import_file, split_name
 
 ALGORITHMS = {
     "ppo": "hybridflow.algorithms.ppo:PPO",
+    "ppo_ptx": "hybridflow.algorithms.ppo_ptx:PPOPtx",
     "grpo": "hybridflow.algorithms.grpo:GRPO",
     "sft": "hybridflow.algorithms.sft:SFT",
     "reward_model": "hybridflow.algorithms.reward_model:RewardModelling",
@@ -49,6 +50,7 @@ ROLES = {
     "teacher": "hybridflow.workers.reference:ReferenceWorker",
     "cost_model": "hybridflow.workers.reward_model:RewardModelWorker",
     "validation": "hybridflow.workers.rollout:ValidationWorker",
+    "pretraining": "hybridflow.workers.pretraining:PretrainingWorker",
 }
 
 ENGINES = {

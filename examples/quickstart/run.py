@@ -31,7 +31,7 @@ from hybridflow.config.rules import PACKAGES, is_installed
 HERE = Path(os.path.relpath(Path(__file__).parent))
 CONFIGS = Path(os.path.relpath(Path(__file__).parents[2] / "configs"))
 RL_CONFIGS = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
-NEED_MORE = {"distillation", "safe_rlhf"}
+NEED_MORE = {"distillation", "safe_rlhf", "ppo_ptx"}
 """Algorithms that learn from a teacher, a cost or further data: docs/algorithms.md says how to run them."""
 ACCURACY = "validation/reward/mean"
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hybridflow.ops.losses import Loss as Loss
     from hybridflow.ops.losses import NextTokenLoss as NextTokenLoss
     from hybridflow.ops.losses import PolicyLoss as PolicyLoss
+    from hybridflow.ops.losses import PretrainingLoss as PretrainingLoss
     from hybridflow.ops.losses import TokenBatch as TokenBatch
     from hybridflow.ops.losses import ValueLoss as ValueLoss
     from hybridflow.ops.losses import explained_variance as explained_variance
@@ -66,7 +67,7 @@ _NAMES = {
     "correction": ("ImportanceCorrection", "importance_correction"),
     "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_controller", "kl_estimate"),
     "log_probs": ("LinearLogProbs", "linear_log_probs"),
-    "losses": ("Loss", "NextTokenLoss", "PolicyLoss", "TokenBatch", "ValueLoss", "explained_variance"),
+    "losses": ("Loss", "NextTokenLoss", "PolicyLoss", "PretrainingLoss", "TokenBatch", "ValueLoss", "explained_variance"),
     "preferences": ("PreferenceLoss", "RewardModelLoss"),
     "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "row_sums", "to_metrics", "token_weights"),
     "surrogates": (

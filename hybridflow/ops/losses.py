@@ -6,7 +6,7 @@ B rows, T response tokens of all rows of the microbatch end to end.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -222,3 +222,44 @@ class NextTokenLoss:
         assert batch.log_probs_T is not None, "a next-token loss needs log-probabilities"
         loss_T = -batch.log_probs_T
         return (loss_T * batch.weights_T).sum(), {"loss": TokenMetric.mean(loss_T, batch.weights_T)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingLoss:
+    """A policy's loss on the rows that it has sampled, and the negative log-probability of the text in the others.
+
+    The per-row columns `policy_weight` and `text_weight` are 0 for rows of the other kind; for its own, all tokens of the
+    update over those of this kind, so that each kind has its own mean. Ouyang et al. 2022, arXiv:2203.02155, eq. 2.
+    """
+
+    policy: PolicyLoss
+    coefficient: float
+    """Weight of the text, gamma of the paper."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.policy.columns, "policy_weight", "text_weight")
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.policy.needs_entropy
+
+    @property
+    def aggregation(self) -> Aggregation:
+        return "token_mean"
+
+    @property
+    def max_tokens(self) -> int | None:
+        return None
+
+    def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
+        assert batch.log_probs_T is not None, "a loss of text needs log-probabilities"
+        log_probs_T, columns = batch.log_probs_T, batch.columns
+        is_text_T = columns["text_weight"] > 0
+        # Text has no columns of the policy's: its own log-probabilities in their place keep every ratio finite.
+        read = {name: torch.where(is_text_T, log_probs_T.detach(), columns[name]) for name in self.policy.columns}
+        weights_T = batch.weights_T * columns["policy_weight"]
+        loss, metrics = self.policy(replace(batch, columns=read, weights_T=weights_T))
+        text_T = batch.weights_T * columns["text_weight"]
+        metrics["pretraining_loss"] = TokenMetric.mean(-log_probs_T, text_T)
+        return loss - self.coefficient * (log_probs_T * text_T).sum(), metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,28 @@ class TeacherAdvantages:
         ahead = Ragged(teacher.values - policy.values, teacher.offsets)
         context.report(Metrics({"distillation/reverse_kl": Metric(-float(ahead.values.sum()), float(len(ahead.values)))}))
         return Batch.from_columns({"advantages": _of_response(batch, ahead)})
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Per-token columns of one value each, and with `has_mask` column `loss_mask`, of ones: for rows that are to stand beside
+    others which have them. False where there is nothing to add."""
+
+    values: Mapping[str, float]
+    has_mask: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.values) or self.has_mask
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        response = batch.tokens("response")
+        columns = {
+            name: Ragged(np.full(len(response.values), value, np.float32), response.offsets)
+            for name, value in self.values.items()
+        }
+        if self.has_mask:
+            columns["loss_mask"] = Ragged(np.ones(len(response.values), np.bool_), response.offsets)
+        return Batch.from_columns(columns)
 
 
 def _tensor(batch: Batch, name: str) -> torch.Tensor:

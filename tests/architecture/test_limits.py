@@ -91,7 +91,7 @@ def test_no_text_depends_on_one_machine(folder: str):
 
 BUDGETS = {
     "hybridflow": 33540,
-    "hybridflow/algorithms": 2020,
+    "hybridflow/algorithms": 2140,
     "hybridflow/checkpoint": 1540,
     "hybridflow/config": 4100,
     "hybridflow/controller": 4430,
@@ -99,14 +99,14 @@ BUDGETS = {
     "hybridflow/data": 2500,
     "hybridflow/environments": 1710,
     "hybridflow/models": 1350,
-    "hybridflow/ops": 1510,
+    "hybridflow/ops": 1520,
     "hybridflow/parallel": 460,
     "hybridflow/planner": 1090,
     "hybridflow/resharding": 1440,
     "hybridflow/rewards": 2220,
     "hybridflow/rollout": 2850,
     "hybridflow/trackers": 1390,
-    "hybridflow/workers": 3050,
+    "hybridflow/workers": 3060,
 }
 """Lines of each folder: what is there and 2 %. Raising one is a decision of its own, and says what it buys; where code went,
 the number follows down."""

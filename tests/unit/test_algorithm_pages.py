@@ -20,11 +20,13 @@ from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.options import UpdateOptions
 from hybridflow.batch import Batch
 from hybridflow.config.schema import AlgorithmConfig, Config, DataConfig, LoopConfig, ReferenceConfig
+from hybridflow.data.prepare import PreparedRow, write_parquet
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.base import Worker
 from hybridflow.workers.critic import CriticWorker
+from hybridflow.workers.pretraining import PretrainingWorker
 from hybridflow.workers.reference import ReferenceWorker
 from hybridflow.workers.remote import remote
 from hybridflow.workers.reward import RewardWorker
@@ -50,8 +52,10 @@ def algorithm_class(name: str) -> type[Algorithm]:
     return loaded
 
 
-NAMES = sorted(name for name in registry.ALGORITHMS if algorithm_class(name).rows == "prompts")
-"""Algorithms that generate what they learn from."""
+WITH_TEXT = "ppo_ptx"
+"""Learns from a second stream too: tests/unit/test_ppo_ptx.py."""
+NAMES = sorted(name for name in registry.ALGORITHMS if algorithm_class(name).rows == "prompts" and name != WITH_TEXT)
+"""Algorithms that generate what they learn from, and from nothing else."""
 RESPONSES = random_batch([(3, 5), (3, 40), (3, 7), (20, 1), (20, 9), (20, 6)])
 PROMPTS = RESPONSES.select([0, 3]).with_columns(group=np.array([0, 1]))
 REWARDS = np.array([1.0, 0.0, 0.25, 0.5, 1.0, 0.0], np.float32)
@@ -92,6 +96,7 @@ ROLES: Mapping[str, type[Worker]] = {
     "teacher": ReferenceWorker,
     "rollout": Answers,
     "reward": Scores,
+    "pretraining": PretrainingWorker,
 }
 
 
@@ -115,7 +120,19 @@ def teacher_of(path: str) -> str:
     return str(folder)
 
 
+def text_of(path: str) -> str:
+    """A file of text beside the model in `path`."""
+    file = Path(path).with_name("text.parquet")
+    if not file.is_file():
+        write_parquet(
+            [PreparedRow(prompt=f"{n}+", response=f"{n}=1", ground_truth="", data_source="x") for n in range(5)], file
+        )
+    return str(file)
+
+
 def config_of(path: str, algorithm: type[Algorithm], *, max_staleness: int = 0, **options: object) -> Config:
+    if algorithm is algorithm_class(WITH_TEXT):
+        options["pretraining_files"] = (text_of(path),)
     return dataclasses.replace(
         training_config(path, tokens_per_microbatch=1000),
         algorithm=AlgorithmConfig(options=algorithm.config_class(responses_per_prompt=3, **options)),
@@ -161,9 +178,10 @@ VARIANTS = {
 
 STEPS = [
     (name, variant)
-    for name in NAMES
+    for name in (*NAMES, WITH_TEXT)
     for variant, options in VARIANTS.items()
     if name != "distillation" or options.get("kl_in", "none") == "none"  # the teacher takes the reference's place
+    if name != WITH_TEXT or "loss_aggregation" not in options  # each kind has its own token mean
 ]
 
 
@@ -200,18 +218,18 @@ def test_present_log_probabilities_stand_for_old_ones_only_in_a_step_with_one_up
     assert "log_probs" not in calls
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, WITH_TEXT])
 def test_a_page_is_one_file_of_at_most_a_hundred_lines_with_a_config_of_its_own(name: str) -> None:
     algorithm = algorithm_class(name)
     path = Path(inspect.getfile(algorithm))
     num_lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert num_lines <= (170 if name == "ppo" else 100)
+    assert num_lines <= (170 if name.startswith("ppo") else 100)
     assert algorithm.config_class.__module__ == algorithm.__module__
     assert dataclasses.fields(algorithm.config_class) and issubclass(algorithm.config_class, UpdateOptions)
     used = {module for _, module in limits.imported_modules(limits.Source(path.name, path.read_text(encoding="utf-8")))}
     assert not {module for module in used if module.startswith("hybridflow.algorithms.")} - {
         f"hybridflow.algorithms.{part}"
-        for part in (*(f"base.{name}" for name in BASE), *(f"options.{name}" for name in OPTIONS))
+        for part in (*(f"base.{name}" for name in BASE), *(f"options.{name}" for name in OPTIONS), "mixing.mixed")
     }, "a page takes nothing from another page"
 
 
@@ -224,12 +242,12 @@ from hybridflow import registry
 from hybridflow.config.schema import AlgorithmConfig, Config
 missing = sys.argv[1]
 sys.modules[registry.ALGORITHMS[missing].partition(":")[0]] = None
-broken = []
+broken, NEEDED = [], ("teacher.path", "algorithm.pretraining_files")
 for name in registry.ALGORITHMS:
     try:
         algorithm = registry.load(name, registry.ALGORITHMS, key="algorithm.name")
         run = Config(algorithm=AlgorithmConfig(name=name, options=algorithm.config_class()))
-        assert algorithm.roles(run) and all(error.key == "teacher.path" for error in algorithm.check(run))
+        assert algorithm.roles(run) and all(error.key in NEEDED for error in algorithm.check(run))
     except Exception as error:
         broken.append(name)
 print(",".join(broken))
