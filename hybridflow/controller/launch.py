@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
 import ray
@@ -21,7 +23,7 @@ from hybridflow.controller import interrupts, planning
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import RolePlace, device_type, introduce, places, start_pool
-from hybridflow.controller.waiting import Jobs, all_stacks, bounded, jobs_of, results_of
+from hybridflow.controller.waiting import Jobs, all_stacks, bounded, jobs_of, results_of, told
 from hybridflow.errors import HybridflowError
 from hybridflow.user_file import split_name
 from hybridflow.workers.base import Worker
@@ -29,6 +31,7 @@ from hybridflow.workers.base import Worker
 if TYPE_CHECKING:
     from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.data import DataSummary, DataWorker
+    from hybridflow.workers.remote import Future
     from hybridflow.workers.reward import RewardWorker
     from hybridflow.workers.reward_model import RewardModelWorker
     from hybridflow.workers.rollout import RolloutWorker
@@ -128,13 +131,20 @@ def launched(config: Config) -> Iterator[Launched]:
     try:
         for name in dict.fromkeys(place.pool for place in placed.values()):
             members = [place for place in placed.values() if place.pool == name]
-            pools[name], group = start_pool(name, members[0].size, device, _environment(config), user_files(config))
+            imports = dict.fromkeys(name for place in members for name in place.worker_class.imports(config))
+            environment = _environment(config)
+            pools[name], group = start_pool(name, members[0].size, device, environment, user_files(config), list(imports))
             reserved.append(group)
+        threading.Thread(target=import_module, args=("torch",), daemon=True, name="imports").start()  # for advantages, soon
         introduce(list(pools.values()), config.run.timeout_s)
-        for name, pool in pools.items():
-            _connect(pool, [place for place in placed.values() if place.pool == name], config.run)
-        # Pools build at the same time; within one, roles follow each other in this order.
-        building = {"data": _start_building(config, placed["data"], pools[placed["data"].pool])}  # needs no plan
+        # Pools build at the same time; within one, roles follow each other in this order. The data role needs no plan.
+        home = placed["data"].pool
+        groups, building, opening = {"data": _group(config, placed["data"], pools[home], log)}, dict[str, Jobs](), None
+        for name in sorted(pools, key=lambda name: name != home):
+            _connect(pools[name], [place for place in placed.values() if place.pool == name], config.run)
+            if opening is None:
+                building["data"] = _start_building(config, placed["data"], pools[name])
+                opening = _opening(groups["data"], algorithm_class(config))
         asked = planning.ask(config, placed, pools, device)
         for name, references in asked.items():
             logger.info("finding out what the GPUs of pool '%s' hold", name)
@@ -143,11 +153,12 @@ def launched(config: Config) -> Iterator[Launched]:
         for place in placed.values():
             if place.role not in building:
                 building[place.role] = _start_building(plan.config_of(place.role), place, pools[place.pool])
-        groups = {place.role: _group(config, place, pools[place.pool], log) for place in placed.values()}
+        groups |= {role: _group(config, place, pools[place.pool], log) for role, place in placed.items() if role not in groups}
         results_of(building.pop("data"), config.run.timeout_s)
-        # Mistakes in the data are told while models still load.
-        dataset = _opened(groups["data"], algorithm_class(config))
-        results_of({reference: job for jobs in building.values() for reference, job in jobs.items()}, config.run.timeout_s)
+        assert opening is not None, "the data role has a pool"
+        dataset = opening.result()  # mistakes in the data are told while models still load
+        with told("loading models and starting engines"):
+            results_of({reference: job for jobs in building.values() for reference, job in jobs.items()}, config.run.timeout_s)
         try:
             stacks = partial(all_stacks, list(pools.values()))
             yield Launched(groups, placed, log, dataset, engine_sleeps=plan.engine_sleeps, all_stacks=stacks)
@@ -188,6 +199,7 @@ def _end(pools: Sequence[Pool], reserved: Sequence[PlacementGroup]) -> None:
         logger.warning("the processes of the run were not ended in order: %s", str(error).partition("\n")[0])
 
 
+@told("importing libraries and joining")
 def _connect(pool: Pool, members: list[RolePlace], run: RunConfig) -> None:
     """Let the ranks of a pool meet, where one of its roles talks through torch.distributed."""
     if any(place.worker_class.is_distributed for place in members):
@@ -207,11 +219,12 @@ def _start_building(config: Config, place: RolePlace, pool: Pool) -> Jobs:
     return jobs_of(pool, place.role, "__init__", started)
 
 
-def _opened(data: Worker, algorithm: type[Algorithm]) -> DataSummary:
+def _opening(data: Worker, algorithm: type[Algorithm]) -> Future[DataSummary]:
+    """Have the files read while the other roles still start."""
     from hybridflow.workers.data import DataWorker
 
     assert isinstance(data, DataWorker)
-    return data.open(algorithm.rows)
+    return data.open.start(algorithm.rows)
 
 
 def _group(config: Config, place: RolePlace, pool: Pool, log: CallLog) -> Worker:

@@ -19,7 +19,7 @@ from hybridflow.config.pools import PoolSize, parse_pool
 from hybridflow.config.schema import Config
 from hybridflow.controller.group import Pool
 from hybridflow.controller.rank_process import RankPlace, RankProcess
-from hybridflow.controller.waiting import bounded, jobs_of, results_of
+from hybridflow.controller.waiting import bounded, jobs_of, results_of, told
 from hybridflow.errors import PlacementError
 from hybridflow.parallel.addresses import environment_of_one_machine
 from hybridflow.workers.base import Worker
@@ -80,7 +80,12 @@ def device_type(config: Config) -> str:
 
 
 def start_pool(
-    name: str, size: PoolSize, device: str, environment: Mapping[str, str], user_files: Sequence[str] = ()
+    name: str,
+    size: PoolSize,
+    device: str,
+    environment: Mapping[str, str],
+    user_files: Sequence[str] = (),
+    imports: Sequence[str] = (),
 ) -> tuple[Pool, PlacementGroup]:
     """Reserve the pool's slots and start a process on each.
 
@@ -106,11 +111,13 @@ def start_pool(
             environment=dict(environment),
             folder=os.getcwd(),
             user_files=tuple(user_files),
+            imports=tuple(imports),
         )
         processes.append(_start_rank(place, group, resources))
     return Pool(name, processes), group
 
 
+@told("starting the processes of the run")
 def introduce(pools: Sequence[Pool], timeout_s: float) -> None:
     """Wait until the processes of all pools have come up, and let ranks that are all on one machine meet on it alone."""
     asked = [jobs_of(pool, f"pool '{pool.name}'", "start", [p.identity.remote() for p in pool.processes]) for pool in pools]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import logging
 import os
 import pickle
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
 
 import ray
 
@@ -108,6 +113,8 @@ class RankPlace:
     """Where the controller works: relative paths mean the same to the ranks, wherever this folder is on their machine too."""
     user_files: tuple[str, ...] = ()
     """Python files to import before anything else: arguments of calls may be of their classes."""
+    imports: tuple[str, ...] = ()
+    """Modules that the workers of this process will need."""
 
 
 class RankProcess:
@@ -117,12 +124,15 @@ class RankProcess:
         # Ray's own check waits for process 1 as the parent, which it never is under systemd's user sessions and the like.
         end_with_parent()
         os.environ.update(place.environment)
+        _keep_what_is_compiled()
         prepare_console(logging.INFO if place.rank == 0 else logging.WARNING)
         if os.path.isdir(place.folder):
             os.chdir(place.folder)
         for file in place.user_files:
             import_file(file)
         self.place, self.dump_file = place, _heed_dump_signal()
+        self.importing = threading.Thread(target=_import_all, args=(place.imports,), daemon=True, name="imports")
+        self.importing.start()
         self.workers: dict[str, Worker] = {}
         self.listening: socket.socket | None = None
         self.has_process_group = False
@@ -157,6 +167,7 @@ class RankProcess:
             raise self._named(f"pool '{self.place.pool}'", "connect", error) from None
 
     def _connect(self, rendezvous_address: str, timeout_s: float) -> None:
+        self.importing.join()  # two threads that import the same packages in another order would see them half done
         import torch
 
         from hybridflow.parallel.mesh import init_process_group, rendezvous_store
@@ -179,6 +190,7 @@ class RankProcess:
         """What the plan needs to know: this rank's GPU, and the sizes of the models of `roles`, none of which is loaded."""
         from hybridflow.workers.hardware import hardware_info
 
+        self.importing.join()
         try:
             return hardware_info(config, roles)
         except BaseException as error:
@@ -186,6 +198,7 @@ class RankProcess:
 
     def create(self, role: str, class_name: str, config: Config, layout: Layout) -> None:
         """Build this rank's worker of a role."""
+        self.importing.join()
         import torch
         import torch.distributed as dist
 
@@ -233,6 +246,22 @@ class RankProcess:
         told = WorkerError(role=role, rank=self.place.rank, node=self.node(), method=method, cause=named)
         told.since_step = error.since_step if isinstance(error, HybridflowError) else None
         return told
+
+
+def _keep_what_is_compiled() -> None:
+    """Have torch.compile keep its kernels in the user's cache folder, by version of torch: its own choice is the folder of
+    temporary files. Which GPU and which code they are for it knows itself; vLLM's are in the same folder by vLLM's choice."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hybridflow", f"torch-{version('torch')}")
+    with suppress(OSError):  # as of a home that cannot be written
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _import_all(modules: Sequence[str]) -> None:
+    """Import them; what cannot be imported is told by whoever needs it."""
+    for module in modules:
+        with suppress(Exception):
+            importlib.import_module(module)
 
 
 def prepare_console(level: int) -> None:

@@ -32,6 +32,8 @@ from hybridflow.errors import CallTimeoutError, HybridflowError, WorkerDiedError
 logger = logging.getLogger("hybridflow")
 T = TypeVar("T")
 
+TOLD_FROM_S = 5.0
+"""Of a part of the start, from which on the log has its seconds."""
 SECONDS_OF_SILENCE = 30.0
 """After which the log says again who is waited for."""
 DEATHS_SHOW_S = 5.0
@@ -81,6 +83,15 @@ class Job:
 
 
 Jobs = Mapping["ray.ObjectRef[Any]", Job]
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Log how long the block, or the function that this decorates, has taken, where that is worth a word."""
+    started = time.monotonic()
+    yield
+    if (seconds := time.monotonic() - started) >= TOLD_FROM_S:
+        logger.info("%s took %.0f s", what, seconds)
 
 
 def jobs_of(ranks: Ranks, role: str, method: str, references: Sequence[ray.ObjectRef[Any]]) -> Jobs:

@@ -137,7 +137,7 @@ def compiling_pays(config: Config, pools: Iterable[PoolInfo], num_training_rows:
     if steps is None and num_training_rows is None:
         return True
     steps = steps or config.run.total_epochs * (num_training_rows or 0) // config.data.prompts_per_step
-    tokens = steps * _step_rows(config) * config.max_model_tokens * EXPECTED_SHARE
+    tokens = steps * step_rows(config) * config.max_model_tokens * EXPECTED_SHARE
     trained = config.algorithm.trained_roles
     saved = sum(
         6 * pool.sizes[role].parameters * tokens / pool.num_ranks * SECONDS_SAVED_PER_FLOP
@@ -148,7 +148,7 @@ def compiling_pays(config: Config, pools: Iterable[PoolInfo], num_training_rows:
     return saved > 2 * COMPILING_S
 
 
-def _step_rows(config: Config) -> int:
+def step_rows(config: Config) -> int:
     """Rows of a step; of an algorithm that has no such option two for each prompt."""
     options: Mapping[str, object] = vars(config.algorithm.options) if config.algorithm.options is not None else {}
     number = options.get("responses_per_prompt")
@@ -180,7 +180,7 @@ def _model_needs(config: Config, role: str, pool: PoolInfo, is_compiled: bool) -
 def _limits(config: Config, role: str, pool: PoolInfo, longest_row: int) -> TokenLimits:
     """The fewest tokens with which the host is hidden, within fixed bounds and what a step has at most."""
     section = config.models[role]
-    of_step = max(longest_row, -(-_step_rows(config) * config.max_model_tokens // pool.num_ranks))
+    of_step = max(longest_row, -(-step_rows(config) * config.max_model_tokens // pool.num_ranks))
     busy = BUSY_PARAMETER_TOKENS / pool.sizes[role].layer_parameters
     least = LEAST_TOKENS["one" if pool.num_ranks == 1 else "several"]
     update, forward = (
@@ -213,7 +213,7 @@ def _engine_levels(config: Config, pool: PoolInfo, role: str) -> tuple[int, ...]
         return (int(min(OWN_POOL_SHARE, pool.gpu.free / total - RESERVED_SHARE) * total),)
     number = _engine_bytes(config)
     engines = max(1, pool.num_ranks // rollout.tensor_parallel)
-    rows = min(rollout.max_num_seqs, -(-_step_rows(config) * (1 + config.loop.max_staleness) // engines))
+    rows = min(rollout.max_num_seqs, -(-step_rows(config) * (1 + config.loop.max_staleness) // engines))
     row = config.max_model_tokens * 2 * size.key_value * size.num_layers * number
     fixed = size.parameters * number + SAMPLER_BYTES * rollout.max_num_seqs * size.vocabulary
     fixed += ENGINE_BATCH_TOKENS * number * (2 * size.feed_forward + 6 * size.hidden)

@@ -114,6 +114,8 @@ class EngineSpec:
     """Run code that comes with the model."""
     seed_requests: bool = True
     """Heed the seeds of requests; an engine for which that costs nothing may always do so."""
+    most_rows: int | None = None
+    """Responses that are under way at once at the most; None where that is not known. More are answered too, perhaps slower."""
     can_sleep: bool = False
     """Start in such a way that `sleep` frees what it can, where that must be decided at the start."""
 

@@ -57,7 +57,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, object]:
         if "async_scheduling" in known:  # the next step is scheduled while this one runs
             arguments["async_scheduling"] = True
         if "compilation_config" in known and not arguments["enforce_eager"]:
-            arguments["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(spec.max_num_seqs)}
+            most = min(spec.max_num_seqs, spec.most_rows or spec.max_num_seqs)  # each size takes part of a second to capture
+            arguments["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(most)}
     if _is_one_of_many(spec):
         arguments["distributed_executor_backend"] = "external_launcher"
         # vLLM's own all-reduce asks about all devices of its ranks; where each process sees one, NCCL's takes its place.

@@ -70,6 +70,12 @@ class Worker:
         self.context = context
 
     @classmethod
+    def imports(cls, config: Config) -> tuple[str, ...]:
+        """Modules that a worker of this role needs once it is built, whose import takes long: begun as soon as its process is
+        there, while the cluster still starts."""
+        return ()
+
+    @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
         """How this role uses `num_ranks` ranks. By default every rank works on its own rows."""
         return Layout(data=num_ranks)

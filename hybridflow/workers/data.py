@@ -41,6 +41,10 @@ class DataWorker(Worker):
 
     is_distributed: ClassVar[bool] = False
 
+    @classmethod
+    def imports(cls, config: Config) -> tuple[str, ...]:
+        return ("torch", "transformers.models.auto.tokenization_auto")
+
     def __init__(self, config: Config, context: RankContext):
         super().__init__(config, context)
         self.train: PromptLoader | None = None

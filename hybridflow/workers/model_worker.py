@@ -20,6 +20,10 @@ class ModelWorker(Worker):
     """The model with its optimizer, set by `__init__` where it is trained."""
 
     @classmethod
+    def imports(cls, config: Config) -> tuple[str, ...]:
+        return ("hybridflow.models.build", "hybridflow.workers.model_spec", "hybridflow.workers.training")
+
+    @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
         sequence = config.model.sequence_parallel
         assert num_ranks % sequence == 0, f"{num_ranks} ranks do not divide into groups of {sequence}; config/rules checks this"

@@ -26,11 +26,13 @@ from hybridflow.environments.under_way import EpisodesUnderWay, Surroundings
 from hybridflow.errors import ConfigError, EngineError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.parallel.layout import Layout
+from hybridflow.planner.needs import step_rows
 from hybridflow.rollout.base import Engine, EngineSpec, Sampling
 from hybridflow.rollout.seeds import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.stopping import detokenizer
 from hybridflow.rollout.under_way import RowsUnderWay, RowUnderWay
+from hybridflow.user_file import split_name
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.proof import probe_rows
 from hybridflow.workers.remote import remote
@@ -119,6 +121,11 @@ class RolloutWorker(Worker):
         """Of the engine, as far as they are reported."""
         self.weight_sync = RolloutSync(config, context, self.engine)
         logger.info("rollout rank %d: engine %s started in %.0f s", context.rank, name, time.perf_counter() - start)
+
+    @classmethod
+    def imports(cls, config: Config) -> tuple[str, ...]:
+        named = registry.ENGINES.get(config.rollout.engine, config.rollout.engine)
+        return ("transformers", "hybridflow.workers.sync", *([] if split_name(named) else [named.partition(":")[0]]))
 
     @classmethod
     def layout_of(cls, config: Config, num_ranks: int) -> Layout:
@@ -319,6 +326,7 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
     rollout = config.rollout
     share = rollout.gpu_memory_utilization
     assert share != "auto", "what is left to the plan is decided before engines are built: planner.decisions.resolved"
+    most_rows = -(-2 * step_rows(config) * (1 + config.loop.max_staleness) // context.layout.data)  # twice: rows are not even
     return EngineSpec(
         model=config.model.path,
         dtype=rollout.dtype_on(context.device.type),
@@ -335,6 +343,7 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         options=dict(rollout.engine_options),
         tokenizer=config.model.tokenizer,
         trust_remote_code=config.model.trust_remote_code,
+        most_rows=None if config.data.validation_files else most_rows,
         can_sleep=bool(rollout.sleep),
     )
 

@@ -106,7 +106,7 @@ BUDGETS = {
     "hybridflow/rewards": 2220,
     "hybridflow/rollout": 2850,
     "hybridflow/trackers": 1390,
-    "hybridflow/workers": 3060,
+    "hybridflow/workers": 3100,
 }
 """Lines of each folder: what is there and 2 %. Raising one is a decision of its own, and says what it buys; where code went,
 the number follows down."""

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridflow.batch import Batch, Ragged
-from hybridflow.config.schema import Config, DataConfig, ModelConfig, RolloutConfig, ValidationConfig
+from hybridflow.config.schema import Config, DataConfig, LoopConfig, ModelConfig, RolloutConfig, ValidationConfig
 from hybridflow.errors import ConfigError, EngineError
 from hybridflow.parallel.layout import Layout
 from hybridflow.planner.decisions import resolved
@@ -210,6 +210,17 @@ def test_the_dtype_follows_the_device(tiny_model: str, device: str, dtype: str) 
     spec = engine_spec(resolved(config_of(tiny_model)), context)
     assert spec.dtype == dtype
     assert spec.max_model_tokens == 52
+
+
+@pytest.mark.parametrize(("staleness", "most_rows"), [(0, 16), (1, 32)])
+def test_an_engine_knows_how_many_rows_come_at_once(tiny_model: str, staleness: int, most_rows: int) -> None:
+    config = resolved(replace(config_of(tiny_model), loop=LoopConfig(max_staleness=staleness)))
+    config = replace(config, data=replace(config.data, prompts_per_step=16, validation_files=()))
+    four = RankContext(role="rollout", rank=0, layout=Layout(data=4), device=CONTEXT.device)
+    # 16 prompts with 2 rows each, counted twice since they are not even, on four engines; ahead of training as many again.
+    assert engine_spec(config, four).most_rows == most_rows
+    validated = replace(config, data=replace(config.data, validation_files=("any.parquet",)))
+    assert engine_spec(validated, four).most_rows is None
 
 
 def test_an_engine_of_the_wrong_class_is_refused(tiny_model: str) -> None:

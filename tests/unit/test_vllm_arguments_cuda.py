@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def spec(folder: Path, device: str = "cuda") -> EngineSpec:
 def test_every_number_of_requests_that_can_run_at_once_has_a_cuda_graph(tmp_path: Path) -> None:
     found = engine_arguments(spec(tmp_path))["compilation_config"]
     assert found == {"cudagraph_capture_sizes": capture_sizes(1000)}
+    few = engine_arguments(replace(spec(tmp_path), most_rows=100))["compilation_config"]
+    assert few == {"cudagraph_capture_sizes": capture_sizes(100)}
     assert capture_sizes(1000)[-1] == 1000 and capture_sizes(1)[-1] == 1
     assert "compilation_config" not in engine_arguments(spec(tmp_path, "cpu"))
 
