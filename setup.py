@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 # The minor versions of ruff and mypy are fixed: a newer one may format or judge the same code differently.
 DEVELOPMENT = [
     "mypy>=2.4,<2.5",
+    "openai>=1.60,<3",
     "pre-commit>=4",
     "pytest>=8",
     "pytest-timeout>=2.3",
