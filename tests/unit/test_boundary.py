@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import importlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import ray
@@ -73,7 +75,7 @@ def test_an_error_of_any_type_is_told_in_the_same_lines_and_its_trace_is_in_the_
         with phase("step 3 was taken"):
             raise error
 
-    monkeypatch.setattr(run, "run", fails)
+    monkeypatch.setattr(run, "prepared", fails)
     monkeypatch.setattr(train, "load_config", lambda *_, **__: Config(run=RunConfig(folder=str(tmp_path))))
     assert train.main(["some.yaml"]) == 1
     text = capsys.readouterr().err
@@ -161,14 +163,23 @@ def test_of_a_trace_its_last_lines_are_told_and_other_texts_stay() -> None:
 def test_what_fails_after_the_last_step_was_saved_leaves_the_run_finished(
     error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def finished(config: Config, is_finished: run.threading.Event, on_step: object) -> None:
-        is_finished.set()
+    @contextmanager
+    def ends_badly(config: Config) -> Iterator[None]:
+        yield
         raise error
 
     caplog.set_level("INFO", logger="hybridflow")
-    monkeypatch.setattr(run, "_run", finished)
-    run.run(Config(run=RunConfig(folder=str(tmp_path))))
-    warning, done = caplog.messages
+    for name in ("reserved", "launched", "watched", "Loop", "algorithm_class"):
+        monkeypatch.setattr(run, name, MagicMock())
+    for name in ("all_roles", "placement_lines"):
+        monkeypatch.setattr(run, name, lambda *_: ())
+    monkeypatch.setattr(run, "cluster", ends_badly)
+    groups = run.launched.return_value.__enter__.return_value
+    groups.dataset.num_prompts = groups.dataset.num_validation_prompts = run.Loop.return_value.total_steps = 1
+    with run.prepared(Config(run=RunConfig(folder=str(tmp_path), device="cpu"))) as loop:
+        loop.run()
+    loop.run.assert_called_once()
+    *_, warning, done = caplog.messages
     assert warning.startswith("the run is finished; in ending its processes: ") and done.startswith("done: ")
 
 
