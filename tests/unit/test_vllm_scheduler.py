@@ -267,11 +267,24 @@ def test_memory_that_suffices_without_rounds_suffices(config: VllmConfig, depth:
 
 def test_a_full_cache_is_told_at_first_and_where_it_has_doubled(config: VllmConfig, caplog: pytest.LogCaptureFixture) -> None:
     config.scheduler_config.max_num_batched_tokens = 64
-    arrivals = some_requests(0)
-    run(scheduler_of(MultiStepScheduler, config, num_blocks=25), arrivals, {}, depth=1)
+    arrivals = {0: [request(name, prompt_tokens=10, max_tokens=140, ends=False) for name in range(1, 13)]}
+    run(scheduler_of(MultiStepScheduler, config, num_blocks=30), arrivals, {}, depth=1)
     total = sum(one.num_preemptions for batch in arrivals.values() for one in batch)
     told = [record.args[0] for record in caplog.records if "key-value cache is full" in record.msg and record.args]
     assert total > 2 and told == [2**power for power in range(total.bit_length())]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("num_blocks", [30, 41, 50])
+def test_requests_that_were_repeated_before_they_are_sent_back_end_all_the_same(
+    config: VllmConfig, depth: int, num_blocks: int
+) -> None:
+    config.scheduler_config.max_num_batched_tokens = 64
+    arrivals = {0: [request(name, prompt_tokens=10, max_tokens=140, ends=False) for name in range(1, 9)]}
+    scheduler = scheduler_of(MultiStepScheduler, config, num_blocks=num_blocks)
+    assert run(scheduler, arrivals, {}, depth=depth).tokens == expected(arrivals)
+    assert sum(one.num_preemptions for one in arrivals[0]) > 0
+    assert scheduler.counters, "vLLM's own bookkeeping runs at every repetition: it has come to change more than counters"
 
 
 @pytest.mark.parametrize("depth", [1, 2])
