@@ -44,6 +44,8 @@ class EngineNeeds:
     """Of these, what sleeping does not free."""
     levels: tuple[int, ...] = ()
     """What `share` may be where that is left to the plan, the largest first and last the least that an engine works with."""
+    wanted: tuple[int, ...] = ()
+    """What `levels` come from, whatever memory is free."""
 
 
 @dataclass(frozen=True, kw_only=True)

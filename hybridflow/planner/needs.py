@@ -17,6 +17,7 @@ from hybridflow.planner.memory import (
     PARAMETERS,
     RESERVED_SHARE,
     SLEEP,
+    UNKNOWN_ROLE_SHARE,
     EngineNeeds,
     Gpu,
     PoolNeeds,
@@ -25,7 +26,7 @@ from hybridflow.planner.memory import (
 from hybridflow.planner.sizes import ModelNeeds, ModelSize, Numerics, TokenLimits
 
 WITHOUT_OUTPUT_LAYER = ("critic", "reward_model", "cost_model")
-WITHOUT_GPU = ("data", "reward")
+WITHOUT_GPU = ("data", "reward", "pretraining")
 """Roles that hold nothing on a GPU, wherever they are placed."""
 ENGINES_THAT_FREE_WEIGHTS = ("vllm",)
 """Of an engine that is not named here, sleeping frees the cache alone."""
@@ -106,6 +107,9 @@ def pool_needs(config: Config, pool: PoolInfo, run_roles: Set[str], *, is_compil
     """What the roles of a pool need; `run_roles` are those of all pools, `is_compiled` is what `model.compile: auto` means."""
     engines = [role for role in ENGINE_ROLES if role in pool.roles]
     models = tuple(_model_needs(config, role, pool, is_compiled) for role in pool.roles if role in config.models)
+    sync = _sync_needs(config, pool) if {"actor", "rollout"} <= run_roles else None
+    unknown = tuple(role for role in pool.roles if role not in pool.sizes and role not in WITHOUT_GPU)
+    beside = (sync.buffers(pool.num_ranks) if sync else 0) + len(unknown) * int(UNKNOWN_ROLE_SHARE * pool.gpu.total)
     return PoolNeeds(
         pool=pool.name,
         num_ranks=pool.num_ranks,
@@ -114,9 +118,9 @@ def pool_needs(config: Config, pool: PoolInfo, run_roles: Set[str], *, is_compil
         ),
         gpu=pool.gpu,
         models=models,
-        engine=_engine_needs(config, pool, engines[0]) if engines else None,
-        sync=_sync_needs(config, pool) if {"actor", "rollout"} <= run_roles else None,
-        unknown_roles=tuple(role for role in pool.roles if role not in pool.sizes and role not in WITHOUT_GPU),
+        engine=_engine_needs(config, pool, engines[0], beside) if engines else None,
+        sync=sync,
+        unknown_roles=unknown,
         fixed={
             option: value
             for option, value in switches(config).items()
@@ -191,26 +195,38 @@ def _limits(config: Config, role: str, pool: PoolInfo, longest_row: int) -> Toke
     return TokenLimits(longest_row=longest_row, update=update, forward=None if is_given else forward)
 
 
-def _engine_needs(config: Config, pool: PoolInfo, role: str) -> EngineNeeds:
+def _engine_needs(config: Config, pool: PoolInfo, role: str, beside: int) -> EngineNeeds:
+    """`beside` is what weight sync and the user's own roles take of the GPU."""
     rollout = config.rollout
     weights = pool.sizes[role].parameters * _engine_bytes(config) // rollout.tensor_parallel
     frees_weights = rollout.engine in ENGINES_THAT_FREE_WEIGHTS
-    levels = _engine_levels(config, pool, role) if rollout.gpu_memory_utilization == "auto" else ()
+    wanted = _wanted(config, pool, role) if rollout.gpu_memory_utilization == "auto" else ()
+    levels = _engine_levels(config, pool, wanted, beside) if wanted else ()
     given = ENGINE_SHARE if rollout.gpu_memory_utilization == "auto" else rollout.gpu_memory_utilization
     return EngineNeeds(
         role=role,
         share=levels[0] if levels else int(given * pool.gpu.total),
         kept_asleep=0 if frees_weights else weights,
         levels=levels,
+        wanted=wanted,
     )
 
 
-def _engine_levels(config: Config, pool: PoolInfo, role: str) -> tuple[int, ...]:
-    """Shares of the GPU in bytes, in hundredths of it: with room to spare; for all rows of a step at once, each as long as it
-    may be; for half of that; for an eighth."""
-    rollout, size, total = config.rollout, pool.sizes[role], pool.gpu.total
+def _engine_levels(config: Config, pool: PoolInfo, wanted: tuple[int, ...], beside: int) -> tuple[int, ...]:
+    """Shares of the GPU in bytes, in hundredths of it: with room to spare, then `wanted`. Of a GPU without models there is one:
+    what is free of it, and the least that is wanted where that is more."""
+    total = pool.gpu.total
     if not config.models.keys() & set(pool.roles):
-        return (int(min(OWN_POOL_SHARE, pool.gpu.free / total - RESERVED_SHARE) * total),)
+        free = pool.gpu.free - int(RESERVED_SHARE * total) - beside
+        return (max(wanted[-1], min(int(OWN_POOL_SHARE * total), free)),)
+    most = int((1 - RESERVED_SHARE) * total)
+    levels = [max(int(GENEROUS_SHARE * total), 2 * wanted[0]), *wanted]
+    return tuple(min(most, -(-level * 100 // total) * total // 100) for level in levels)
+
+
+def _wanted(config: Config, pool: PoolInfo, role: str) -> tuple[int, ...]:
+    """Bytes of an engine for all rows of a step at once, each as long as it may be; for half of that; for an eighth."""
+    rollout, size = config.rollout, pool.sizes[role]
     number = _engine_bytes(config)
     engines = max(1, pool.num_ranks // rollout.tensor_parallel)
     rows = min(rollout.max_num_seqs, -(-step_rows(config) * (1 + config.loop.max_staleness) // engines))
@@ -218,10 +234,7 @@ def _engine_levels(config: Config, pool: PoolInfo, role: str) -> tuple[int, ...]
     fixed = size.parameters * number + SAMPLER_BYTES * rollout.max_num_seqs * size.vocabulary
     fixed += ENGINE_BATCH_TOKENS * number * (2 * size.feed_forward + 6 * size.hidden)
     at_once = (rows, max(8, rows // 2), max(8, rows // 8))
-    wanted = [(fixed + count * row) // rollout.tensor_parallel + ENGINE_EXTRA for count in at_once]
-    most = int((1 - RESERVED_SHARE) * total)
-    levels = [max(int(GENEROUS_SHARE * total), 2 * wanted[0]), *wanted]
-    return tuple(min(most, -(-level * 100 // total) * total // 100) for level in levels)
+    return tuple((fixed + count * row) // rollout.tensor_parallel + ENGINE_EXTRA for count in at_once)
 
 
 def _sync_needs(config: Config, pool: PoolInfo) -> SyncNeeds | None:

@@ -34,6 +34,8 @@ class PoolPlan:
     needs: PoolNeeds
     options: frozenset[str]
     """Those that are on, the user's own included."""
+    is_of_before: bool = False
+    """Whether the run decided so at an earlier start, when other memory may have been free."""
 
     def lines(self) -> list[str]:
         """For the log: what the pool takes at its peak, and each option with its reason.
@@ -57,6 +59,8 @@ class PoolPlan:
         if needs.engine is not None:
             share = needs.engine.share / needs.gpu.total
             lines.append(f"  {needs.engine.role}: {gib(needs.engine.share)} GiB of weights and cache ({share:.2f} of the GPU)")
+        if self.is_of_before:
+            return [*lines, "  as decided before: the run goes on with the plan of its folder"]
         return lines + [f"  {self._reason(option)}" for option in chosen]
 
     @property

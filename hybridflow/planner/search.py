@@ -61,7 +61,9 @@ def plan(needs: PoolNeeds) -> PoolPlan | None:
 
 def fingerprint(needs: PoolNeeds) -> str:
     """The same for needs that differ only in how much memory is free."""
-    engine = replace(needs.engine, share=0, levels=()) if needs.engine else None
+    engine = needs.engine
+    if engine is not None and engine.levels:
+        engine = replace(engine, share=0, levels=())  # `wanted` stays
     return hashlib.sha256(repr(replace(needs, engine=engine, gpu=replace(needs.gpu, free=0))).encode()).hexdigest()[:16]
 
 
@@ -77,11 +79,13 @@ def planned_before(needs: PoolNeeds, made: Decisions | None) -> PoolPlan | None:
         )
         for model in needs.models
     )
-    engine, is_open = needs.engine, needs.engine is not None and needs.engine.levels
-    if engine is not None and is_open:
-        engine = replace(engine, share=round(made.engine_share.get(engine.role, 0.0) * needs.gpu.total))
+    engine = needs.engine
+    if engine is not None and engine.levels:
+        if engine.role not in made.engine_share:
+            return None
+        engine = replace(engine, share=round(made.engine_share[engine.role] * needs.gpu.total))
     before = replace(needs, models=models, engine=engine)
-    return PoolPlan(before, made.options) if peak(before, made.options).total <= needs.budget else None
+    return PoolPlan(before, made.options, is_of_before=True) if peak(before, made.options).total <= needs.budget else None
 
 
 def smallest(needs: PoolNeeds) -> PoolNeeds:

@@ -14,17 +14,19 @@ from hybridflow.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
+    PlacementConfig,
     ReferenceConfig,
     RolloutConfig,
     RunConfig,
     TrainingConfig,
 )
+from hybridflow.errors import PlacementError
 from hybridflow.planner.decisions import Decisions, resolved
 from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, learning, peak, phases
 from hybridflow.planner.needs import PoolInfo, compiling_pays, pool_needs
 from hybridflow.planner.options import PoolPlan
 from hybridflow.planner.refusal import plan_all
-from hybridflow.planner.search import fingerprint, plan
+from hybridflow.planner.search import fingerprint, plan, planned_before
 from hybridflow.planner.sizes import ModelSize
 
 SMOL = ModelSize(  # SmolLM2-135M
@@ -202,6 +204,49 @@ def test_an_engine_with_a_card_to_itself_takes_nearly_all_of_it() -> None:
     assert made.engine_share["rollout"] == pytest.approx(0.85, abs=0.01)
 
 
+SPLIT = replace(PPO, placement=PlacementConfig(pools={"train": "1x2", "gen": "1x2"}, roles={"rollout": "gen"}))
+
+
+def own_pool(size: ModelSize, gib: float, taken: float, *own_roles: str) -> PoolNeeds:
+    """Of an engine that receives weights from another pool, on cards of which `taken` GiB are held by others."""
+    gpu = Gpu(total=int(gib * GIB), free=int((gib - taken) * GIB))
+    pool = PoolInfo(name="gen", roles=("rollout", *own_roles), num_ranks=2, gpu=gpu, sizes={"rollout": size})
+    return pool_needs(SPLIT, pool, {"actor", *pool.roles})
+
+
+@pytest.mark.parametrize(
+    ("size", "gib", "taken", "own_roles"),
+    [
+        (HALF_BILLION, 23.5, 0.5, ()),
+        (HALF_BILLION, 79.2, 6, ()),
+        (HALF_BILLION, 79.2, 0.5, ("judge", "critic_of_mine")),
+        (SEVEN_BILLION, 44.5, 0.5, ()),
+        (SEVEN_BILLION, 47.5, 0.5, ()),
+        (SEVEN_BILLION, 79.2, 4, ()),
+        (SEVEN_BILLION, 79.2, 6, ("judge",)),
+    ],
+)
+def test_an_engine_with_a_card_to_itself_leaves_room_for_buffers_and_the_users_roles(
+    size: ModelSize, gib: float, taken: float, own_roles: tuple[str, ...]
+) -> None:
+    asked = own_pool(size, gib, taken, *own_roles)
+    assert asked.sync_buffers > 0.9 * GIB
+    found = plan(asked)
+    assert found is not None and found.needs.engine is not None
+    # All that can be planned with is used: less than 85 % of the card, and more than all rows of a step need.
+    assert found.needs.engine.wanted[0] < found.needs.engine.share < 0.85 * gib * GIB
+    assert 0 <= asked.budget - peak(found.needs, found.options).total < 100
+
+
+def test_an_engine_that_has_no_room_for_its_weights_is_refused() -> None:
+    with pytest.raises(PlacementError, match="rollout: weights and cache"):
+        plan_all([own_pool(SEVEN_BILLION, 15.6, 0.5)])
+
+
+def test_what_reads_text_takes_nothing_of_a_card() -> None:
+    assert own_pool(HALF_BILLION, 79.2, 0.5, "data", "reward", "pretraining", "judge").unknown_roles == ("judge",)
+
+
 def test_an_engine_beside_large_models_has_room_for_rows_before_they_get_larger_microbatches() -> None:
     found = planned(GRPO, info(SEVEN_BILLION, 139.8, ranks=4, roles=("actor", "reference", "rollout")))
     # 512 rows for each of two engines of two ranks, each of 1,280 tokens x 28 layers x 2 x 512 channels x 2 bytes
@@ -251,6 +296,33 @@ def test_a_plan_of_before_that_does_not_fit_any_more_is_made_anew(tmp_path: Path
 def test_a_plan_for_other_needs_is_not_taken() -> None:
     pool = info(HALF_BILLION, 79.2)
     assert fingerprint(needs(PPO, pool)) != fingerprint(needs(replace(PPO, actor=TrainingConfig(offload_optimizer=True)), pool))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(PPO, rollout=replace(PPO.rollout, gpu_memory_utilization=0.5)),
+        replace(PPO, rollout=replace(PPO.rollout, max_num_seqs=16)),
+        replace(PPO, loop=replace(PPO.loop, max_staleness=3)),
+    ],
+)
+def test_a_plan_for_an_engine_that_generates_otherwise_is_not_taken(other: Config) -> None:
+    pool = info(HALF_BILLION, 79.2)
+    (before,) = plan_all([needs(other, pool)])
+    assert fingerprint(needs(other, pool)) != fingerprint(needs(PPO, pool))
+    noted = {fingerprint(needs(other, pool)): before.decisions}
+    assert plan_all([needs(PPO, pool)], noted) == plan_all([needs(PPO, pool)])
+
+
+def test_free_memory_does_not_tell_plans_of_an_engine_with_a_card_to_itself_apart() -> None:
+    assert fingerprint(own_pool(SEVEN_BILLION, 79.2, 0.5)) == fingerprint(own_pool(SEVEN_BILLION, 79.2, 6))
+
+
+def test_a_note_without_a_share_for_the_engine_gives_it_none_of_zero() -> None:
+    asked = needs(PPO, info(HALF_BILLION, 79.2))
+    (first,) = plan_all([asked])
+    noted = replace(first.decisions, engine_share={})
+    assert planned_before(asked, first.decisions) is not None and planned_before(asked, noted) is None
 
 
 def test_a_note_that_is_damaged_counts_nothing(tmp_path: Path) -> None:
