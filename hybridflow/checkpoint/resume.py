@@ -51,6 +51,16 @@ def resume_point(store: CheckpointStore) -> ResumePoint:
     return ResumePoint(source=source, settle=lambda: _begin(store, new_record(given), why))
 
 
+def goes_on_in_its_folder(store: CheckpointStore) -> bool:
+    """Whether the run of `store` continues from a checkpoint in its own folder. Manifests are read, nothing is verified."""
+    if store.resume == "never":
+        return False
+    given, folder = Path(os.path.realpath(store.resume)), store.folder.resolve()
+    record = read_record(store.run_folder)
+    is_later = store.resume == "auto" or (record is not None and record.resumed_from == str(given))
+    return (is_later or folder in (given, given / folder.name, given.parent)) and bool(store.own())
+
+
 def how_to_go_on(store: CheckpointStore, *, since_step: int | None = None) -> str:
     """What the same command would do, for a run that was stopped; what to do where it is of no use since a step."""
     record = read_record(store.run_folder)

@@ -11,6 +11,8 @@ from pathlib import Path
 import ray
 
 from hybridflow.checkpoint.plan_note import PlanNote, read_note
+from hybridflow.checkpoint.resume import goes_on_in_its_folder
+from hybridflow.checkpoint.store import CheckpointStore
 from hybridflow.config.schema import Config
 from hybridflow.controller.group import Pool
 from hybridflow.controller.placement import RolePlace
@@ -59,7 +61,8 @@ def ask(config: Config, placed: Mapping[str, RolePlace], pools: Mapping[str, Poo
 
 def decide(config: Config, placed: Mapping[str, RolePlace], asked: HardwareAnswers) -> RunPlan:
     """The cheapest options with which every pool that was asked holds its roles, and the sizes that are fastest with them; the
-    log says which and why. A run that goes on in its folder takes what it has decided there, where that still holds.
+    log says which and why. A run that goes on from a checkpoint in its folder takes what it has decided there, where that still
+    holds; one that begins decides anew.
 
     Raises:
         PlacementError: a pool cannot hold its roles, whatever is offloaded.
@@ -69,9 +72,12 @@ def decide(config: Config, placed: Mapping[str, RolePlace], asked: HardwareAnswe
     found = {name: ray.get(answers) for name, answers in asked.items()}
     infos = [_pool_info(name, placed, answers) for name, answers in found.items()]
     folder = Path(config.run.folder)
-    note = PlanNote() if config.checkpoint.resume == "never" else read_note(folder)
+    goes_on = goes_on_in_its_folder(CheckpointStore(folder, resume=config.checkpoint.resume))
+    note = read_note(folder) if goes_on else PlanNote()
     num_rows = next((answers[0].num_training_rows for answers in found.values() if answers[0].num_training_rows), None)
-    is_compiled = compiling_pays(config, infos, num_rows) if note.is_compiled is None else note.is_compiled
+    is_left_open = config.model.compile == "auto"
+    before = note.is_compiled if is_left_open else None
+    is_compiled = compiling_pays(config, infos, num_rows) if before is None else before
     needs = [pool_needs(config, info, placed.keys(), is_compiled=is_compiled) for info in infos]
     decisions = Decisions(is_compiled=is_compiled)
     plans = plan_all(needs, note.pools)
@@ -79,11 +85,12 @@ def decide(config: Config, placed: Mapping[str, RolePlace], asked: HardwareAnswe
         decisions |= plan.decisions
         for line in plan.lines():
             logger.info(line)
-    if config.model.compile == "auto":
+    if is_left_open:
         gains = "gains at least twice the minute" if is_compiled else "is too short to gain twice the minute"
-        logger.info("model.compile is %s: the run %s that compiling takes", "on" if is_compiled else "off", gains)
+        why = f"the run {gains} that compiling takes" if before is None else "as decided before"
+        logger.info("model.compile is %s: %s", "on" if is_compiled else "off", why)
     made = {fingerprint(own): plan.decisions for own, plan in zip(needs, plans, strict=True)}
-    PlanNote(is_compiled=is_compiled, pools=made).write(folder)
+    PlanNote(is_compiled=is_compiled if is_left_open else None, pools=made).write(folder)
     return RunPlan(config, decisions)
 
 

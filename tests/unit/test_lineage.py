@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hybridflow.checkpoint.lineage import ASIDE, RECORD, read_record
+from hybridflow.checkpoint.resume import goes_on_in_its_folder, resume_point
 from hybridflow.checkpoint.store import CheckpointStore
 from tests.unit.counting_run import NUM_STEPS, command, whole_run
 
@@ -110,6 +111,22 @@ def test_never_begins_anew_and_keeps_the_earlier_run_aside(tmp_path: Path, caplo
     (aside,) = (folder / ASIDE).iterdir()
     assert names(aside) == ["step_000002", "step_000004"]
     assert any(str(aside) in record.getMessage() for record in caplog.records)
+
+
+def test_whether_a_run_goes_on_in_its_folder_is_known_before_a_checkpoint_is_read(tmp_path: Path, other: Path):
+    folder = tmp_path / "run"
+
+    def goes_on(resume: str) -> bool:
+        store = CheckpointStore(folder, resume=resume)
+        source = resume_point(store).source
+        assert goes_on_in_its_folder(store) is (source is not None and source.parent.resolve() == store.folder.resolve())
+        return goes_on_in_its_folder(store)
+
+    assert [goes_on(resume) for resume in ("auto", "never", str(other))] == [False, False, False]
+    command(folder, checkpoint__resume=str(other))
+    own = [str(folder), str(folder / "checkpoints"), str(folder / "checkpoints/step_000008")]
+    assert [goes_on(resume) for resume in ("auto", str(other), *own)] == [True] * 5
+    assert [goes_on(resume) for resume in ("never", str(other / "checkpoints/step_000002"))] == [False, False]
 
 
 def test_checkpoints_copied_to_a_new_folder_are_taken_as_its_own(tmp_path: Path, other: Path):
