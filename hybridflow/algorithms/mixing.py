@@ -26,7 +26,9 @@ def mixed(part: Batch, text: Batch, actor: ActorWorker, read: Sequence[str], *, 
         text = text.join(actor.compute(text, missing))
     if is_masked and "loss_mask" not in part:
         part = part.join(actor.compute(part, Filled({}, has_mask=True)))
-    named = {"prompt", "response", *read, *(["loss_mask"] if is_masked else [])}
+    # By these rows are divided evenly over ranks.
+    counts = [name for name in ("prompt_tokens", "response_tokens") if name in part and name in text]
+    named = {"prompt", "response", *counts, *read, *(["loss_mask"] if is_masked else [])}
     sampled_at = part["temperature"] if "temperature" in part else np.full(len(part), temperature)
     of_policy, of_text = (sum(tokens) / max(of_kind, 1) for of_kind in tokens)
     kinds = []

@@ -12,6 +12,7 @@ from hybridflow import ops
 from hybridflow.algorithms.mixing import mixed
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config
+from hybridflow.controller.protocols import Arguments, SplitByDataRank
 from hybridflow.ops.reduce import Counts, token_weights
 from hybridflow.parallel.layout import Layout
 from hybridflow.workers.actor import ActorWorker
@@ -63,6 +64,17 @@ def test_each_kind_has_its_own_mean() -> None:
     assert torch.isfinite(new_T.grad).all()
     text = metrics["pretraining_loss"]
     assert float(text.total / text.count) == pytest.approx(of_text)
+
+
+def test_ranks_get_equal_work_by_the_tokens_of_both_kinds() -> None:
+    worker = Actor(Config(), context_of("actor"))
+    actor = Actor.group(LocalDispatcher([worker], Layout(), pool_name="actor"))
+    part = rows([9, 1, 1]).with_columns(prompt_tokens=np.array([1, 1, 1]))
+    text = rows([1, 1, 1]).with_columns(prompt_tokens=np.array([1, 1, 1]))
+    both = mixed(part, text, actor, [], temperature=1.0)
+    parts = SplitByDataRank(Layout(data=2)).distribute(Arguments((both,), {}))
+    lengths = [sorted(cut.args[0]["response_tokens"].tolist()) for cut in parts if cut is not None]
+    assert sorted(lengths) == [[1, 1, 1, 1, 1], [9]]
 
 
 def test_text_counts_at_temperature_one() -> None:
