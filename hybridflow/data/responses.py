@@ -42,6 +42,8 @@ class Responses:
     ends: tuple[int, ...]
     """Tokens that end a response; the first is the one that is added."""
     max_response_tokens: int
+    key: str
+    """The configuration key that names the files, for messages."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -72,7 +74,7 @@ class Responses:
         texts = self.prompts.stored["response"].take(rows)
         for row, text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
-                raise DataError(f"row {self.prompts.row_numbers[row]} of data.train_files: column 'response' is null")
+                raise DataError(f"row {self.prompts.row_numbers[row]} of {self.key}: column 'response' is null")
         strings = [str(text) for text in texts]
         encoded = encode(self.tokenizer, strings, add_special_tokens=False)
         whole = [self._ended(ids) for ids in encoded]
@@ -105,4 +107,4 @@ def read_responses(files: Sequence[str], tokenizer: Tokenizer, *, data: DataConf
     prompts = read_prompts(files, tokenizer, data=data, key=key, columns=RESPONSE_COLUMNS)
     turn = None if data.apply_chat_template == "never" else turn_end(cast("PreTrainedTokenizerBase", tokenizer))
     ends = (tokenizer.eos_token_id,) if turn is None else (turn, tokenizer.eos_token_id)
-    return Responses(prompts, tokenizer, ends, data.max_response_tokens)
+    return Responses(prompts, tokenizer, ends, data.max_response_tokens, key)

@@ -15,7 +15,7 @@ from hybridflow.batch import Array, Batch, Ragged, ShardColumn
 from hybridflow.columns import COLUMNS
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, RunConfig, ValidationConfig
 from hybridflow.data.chat import load_tokenizer
-from hybridflow.data.loader import PromptLoader, build_loaders, prompt_seed
+from hybridflow.data.loader import PromptLoader, build_loaders, prompt_seed, read_rows
 from hybridflow.errors import DataError
 
 
@@ -215,3 +215,11 @@ def test_a_missing_response_column_is_named(tiny_model: str, tmp_path: Path) -> 
     run = config(tiny_model, train_files=(write(tmp_path / "a.parquet", 3),))
     with pytest.raises(DataError, match="column 'response' is missing"):
         build_loaders(run, load_tokenizer(run), "responses")
+
+
+def test_a_null_response_is_told_with_the_key_of_its_files(tiny_model: str, tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([{"prompt": "a", "response": "b"}, {"prompt": "c", "response": None}]), tmp_path / "a")
+    run = config(tiny_model, train_files=(str(tmp_path / "a"),))
+    dataset = read_rows(run, run.data.train_files, load_tokenizer(run), "responses", key="algorithm.pretraining_files")
+    with pytest.raises(DataError, match=r"row 1 of algorithm\.pretraining_files: column 'response' is null"):
+        dataset.columns(np.arange(2))
