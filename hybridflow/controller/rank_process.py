@@ -142,7 +142,7 @@ class RankProcess:
         return f"{self.place.pool} rank {self.place.rank}"
 
     def set_environment(self, variables: Mapping[str, str]) -> None:
-        """What is known only when all ranks have places; libraries that read it are imported later."""
+        """What is known only when all ranks have places. Libraries read it when they connect, also those imported by then."""
         os.environ.update(variables)
 
     def rendezvous_address(self) -> str:
