@@ -38,7 +38,10 @@ class RewardModelWorker(ModelWorker):
         spec_of = trained_model if is_trained else frozen_model
         self.model = build_value_model(spec_of(self.config, context, settings.path))
         if is_trained:
-            self.trained = TrainingCore(self.model, self.config.reward_model, context, reads_rows=True)
+            skips = config.run.max_skipped_updates
+            self.trained = TrainingCore(
+                self.model, self.config.reward_model, context, reads_rows=True, max_skipped_updates=skips
+            )
         self.core = self.trained or FrozenCore(self.model, settings, context, reads_rows=True)
 
     @remote("split_by_data_rank")

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybridflow.batch import Batch
-from hybridflow.config.schema import AlgorithmConfig, Config, RewardModelConfig
+from hybridflow.config.schema import AlgorithmConfig, Config, RewardModelConfig, RunConfig
 from hybridflow.controller.protocols import Arguments, SplitByDataRank
 from hybridflow.ops.losses import TokenBatch
 from hybridflow.ops.preferences import PreferenceLoss, RewardModelLoss
@@ -118,6 +118,14 @@ def test_updates_raise_the_accuracy_that_measure_reports(model_path: str):
     assert before.measure(pairs(), loss=loss)["reward_model/loss"] == pytest.approx(math.log(2), rel=1e-5)  # a head of zeros
     assert worker.measure(pairs(), loss=loss)["reward_model/loss"] < math.log(2)
     assert worker.measure(pairs(), loss=loss)["reward_model/accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("most", [3, None])
+def test_the_number_of_skipped_updates_is_the_users(model_path: str, most: int | None):
+    config = dataclasses.replace(config_of(model_path), run=RunConfig(max_skipped_updates=most))
+    worker = RewardModelWorker(config, context_of("reward_model"))
+    assert worker.trained is not None
+    assert worker.trained.skipped.most == most
 
 
 def test_a_pair_goes_to_one_rank():
