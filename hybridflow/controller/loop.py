@@ -123,6 +123,9 @@ class Loop:
         learned = self.algorithm.learn(batch)
         for call in begun:
             call.result()  # long done; what a role raised there is raised here
+        if step == self.total_steps:
+            for ended in [worker.end_run.start() for worker in self.launched.groups.values()]:
+                ended.result()
         self.cut_off.look(step, batch)
         seconds = time.perf_counter() - started
         measured = self.launched.log.drain().without(learned)  # a loss with an entropy of its own has seen every update

@@ -97,6 +97,10 @@ class Worker:
         """Called on every role before step `step` of `total_steps`, both from 1; learning rates follow it."""
 
     @remote("one_to_all")
+    def end_run(self) -> None:
+        """Called on every role when the last step has been learned from, before it is saved."""
+
+    @remote("one_to_all")
     def save(self, folder: str) -> None:
         """Write this role's state below `folder`, which exists. Roles without state write nothing."""
 

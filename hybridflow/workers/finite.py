@@ -86,38 +86,39 @@ class SkippedUpdates:
         self.context, self.most = context, most
         self.count = 0
         self.since_step = 0
+        self.why = ""
 
-    def note(self, *, is_skipped: bool, step: int) -> bool:
+    def note(self, *, is_skipped: bool, step: int, why: str) -> bool:
         """One update was made or skipped; whether that was the first one skipped."""
         if not is_skipped:
             self.count = 0
             return False
-        self.count += 1
+        self.count, self.why = self.count + 1, why
         if self.count == 1:
             self.since_step = step
         return self.count == 1
 
-    def raise_if_too_many(self, why: str) -> None:
+    def raise_if_too_many(self) -> None:
         """Raises:
         DivergenceError: so many in a row have been skipped that the model no longer learns.
         """
         if self.most is not None and self.count >= self.most:
-            raise self._ended(f"{self.count} updates in a row were skipped (run.max_skipped_updates={self.most})", why)
+            raise self._ended(f"{self.count} updates in a row were skipped (run.max_skipped_updates={self.most})")
 
-    def raise_if_most_of_the_run(self, why: str, *, num_updates: int) -> None:
-        """At the end of a run that is shorter than what `raise_if_too_many` waits for.
+    def raise_if_most_of_the_run(self, *, num_updates: int) -> None:
+        """At the end of a run, of `num_updates`, that is shorter than what `raise_if_too_many` waits for.
 
         Raises:
             DivergenceError: at least half of the updates, two or more, were skipped, up to the last one.
         """
         if self.most is not None and self.count >= max(2, num_updates / 2):
-            raise self._ended(f"the last {self.count} of {num_updates} updates were skipped", why)
+            raise self._ended(f"the last {self.count} of {num_updates} updates were skipped")
 
-    def _ended(self, what: str, why: str) -> DivergenceError:
+    def _ended(self, what: str) -> DivergenceError:
         role = self.context.role
         error = DivergenceError(
-            f"{role} no longer learns: {what}, since step {self.since_step}. {why} Lower {role}.learning_rate, or give rewards "
-            "of a smaller scale"
+            f"{role} no longer learns: {what}, since step {self.since_step}. {self.why} Lower {role}.learning_rate, or give "
+            "rewards of a smaller scale"
         )
         error.since_step = self.since_step
         return error

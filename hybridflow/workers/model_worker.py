@@ -36,6 +36,12 @@ class ModelWorker(Worker):
             self.trained.begin_step(step, total_steps)
 
     @remote("one_to_all")
+    def end_run(self) -> None:
+        """Raises DivergenceError where the run ends with half of this model's updates, two or more, skipped."""
+        if self.trained is not None:
+            self.trained.end_run()
+
+    @remote("one_to_all")
     def save(self, folder: str) -> None:
         """Weights, optimizer and random state of a model that is trained, every rank its shares."""
         if self.trained is not None:

@@ -99,7 +99,7 @@ class TrainingCore(ModelCore):
         self.learning_rate = config.learning_rate
         self.num_updates = 0
         """Calls of `update`."""
-        self.step = self.total_steps = 0
+        self.step = self.total_steps = self.first_step = 0
         self.moments = WeightCheck(context, most=torch.finfo(torch.float32).max)
         self.skipped = SkippedUpdates(context, most=max_skipped_updates)
         self.peak_flops, self.flops_per_token = peak_flops(context.device), flops_per_token(model)
@@ -107,8 +107,18 @@ class TrainingCore(ModelCore):
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Set the learning rate of the updates that follow."""
+        self.first_step = self.first_step or step
         self.step, self.total_steps = step, total_steps
         self.learning_rate = learning_rate(self.config, step, total_steps)
+
+    def end_run(self) -> None:
+        """What a resumed run did before is taken to be as many updates a step as this process has made.
+
+        Raises:
+            DivergenceError: the run ends with half of its updates, two or more, skipped.
+        """
+        steps_here = self.step - self.first_step + 1
+        self.skipped.raise_if_most_of_the_run(num_updates=round(self.num_updates * self.total_steps / steps_here))
 
     @torch.no_grad()
     def measure(self, batch: Batch, loss: Loss, forward: Callable[[Microbatch], Outputs]) -> Metrics:
@@ -143,11 +153,9 @@ class TrainingCore(ModelCore):
             self.num_updates += 1
             seconds = time.perf_counter() - started
         is_skipped = not math.isfinite(norm)
-        if self.skipped.note(is_skipped=is_skipped, step=self.step) and self.context.rank == 0:
+        if self.skipped.note(is_skipped=is_skipped, step=self.step, why=why) and self.context.rank == 0:
             logger.warning("step %d: an update of %s is skipped. %s", self.step, self.context.role, why)
-        self.skipped.raise_if_too_many(why)
-        if 0 < self.step == self.total_steps:
-            self.skipped.raise_if_most_of_the_run(why, num_updates=self.num_updates)
+        self.skipped.raise_if_too_many()
         counted = {
             "grad_norm": Metric(norm),
             "learning_rate": Metric(self.learning_rate),

@@ -6,6 +6,8 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, RunConfig
 from hybridflow.controller.failed_rewards import FailedRewards
+from hybridflow.controller.loop import Loop
 from hybridflow.errors import DivergenceError, ModelError, RewardError
+from hybridflow.metrics import Metrics
 from hybridflow.ops.losses import PolicyLoss, ValueLoss
 from hybridflow.workers import finite
 from hybridflow.workers.actor import ActorWorker
@@ -216,8 +220,9 @@ def test_a_short_run_that_ends_without_learning_is_no_success(model_path: str) -
         worker.begin_step(step, 4)
         worker.update(rows(scale=3e38 if step > 1 else 1.0), loss=ValueLoss(clip=None))
     worker.begin_step(4, 4)
-    with pytest.raises(DivergenceError, match=r"the last 3 of 4 updates were skipped, since step 2") as raised:
-        worker.update(rows(scale=3e38), loss=ValueLoss(clip=None))
+    worker.update(rows(scale=3e38), loss=ValueLoss(clip=None))
+    with pytest.raises(DivergenceError, match=r"the last 3 of 4 updates were skipped, since step 2\. The norm") as raised:
+        worker.end_run()
     assert raised.value.since_step == 2
 
 
@@ -226,3 +231,46 @@ def test_one_update_that_is_skipped_at_the_end_is_no_failure(model_path: str) ->
     for step in (1, 2, 3, 4):
         worker.begin_step(step, 4)
         worker.update(rows(scale=3e38 if step == 4 else 1.0), loss=ValueLoss(clip=None))
+    worker.end_run()
+
+
+def test_updates_that_are_skipped_early_in_the_last_step_are_no_failure(model_path: str) -> None:
+    worker = worker_of(CriticWorker, training_config(model_path))
+    worker.begin_step(1, 1)
+    for scale in (3e38, 3e38, 1.0, 1.0):
+        worker.update(rows(scale=scale), loss=ValueLoss(clip=None))
+    worker.end_run()
+
+
+def test_a_run_resumed_at_its_last_step_is_judged_as_a_whole(model_path: str) -> None:
+    worker = worker_of(CriticWorker, training_config(model_path))
+    worker.begin_step(1000, 1000)
+    for _ in range(2):
+        worker.update(rows(scale=3e38), loss=ValueLoss(clip=None))
+    worker.end_run()
+
+
+def test_a_short_run_that_was_resumed_may_still_end_without_learning(model_path: str) -> None:
+    worker = worker_of(CriticWorker, training_config(model_path))
+    for step in (3, 4):
+        worker.begin_step(step, 4)
+        worker.update(rows(scale=3e38), loss=ValueLoss(clip=None))
+    with pytest.raises(DivergenceError, match="the last 2 of 4 updates were skipped, since step 3"):
+        worker.end_run()
+
+
+def test_the_loop_ends_the_run_on_every_role_after_the_last_step_was_learned() -> None:
+    roles = MagicMock()
+    loop: Any = MagicMock(total_steps=2, launched=MagicMock(groups={"actor": roles.actor, "critic": roles.critic}))
+    loop.config.data.curriculum = None
+    batch = Batch({"response_tokens": np.array([1]), "prompt_tokens": np.array([1])})
+    loop.rows.take.return_value = (batch, None)
+    loop.algorithm.learn.side_effect = lambda batch: roles.learn() and Metrics()
+    loop.weights.sync.return_value = Metrics()
+    loop.launched.log.drain.return_value = Metrics()
+    for step in (1, 2):
+        roles.reset_mock()
+        Loop.step(loop, step)
+        called = [name for name, _, _ in roles.mock_calls if not name.endswith("result")]
+        begun = ["actor.begin_step.start", "critic.begin_step.start", "learn", "learn().__bool__"]
+        assert called == begun + (["actor.end_run.start", "critic.end_run.start"] if step == 2 else [])
