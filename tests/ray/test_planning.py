@@ -16,24 +16,11 @@ from hybridflow.controller.placement import RolePlace, places
 from hybridflow.controller.planning import RunPlan, ask, decide
 from hybridflow.errors import PlacementError
 from hybridflow.planner.memory import GIB, Gpu
-from hybridflow.planner.sizes import ModelSize
 from hybridflow.workers.hardware import HardwareInfo
+from tests.model_sizes import HALF_BILLION
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-HALF_BILLION = ModelSize(
-    parameters=494_032_768,
-    trained_parameters=494_032_768,
-    output_parameters=0,
-    layer_parameters=14_912_384,
-    layers_parameters=357_897_216,
-    num_layers=24,
-    hidden=896,
-    attention=896,
-    key_value=128,
-    feed_forward=4864,
-    vocabulary=151936,
-)
 ROLES = ("data", "actor", "critic", "rollout", "reference", "reward")
 
 

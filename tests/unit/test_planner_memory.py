@@ -13,21 +13,8 @@ from hybridflow.planner.memory import GIB, Gpu, PoolNeeds, peak, phases
 from hybridflow.planner.needs import PoolInfo, is_open, pool_needs
 from hybridflow.planner.options import candidates, choose
 from hybridflow.planner.refusal import plan_all, refusal
-from hybridflow.planner.sizes import ModelSize
+from tests.model_sizes import SEVEN_BILLION
 
-SIZE = ModelSize(  # Qwen2.5-7B
-    parameters=7_615_616_512,
-    trained_parameters=7_615_616_512,
-    output_parameters=544_997_376,
-    layer_parameters=233_057_792,
-    layers_parameters=6_525_618_176,
-    num_layers=28,
-    hidden=3584,
-    attention=3584,
-    key_value=512,
-    feed_forward=18944,
-    vocabulary=152064,
-)
 PPO_ROLES = ("actor", "critic", "reference", "rollout")
 OF_GIVEN_SIZES = TrainingConfig(tokens_per_microbatch=16384)
 DEFAULTS = Config(
@@ -47,7 +34,7 @@ def gpu(gib: float) -> Gpu:
 
 def ppo(gib: float, *, ranks: int = 1, config: Config = DEFAULTS, roles: tuple[str, ...] = PPO_ROLES) -> PoolNeeds:
     """PPO of a model of 7B on one pool."""
-    sizes = {role: SIZE for role in roles if role in PPO_ROLES}
+    sizes = {role: SEVEN_BILLION for role in roles if role in PPO_ROLES}
     pool = PoolInfo(name="main", roles=roles, num_ranks=ranks, gpu=gpu(gib), sizes=sizes)
     return pool_needs(config, pool, set(roles))
 
@@ -74,7 +61,7 @@ def test_the_ranks_that_are_advised_are_the_fewest_for_which_there_is_a_plan(ten
 
 def test_ranks_are_advised_that_suffice_only_where_gradients_are_shared() -> None:
     large = replace(  # Llama 3 70B
-        SIZE,
+        SEVEN_BILLION,
         parameters=70_553_706_496,
         trained_parameters=70_553_706_496,
         output_parameters=1_050_673_152,
@@ -188,7 +175,7 @@ def test_an_engine_that_keeps_its_weights_frees_less() -> None:
     for config in (DEFAULTS, other):
         (learns,) = [phase for phase in phases(ppo(500.0, config=config), {"rollout.sleep"}) if phase.name == "actor learns"]
         kept.append(learns.usage["rollout: asleep"])
-    assert kept[1] - kept[0] == SIZE.parameters * 2  # bfloat16
+    assert kept[1] - kept[0] == SEVEN_BILLION.parameters * 2  # bfloat16
 
 
 def test_an_option_is_given_with_its_reason() -> None:
@@ -232,10 +219,10 @@ def test_a_row_longer_than_a_microbatch_counts_whole() -> None:
 
 
 def test_merging_adapters_is_a_peak_of_its_own() -> None:
-    adapted = replace(SIZE, trained_parameters=10_000_000)
+    adapted = replace(SEVEN_BILLION, trained_parameters=10_000_000)
     pool = PoolInfo(
-        name="main", roles=("actor", "rollout"), num_ranks=1, gpu=gpu(140.0), sizes={"actor": adapted, "rollout": SIZE}
+        name="main", roles=("actor", "rollout"), num_ranks=1, gpu=gpu(140.0), sizes={"actor": adapted, "rollout": SEVEN_BILLION}
     )
     needs = pool_needs(DEFAULTS, pool, {"actor", "rollout"})
     (sync,) = [phase for phase in phases(needs, set()) if phase.name == "weight sync"]
-    assert sync.usage["actor: merged weights"] == 4 * SIZE.parameters
+    assert sync.usage["actor: merged weights"] == 4 * SEVEN_BILLION.parameters
