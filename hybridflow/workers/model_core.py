@@ -84,17 +84,8 @@ class ModelCore:
             self.offload()
 
 
-class FrozenCore(ModelCore):
+def frozen(core: ModelCore) -> ModelCore:
     """A model that only computes: the reference, reward models in use."""
-
-    def __init__(
-        self,
-        model: PolicyModel | ValueModel,
-        config: TrainingConfig | ReferenceConfig,
-        context: RankContext,
-        *,
-        temperature: float = 1.0,
-        reads_rows: bool = False,
-    ):
-        super().__init__(model.requires_grad_(False), config, context, temperature=temperature, reads_rows=reads_rows)
-        self.offload()
+    core.model.requires_grad_(False)
+    core.offload()
+    return core

@@ -24,13 +24,13 @@ class ReferenceWorker(ModelWorker):
 
     def __init__(self, config: Config, context: RankContext):
         from hybridflow.models.build import build_policy
-        from hybridflow.workers.model_core import FrozenCore
+        from hybridflow.workers.model_core import ModelCore, frozen
         from hybridflow.workers.model_spec import frozen_model
 
         super().__init__(config, context)
         settings = self.config.models.get(context.role, self.config.reference)
         self.model = build_policy(frozen_model(self.config, context, settings.path))
-        self.core = FrozenCore(self.model, settings, context, temperature=self.config.rollout.temperature or 1.0)
+        self.core = frozen(ModelCore(self.model, settings, context, temperature=self.config.rollout.temperature or 1.0))
 
     @remote("split_by_data_rank")
     def log_probs(self, batch: Batch) -> Batch:

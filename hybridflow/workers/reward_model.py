@@ -28,7 +28,7 @@ class RewardModelWorker(ModelWorker):
 
     def __init__(self, config: Config, context: RankContext):
         from hybridflow.models.build import build_value_model
-        from hybridflow.workers.model_core import FrozenCore
+        from hybridflow.workers.model_core import ModelCore, frozen
         from hybridflow.workers.model_spec import frozen_model, trained_model
         from hybridflow.workers.training import TrainingCore
 
@@ -42,7 +42,7 @@ class RewardModelWorker(ModelWorker):
             self.trained = TrainingCore(
                 self.model, self.config.reward_model, context, reads_rows=True, max_skipped_updates=skips
             )
-        self.core = self.trained or FrozenCore(self.model, settings, context, reads_rows=True)
+        self.core = self.trained or frozen(ModelCore(self.model, settings, context, reads_rows=True))
 
     @remote("split_by_data_rank")
     def score(self, batch: Batch) -> Batch:
