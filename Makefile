@@ -49,11 +49,14 @@ quickstart: $(VENV)/.has-package $(if $(filter vllm,$(engine)),$(VENV)/.has-vllm
 curves: $(VENV)/.has-package ## Train the toy model by every algorithm and draw docs/algorithms.png: about half an hour
 	@$(BIN)/python -m examples.quickstart.curves --folder "$(if $(filter outputs/quickstart,$(folder)),outputs/curves,$(folder))"
 
-.PHONY: check
-check: $(VENV)/.has-dev ## Style, types, architecture and fast unit tests: under two minutes
+.PHONY: style
+style: $(VENV)/.has-dev ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.PHONY: check
+check: style ## Style, types, architecture and fast unit tests: before each commit
 	$(BIN)/python -m pytest tests/architecture tests/unit -m "not slow and not vllm and not gpu" -n 2 --dist loadfile
 
 .PHONY: test
