@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import tokenizer_at
-from hybridflow.data.check import check_file
+from hybridflow.data.check import BY_DATA_SOURCE, check_file
 from hybridflow.errors import HybridflowError
+from hybridflow.registry import REWARDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,13 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name: checks chat template and lengths too")
     command.add_argument("--max-prompt-tokens", type=int, default=DataConfig.max_prompt_tokens)
     command.add_argument("--max-response-tokens", type=int, default=DataConfig.max_response_tokens)
+    rule = "reward.name of the run, by which ground truths are checked; none for a function of your own"
+    command.add_argument("--reward", choices=sorted(REWARDS), default=BY_DATA_SOURCE, help=rule)
     options = parser.parse_args(arguments)
     lengths = {"max_prompt_tokens": options.max_prompt_tokens, "max_response_tokens": options.max_response_tokens}
     is_clean = True
     try:
         tokenizer = tokenizer_at(options.tokenizer, key="--tokenizer") if options.tokenizer else None
         for file in options.files:
-            report = check_file(file, tokenizer=tokenizer, data=dataclasses.replace(DataConfig(), **lengths))
+            data = dataclasses.replace(DataConfig(), **lengths)
+            report = check_file(file, tokenizer=tokenizer, data=data, rule=options.reward)
             sys.stdout.writelines(f"{file}: {line}\n" for line in report.lines())
             is_clean = is_clean and not report.problems
     except HybridflowError as error:

@@ -117,6 +117,8 @@ def _conversations(row: Row) -> tuple[list[list[Message]], int]:
             messages = [*before, *messages]
         whole.append(messages)
     num_shared = _num_shared(*whole)
+    if not num_shared:
+        raise BadRowError("'chosen' and 'rejected' begin with different messages: they answer different prompts")
     for name, messages in zip(("chosen", "rejected"), whole, strict=True):
         if not any(message["role"] == "assistant" for message in messages[num_shared:]):
             raise BadRowError(f"column {name!r} has no assistant turn of its own")

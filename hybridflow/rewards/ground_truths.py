@@ -25,7 +25,7 @@ def check_ground_truths(config: RewardConfig, rows: Iterable[tuple[int, object, 
     Raises:
         DataError: no answer can match the ground truth of a row; the first one is named, and how many there are.
     """
-    checks = [(term.data_sources, why) for term in config.terms if term.path is None and (why := _why(term.name))]
+    checks = [(term.data_sources, why) for term in config.terms if term.path is None and (why := why_of(term.name))]
     if not checks:
         return
     problems = []
@@ -38,8 +38,8 @@ def check_ground_truths(config: RewardConfig, rows: Iterable[tuple[int, object, 
         raise DataError(f"{key}: {problems[0]}.{more} No answer can match that: correct the file, or set another reward.name")
 
 
-def _why(name: str) -> Why | None:
-    """What the module of a built-in rule says; None where it says nothing."""
+def why_of(name: str) -> Why | None:
+    """What the module of a built-in rule says of ground truths; None where it says nothing."""
     if name not in REWARDS:
         return None
     return cast("Why | None", vars(importlib.import_module(REWARDS[name].partition(":")[0])).get("why_unmatchable"))

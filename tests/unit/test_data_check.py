@@ -11,7 +11,7 @@ import pytest
 from hybridflow.data.__main__ import main
 from tests.toy import make_tiny_model
 
-GOOD = {"data_source": "sums", "prompt": "1+1=", "reward_model": {"ground_truth": "2"}}
+GOOD = {"data_source": "openai/gsm8k", "prompt": "1+1=", "reward_model": {"ground_truth": "2"}}
 TURN = {"role": "assistant", "content": "2"}
 
 
@@ -49,6 +49,16 @@ def test_every_bad_prompt_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     )
 
 
+def test_ground_truths_that_no_answer_matches_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [GOOD, {**GOOD, "reward_model": {"ground_truth": "two"}}, {**GOOD, "data_source": "sums"}]
+    path = written(tmp_path, rows)
+    bad = "row 1: column 'reward_model.ground_truth' is 'two', which is no number: no answer can match it by reward.name="
+    unruled = "data_source 'sums' (1 rows) has no rule of its own: name one as --reward, or write a function"
+    assert said(capsys, path) == (1, [bad + "by_data_source", unruled, "prompts: 2 of 3 rows can be used"])
+    assert said(capsys, path, "--reward", "gsm8k") == (1, [bad + "gsm8k", "prompts: 2 of 3 rows can be used"])
+    assert said(capsys, path, "--reward", "none") == (0, ["prompts: 3 of 3 rows can be used"])
+
+
 def test_every_bad_pair_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     user = {"role": "user", "content": "1+1"}
     rows = [
@@ -56,12 +66,14 @@ def test_every_bad_pair_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         {"chosen": [user, TURN], "rejected": [user, TURN]},
         {"chosen": [user], "rejected": [user, TURN]},
         {"chosen": None, "rejected": [user, TURN]},
+        {"chosen": [user, TURN], "rejected": [{**user, "content": "2+2"}, TURN]},
     ]
     assert said(capsys, written(tmp_path, rows))[1] == [
         "row 1: left out: 'chosen' and 'rejected' are the same",
         "row 2: column 'chosen' has no assistant turn of its own",
         "row 3: column 'chosen' is null",
-        "preferences: 1 of 4 rows can be used",
+        "row 4: 'chosen' and 'rejected' begin with different messages: they answer different prompts",
+        "preferences: 1 of 5 rows can be used",
     ]
 
 
