@@ -17,7 +17,7 @@ from hybridflow.registry import nearest
 
 T = TypeVar("T")
 
-STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 WANTED = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null", object: "any value"}
 KINDS = {bool: "true/false", int: "integer", float: "number", str: "text", list: "list", dict: "mapping"}
 TRUTHS = {"yes": True, "on": True, "no": False, "off": False}

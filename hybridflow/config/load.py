@@ -280,6 +280,8 @@ def _read_yaml(path: str, place: str) -> tuple[dict[object, object], dict[str, i
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError([FieldError("YAML", f"{error.problem}", f"{path}:{line}")]) from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise ConfigError([FieldError("YAML", _first_line(error), str(path))]) from error
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         raise ConfigError([FieldError(key, _first_line(error), f"{path}:{lines.get(key, 1)}")]) from error

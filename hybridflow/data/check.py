@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from hybridflow.config.schema import DataConfig
+from hybridflow.data.chunks import check_prompt
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations, checked_messages, template_options
 from hybridflow.data.examples import BadRowError, Example, Findings, Row, UselessRowError
 from hybridflow.data.parquet import ColumnSpec, open_parquet, read_batches
@@ -123,13 +124,7 @@ def _chat(row: Row) -> None:
 
 
 def _prompt(row: Row, *, rule: str = "none") -> None:
-    prompt = row["prompt"]
-    if isinstance(prompt, list):
-        messages = checked_messages(prompt, "prompt")
-        if messages[-1]["role"] == "assistant":
-            raise BadRowError("column 'prompt' ends with an assistant turn, which is what is to be generated")
-    elif not prompt:
-        raise BadRowError(f"column 'prompt' is {'null' if prompt is None else 'empty'}")
+    check_prompt(row["prompt"])
     truth = row.get("reward_model")
     if isinstance(truth, dict) and truth.get("ground_truth") is None:
         raise BadRowError("column 'reward_model' has no ground_truth")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from hybridflow.batch import Ragged
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, RowError, Tokenizer, encode, is_templated, prompt_texts
-from hybridflow.data.conversations import TEMPLATE_COLUMNS, template_options
+from hybridflow.data.conversations import TEMPLATE_COLUMNS, checked_messages, template_options
 from hybridflow.data.examples import BadRowError
 from hybridflow.data.parquet import ColumnSpec, is_messages, read_batches, without_nulls
 from hybridflow.errors import DataError
@@ -95,10 +95,11 @@ class ChunkReader:
         """Text and token ids of each prompt."""
         prompts = batch.column("prompt")
         values = prompts.to_pylist()
-        if prompts.null_count:
-            raise RowError(values.index(None), "column 'prompt' is null")
-        if (empty := next((row for row, value in enumerate(values) if is_empty(value)), None)) is not None:
-            raise RowError(empty, f"the prompt is empty: column 'prompt' holds {values[empty]!r:.200}. Leave the row out")
+        for row, value in enumerate(values):
+            try:
+                check_prompt(value)
+            except BadRowError as error:
+                raise RowError(row, str(error)) from error
         has_messages = is_messages(prompts.type)
         if not is_templated(self.tokenizer, has_messages=has_messages, use=self.data.apply_chat_template):
             texts = cast(list[str], values)
@@ -158,9 +159,18 @@ def conversation(prompt: str | list[Message]) -> list[Message]:
     return cast(list[Message], without_nulls(prompt))
 
 
-def is_empty(prompt: str | list[Message]) -> bool:
-    """Whether nothing is asked: there is no text, or the last message of the user has none."""
-    if isinstance(prompt, str):
-        return not prompt.strip()
-    asked = [message.get("content") for message in prompt if message.get("role") == "user"]
-    return not prompt or bool(asked and not str(asked[-1] or "").strip())
+def check_prompt(prompt: object) -> None:
+    """Whether something is asked, and whether its messages are such.
+
+    Raises:
+        BadRowError: there is no text, or the last message of the user has none; a message is null or has no role or content; or
+            the last one is the assistant's, which is what is to be generated.
+    """
+    messages = [] if isinstance(prompt, str | None) or not prompt else checked_messages(prompt, "prompt")
+    asked = [prompt] if isinstance(prompt, str) else [message["content"] for message in messages if message["role"] == "user"]
+    if prompt is None or prompt == []:
+        raise BadRowError(f"column 'prompt' is {'null' if prompt is None else 'empty'}")
+    if not prompt or (asked and not str(asked[-1] or "").strip()):
+        raise BadRowError(f"the prompt is empty: column 'prompt' holds {prompt!r:.200}. Leave the row out")
+    if messages and messages[-1]["role"] == "assistant":
+        raise BadRowError("column 'prompt' ends with an assistant turn, which is what is to be generated")

@@ -124,6 +124,8 @@ def has_column(path: str, name: str, *, key: str) -> bool:
 
 def _problem(spec: ColumnSpec, schema: pa.Schema) -> str | None:
     index = schema.get_field_index(spec.name)
+    if schema.names.count(spec.name) > 1:
+        return f"column {spec.name!r} is there {schema.names.count(spec.name)} times"
     if index < 0:
         if not spec.is_required:
             return None

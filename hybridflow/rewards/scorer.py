@@ -164,7 +164,7 @@ class Scorer:
             future = self.coroutines.submit(result, num_rows=num_rows)
         except RewardError:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # Ctrl-C does not reach this process: whatever comes is of the function
             failure = Failure("raised", trace_of(error))
             return lambda: failure
 
@@ -175,7 +175,7 @@ class Scorer:
                 raise
             except LateError:
                 return Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s:g}")
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
                 return Failure("raised", trace_of(error))
 
         return wait

@@ -131,6 +131,7 @@ def test_of_a_file_that_cannot_be_read_nothing_is_missed(tmp_path: Path, text: s
     [
         ("run: {seed: 1\nmodel: x\n", "YAML: "),
         ("run:\n  seed: 1\n  seed: 2\n", "YAML: found duplicate key seed"),
+        ("run:\n  folder: a\x00\n", "YAML: unacceptable character"),
         ("- run\n", "holds no mapping of keys to values"),
         ("run:\n  folder: ${oc.env:NO_SUCH_VARIABLE}\n", "NO_SUCH_VARIABLE"),
         ("run:\n  folder: ${model.nothing}\n", "Interpolation key 'model.nothing' not found"),

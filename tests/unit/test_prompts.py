@@ -11,6 +11,7 @@ import pytest
 
 from hybridflow.config.schema import Config, DataConfig, ModelConfig
 from hybridflow.data.chat import Tokenizer, load_tokenizer
+from hybridflow.data.check import check_file
 from hybridflow.data.prompts import read_prompts
 from hybridflow.errors import DataError, ModelError
 from tests.toy import CHAT_TEMPLATE, make_tiny_tokenizer
@@ -193,6 +194,36 @@ def test_an_unusable_prompt_is_named_by_its_row(tmp_path: Path, tokenizer: Token
     file = write(tmp_path / "a.parquet", ROW, {**ROW, "prompt": prompt})
     with pytest.raises(DataError, match=f"a.parquet: row 1: {problem}"):
         read_prompts([file], tokenizer, data=DataConfig(apply_chat_template="never"))
+
+
+USER = {"role": "user", "content": "1+1="}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        ([None], "message 0 of column 'prompt' has no role"),
+        ([USER, {"role": None, "content": "x"}], "message 1 of column 'prompt' has no role"),
+        ([{"role": "user", "content": None}], "message 0 of column 'prompt' has neither content nor tool_calls"),
+        ([USER, {"role": "assistant", "content": "2"}], "column 'prompt' ends with an assistant turn"),
+        ([{"role": "user", "content": " "}], "the prompt is empty"),
+        ([], "column 'prompt' is empty"),
+    ],
+)
+def test_messages_that_ask_nothing_are_told_alike_by_training_and_by_the_check(
+    tmp_path: Path, tokenizer: Tokenizer, prompt: object, problem: str
+) -> None:
+    file = write(tmp_path / "a.parquet", {**ROW, "prompt": [USER]}, {**ROW, "prompt": prompt})
+    with pytest.raises(DataError, match=f"a.parquet: row 1: .*{problem}"):
+        read_prompts([file], tokenizer, data=DataConfig())
+    assert problem in check_file(file).problems[1]
+
+
+def test_a_column_that_is_there_twice_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 'prompt' is there 2 times"):
+        read_prompts([str(tmp_path / "a.parquet")], tokenizer, data=DataConfig())
 
 
 def test_a_missing_file_is_answered_with_the_nearest_one(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -69,6 +69,17 @@ def test_what_a_copy_of_the_process_says_is_nobodys_answer(body: str, tmp_path: 
     assert results == [Score(float(number)) for number in (*range(40), *range(7))]
 
 
+RAISED = ("KeyboardInterrupt", "GeneratorExit", "BaseException", "SystemExit(3)", "type('Odd', (BaseException,), {})(1, 2)")
+
+
+@pytest.mark.parametrize("raised", RAISED)
+def test_whatever_a_function_raises_fails_that_response_and_the_process_goes_on(raised: str, tmp_path: Path) -> None:
+    with scoring(tmp_path, f"    if number == 1: raise {raised}\n    return os.getpid()") as pool:
+        first, second, third = pool.score(inputs(3))
+    assert isinstance(second, Failure) and second.reason == "raised" and "raise " in second.detail
+    assert isinstance(first, Score) and first == third
+
+
 STARTS = {
     "a subprocess": "subprocess.Popen([sys.executable, '-c', SLEEP + MARK])",
     "a session of its own": "subprocess.Popen([sys.executable, '-c', SLEEP + MARK], start_new_session=True)",
