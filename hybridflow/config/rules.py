@@ -21,6 +21,7 @@ from hybridflow.config import (
     rules_hub,
     rules_placement,
     rules_reward,
+    rules_verl_files,
     user_code,
 )
 from hybridflow.config.schema import Config
@@ -172,6 +173,7 @@ RULES: tuple[Rule, ...] = (
     rules_reward.reward_function_can_be_called,
     rules_environment.environment_can_be_found,
     rules_environment.episodes_can_be_generated,
+    rules_verl_files.verls_files_can_be_used,
     rules_placement.pools_are_used,
     rules_placement.roles_have_pools,
     rules_placement.validation_has_engines_of_its_own,

@@ -394,8 +394,8 @@ class EnvironmentConfig:
     """Tokens of one turn of the policy; null means as many as the episode has left."""
     rewards: Literal["episode", "turn"] = "episode"
     """Whether an episode has one reward, the sum over its turns, or each turn has its own, at its last token."""
-    add_reward: bool = False
-    """Also score the last message by the reward role, and add that."""
+    add_reward: bool | Literal["all"] = False
+    """Also score the last message by the reward role, or with `all` everything behind the prompt, and add that."""
     tool_format: str = "auto"
     """How the model writes calls of tools: hermes, llama3 or mistral; auto is found out from its chat template."""
     num_processes: Annotated[int, COUNT] = 1

@@ -274,6 +274,27 @@ def of_vllm(given: Given) -> Values:
             yield f"rollout.engine_options.{name}", given(f"{ROLLOUT}.{name}")
 
 
+def episodes(given: Given) -> Values:
+    """Tools and interactions as an environment, and the reward function for all that was said."""
+    turns, options = f"{ROLLOUT}.multi_turn", "environment.options"
+    files = [name for name in ("tool_config_path", "interaction_config_path") if given.has(f"{turns}.{name}")]
+    if not files:
+        return
+    yield "environment.name", "hybridflow.environments.verl_tools:VerlEpisode"
+    for name in (*files, "max_parallel_calls", "max_tool_response_length"):
+        yield f"{options}.{name}", given(f"{turns}.{name}")
+    sides = choice("Set it to left, middle or right", left="left", middle="middle", right="right")
+    yield f"{options}.tool_response_truncate_side", sides(given(f"{turns}.tool_response_truncate_side"))
+    limits = [_count(given(f"{turns}.max_assistant_turns"))] if given.has(f"{turns}.max_assistant_turns") else []
+    limits += [1 + _count(given(f"{turns}.max_user_turns"))] if given.has(f"{turns}.max_user_turns") else []
+    most = min(limits, default=_count(given("data.max_response_length")))  # a turn has at least one token
+    yield f"{options}.max_turns", most
+    yield "environment.max_turns", most
+    known = choice("Set it to hermes, or to your model's own", hermes="hermes", llama3_json="llama3")
+    yield "environment.tool_format", known(given(f"{turns}.format"))
+    yield "environment.add_reward", "all"
+
+
 def engine_options(given: Given) -> Values:
     """Arguments of the engine that runs; those of others count nothing in verl either."""
     name = engine(given)
@@ -358,6 +379,7 @@ _RULES = [
     context,
     of_vllm,
     engine_options,
+    episodes,
     own_reward,
     reward_manager,
     reward_model,

@@ -35,8 +35,12 @@ class TemplateTokens:
         tokens += conversations.appended(said, [{"role": "user", "content": "Higher."}], behind=tokens)
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, use_template: bool = True):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, use_template: bool = True, options: Mapping[str, object] | None = None
+    ):
         self.tokenizer = tokenizer
+        self.options = dict(options or {})
+        """Of the template: `data.chat_template_options`."""
         self.use_template = use_template and bool(tokenizer.chat_template)
 
     def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()) -> tuple[str, list[int]]:
@@ -102,6 +106,7 @@ class TemplateTokens:
                 tools=schemas or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **cast(dict[str, Any], self.options),
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)

@@ -48,7 +48,8 @@ class Surroundings:
 
     def __post_init__(self) -> None:
         use_template = self.config.data.apply_chat_template != "never"
-        self.conversations = TemplateTokens(self.tokenizer, use_template=use_template)
+        options = self.config.data.chat_template_options
+        self.conversations = TemplateTokens(self.tokenizer, use_template=use_template, options=options)
         self.tool_format = format_of(self.config.environment.tool_format, self.tokenizer.chat_template)
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
 

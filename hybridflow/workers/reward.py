@@ -66,7 +66,7 @@ class RewardWorker(Worker):
         """
         if self.pool is None:
             return Batch({"reward": batch["episode_reward"], "reward_failed": batch["episode_failed"]})
-        results = self.pool.score(_reward_inputs(batch))
+        results = self.pool.score(_reward_inputs(batch, last_message=self.config.environment.add_reward is True))
         scores = [result if isinstance(result, Score) else Score(self.config.reward.failure_reward) for result in results]
         failures = [result for result in results if isinstance(result, Failure)]
         self.failures.extend(failures)
@@ -116,7 +116,7 @@ class RewardWorker(Worker):
             self.pool.close()
 
 
-def _reward_inputs(batch: Batch) -> list[RewardInput]:
+def _reward_inputs(batch: Batch, *, last_message: bool) -> list[RewardInput]:
     """Rows of a source that writes no messages or lengths have none."""
     count = len(batch)
     messages = batch.objects("messages") if "messages" in batch else [()] * count
@@ -124,7 +124,7 @@ def _reward_inputs(batch: Batch) -> list[RewardInput]:
     tokens = batch["response_tokens"].tolist() if "response_tokens" in batch else [0] * count
     truncated = batch["truncated"].tolist() if "truncated" in batch else [False] * count
     names = ("ground_truth", "data_source", "extra_info", "prompt_text")
-    columns = (_responses(batch), *(batch.objects(name) for name in names))
+    columns = (_responses(batch, last_message=last_message), *(batch.objects(name) for name in names))
     return [
         RewardInput(
             response=cast(str, response),
@@ -143,9 +143,9 @@ def _reward_inputs(batch: Batch) -> list[RewardInput]:
     ]
 
 
-def _responses(batch: Batch) -> list[object]:
-    """What is scored: the text of a response, of an episode the last message of the policy."""
-    if "conversation" not in batch:
+def _responses(batch: Batch, *, last_message: bool) -> list[object]:
+    """What is scored: the text of a response, or of an episode the last message of the policy alone."""
+    if not last_message:
         return batch.objects("response_text")
     conversations = cast(list[list[Mapping[str, object]]], batch.objects("conversation"))
     turns = ([message["content"] for message in said if message["role"] == "assistant"] for said in conversations)

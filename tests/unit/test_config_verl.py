@@ -382,7 +382,7 @@ def test_a_tilde_takes_a_key_out_of_the_file(tmp_path: Path) -> None:
         ("algorithm.adv_estimator=optimal_token_baseline", "no algorithm here has the advantages of 'optimal_token_baseline'"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=gspo", "there are gae, grpo"),
         ("actor_rollout_ref.actor.megatron.seed=1", "training runs on FSDP2"),
-        ("actor_rollout_ref.rollout.multi_turn.tool_config_path=x.yaml", "write tools and turns as an environment"),
+        ("actor_rollout_ref.rollout.multi_turn.function_tool_path=x.py", "write the functions as a ToolEnvironment"),
         ("actor_rollout_ref.model.override_config.rope_theta=1", "edit config.json in a copy of the model's folder"),
         ("actor_rollout_ref.rollout.do_sample=False", "set it to True"),
         ("algorithm.kl_penalty=full algorithm.use_kl_in_reward=True", "found 'full'; allowed: kl, k1, mse"),
