@@ -18,9 +18,16 @@ from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import device_type, placement_lines
 from hybridflow.controller.run_folder import reserved
 from hybridflow.controller.watch import watched
+from hybridflow.data.loader import check_columns
 from hybridflow.trackers.trial import try_trackers
 
 logger = logging.getLogger("hybridflow")
+
+
+def check_files(config: Config) -> None:
+    """Raises ConfigError where a data file on this machine lacks a column; a data worker of the user's may read other ones."""
+    if "data" not in config.placement.workers:
+        check_columns(config, algorithm_class(config).rows)
 
 
 @contextmanager
@@ -35,6 +42,7 @@ def prepared(config: Config) -> Iterator[Loop]:
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what ranks write reaches a log file as plain text
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # it prints whole traces of calls whose failure was told
+    check_files(config)
     try_trackers(config)
     started, is_finished = time.perf_counter(), False
     try:

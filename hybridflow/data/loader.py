@@ -8,6 +8,7 @@ step, which goes on with the following epoch.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from hybridflow.data.chat import Tokenizer
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations
 from hybridflow.data.curriculum import SUCCESS_RATE, ByColumn, BySuccess, Curriculum
 from hybridflow.data.examples import read_examples
-from hybridflow.data.parquet import ColumnSpec, has_column, is_number
+from hybridflow.data.parquet import ColumnSpec, has_column, is_number, open_parquet
 from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences
 from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS, Prompts, read_prompts
-from hybridflow.data.responses import read_responses
-from hybridflow.errors import DataError
+from hybridflow.data.responses import RESPONSE_COLUMNS, read_responses
+from hybridflow.errors import ConfigError, DataError, FieldError
 
 VALIDATION_STEP = -1
 """Stands for the step in the seeds of validation, which are the same whenever it runs."""
@@ -274,6 +275,30 @@ def read_rows(config: Config, files: Sequence[str], tokenizer: Tokenizer, rows: 
             if all(has_column(path, "messages", key=key) for path in files):
                 return read_examples(files, CHAT_COLUMNS, Conversations(whole, config.data), key=key)
             return read_responses(files, tokenizer, data=config.data, key=key)
+
+
+def check_columns(config: Config, rows: RowKind) -> None:
+    """Look at the columns of those of the run's files that are on this machine; nothing is started for it, no row is read.
+
+    Raises:
+        ConfigError: one for each file that lacks a column or has it with another type.
+    """
+    errors, data = [], config.data
+    prompts = prompt_columns(config)
+    of_training = [*prompts, *order_columns(config)] if rows == "prompts" else PREFERENCE_COLUMNS
+    expected = {"data.train_files": of_training, "data.held_out_files": of_training, "data.validation_files": prompts}
+    files = {"data.train_files": data.train_files, "data.held_out_files": data.held_out_files}
+    for key, paths in {**files, "data.validation_files": data.validation_files}.items():
+        for path in filter(os.path.isfile, paths):
+            try:
+                columns = expected[key]
+                if rows == "responses" and key in files:
+                    columns = CHAT_COLUMNS if has_column(path, "messages", key=key) else RESPONSE_COLUMNS
+                open_parquet(path, columns, key=key)
+            except DataError as error:
+                errors.append(FieldError(key, str(error).removeprefix(f"{key}: ")))
+    if errors:
+        raise ConfigError(errors)
 
 
 def order_columns(config: Config) -> list[ColumnSpec]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hybridflow.checkpoint.store import CheckpointStore, RunState
@@ -65,6 +67,23 @@ def test_what_is_a_warning_in_a_dry_run_stops_a_run(yaml_file: str, capsys: pyte
 def test_a_class_that_does_not_import_ends_a_dry_run_as_a_mistake(yaml_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([yaml_file, "model.path=/absent", "placement.workers.actor=no_such_package.x:Y", "--dry-run"]) == 2
     assert "placement.workers.actor: 'no_such_package.x:Y' needs module" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_columns_that_the_files_lack_are_told_before_anything_starts(
+    yaml_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: list[str]
+) -> None:
+    lacking = tmp_path / "lacking.parquet"
+    pq.write_table(pa.table({"question": ["1+1"], "prompt": [1]}), lacking)
+    files = [f"data.train_files={lacking}", f"data.validation_files={lacking}", "data.curriculum=level", "rollout.engine=torch"]
+    assert main([yaml_file, *files, *dry]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "2 errors in the configuration:"
+    assert (
+        told[1].startswith(f"  data.train_files: {lacking}: column 'prompt' is int64; ")
+        and "column 'level' is missing" in told[1]
+    )
+    assert told[2].startswith(f"  data.validation_files: {lacking}: ") and "level" not in told[2]
 
 
 def test_a_command_without_a_file_starts_from_the_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
