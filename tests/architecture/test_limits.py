@@ -96,7 +96,7 @@ BUDGETS = {
     "hybridflow/config": 4130,
     "hybridflow/controller": 4430,
     "hybridflow/controller/stream.py": 250,
-    "hybridflow/data": 2500,
+    "hybridflow/data": 2550,
     "hybridflow/environments": 2090,
     "hybridflow/models": 1350,
     "hybridflow/ops": 1520,
