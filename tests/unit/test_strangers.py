@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +22,28 @@ from tests.training_rows import context_of, model_without_zero_weights, whole_we
 from tests.unit.local_groups import LocalDispatcher
 from tests.unit.test_algorithm_pages import PROMPTS, ROLES, config_of, only
 
+PAGE = Path(__file__).parents[2] / "docs/writing_an_algorithm.md"
+
+
+def algorithm_of_the_page() -> type[Algorithm]:
+    """The file that docs/writing_an_algorithm.md shows."""
+    (block,) = re.findall(r"```python\n# my_algorithm.py.*?```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, object] = {"__name__": __name__}
+    exec(block.removeprefix("```python\n").removesuffix("```"), names)
+    shown = names["MyAlgorithm"]
+    assert isinstance(shown, type) and issubclass(shown, Algorithm)
+    return shown
+
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
 @pytest.mark.parametrize(
     ("algorithm", "own"),
-    [(SecondThought, "second_thought/reward"), (SquareRoot, "actor/row_weight"), (OnlyVaried, "varied/spread")],
+    [
+        (SecondThought, "second_thought/reward"),
+        (SquareRoot, "actor/row_weight"),
+        (OnlyVaried, "varied/spread"),
+        (algorithm_of_the_page(), "mine/best"),
+    ],
 )
 def test_each_trains_and_tells_its_own_metric(
     tmp_path_factory: pytest.TempPathFactory, algorithm: type[Algorithm], own: str, max_staleness: int
