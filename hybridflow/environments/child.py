@@ -75,7 +75,7 @@ class NotLoaded:
     problem: str
 
 
-class LateError(Exception):
+class MethodTimeoutError(Exception):
     """A method has not returned in time."""
 
     def __init__(self, is_stuck: bool):
@@ -126,7 +126,7 @@ class Episodes:
         result: Opening | Outcome | MethodFailure
         try:
             result = await self.call(ask)
-        except LateError as late:
+        except MethodTimeoutError as late:
             is_stuck = late.is_stuck
             allowed = f"environment.timeout_s={self.config.timeout_s:g}"
             result = MethodFailure("timed out", f"{ask.method} has not returned within {allowed}")
@@ -166,7 +166,7 @@ class Episodes:
         done, _ = await asyncio.wait({task}, timeout=self.config.timeout_s)
         if not done:
             task.cancel()
-            raise LateError(is_thread)
+            raise MethodTimeoutError(is_thread)
         return task.result()
 
 

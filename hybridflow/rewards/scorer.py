@@ -39,7 +39,7 @@ class Term:
         return not patterns or any(fnmatchcase(str(reward_input["data_source"]), pattern) for pattern in patterns)
 
 
-class LateError(Exception):
+class ScoringTimeoutError(Exception):
     """A coroutine has had its time."""
 
 
@@ -52,7 +52,7 @@ class Coroutines:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, awaitable: Awaitable[object], *, num_rows: int = 1) -> Future[object]:
-        """Begin; the future raises what the coroutine raises, or LateError."""
+        """Begin; the future raises what the coroutine raises, or ScoringTimeoutError."""
 
         async def limited() -> object:
             async with self._places:
@@ -61,7 +61,7 @@ class Coroutines:
                         return await awaitable
                 except TimeoutError as error:  # which may also be the function's own
                     if limit.expired():
-                        raise LateError from error
+                        raise ScoringTimeoutError from error
                     raise
 
         if self._loop is None:  # not before it is needed: a process without threads may fork
@@ -173,7 +173,7 @@ class Scorer:
                 return read(future.result())
             except RewardError:
                 raise
-            except LateError:
+            except ScoringTimeoutError:
                 return Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s:g}")
             except BaseException as error:
                 return Failure("raised", trace_of(error))
