@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridflow.config.rules_files import TOKENIZER_FILES, model_paths, settings_in
+from hybridflow.config.rules_files import model_paths, settings_in
 from hybridflow.config.schema import Config
+from hybridflow.config.tokenizers import has_tokenizer, loaded
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
 
 if TYPE_CHECKING:
@@ -68,14 +69,10 @@ class Side:
 def load_side(path: str, config: Config) -> Side | None:
     """The tokenizer of a folder, or of a name whose files are here; None where there is none."""
     folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if folder.is_dir() and not has_tokenizer(folder):
         return None
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=config.model.trust_remote_code, local_files_only=not folder.is_dir()
-        )
+        tokenizer = loaded(path, trust_remote_code=config.model.trust_remote_code, local_files_only=not folder.is_dir())
     except Exception:  # a tokenizer fails in its own ways; whoever needs it tells how
         return None
     return Side(path, tokenizer, tokenizer.get_vocab())

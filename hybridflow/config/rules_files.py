@@ -10,12 +10,12 @@ from pathlib import Path
 
 from hybridflow.config.rules_placement import divisors
 from hybridflow.config.schema import Config
+from hybridflow.config.tokenizers import TOKENIZER_FILES, has_tokenizer
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("*.safetensors", "*.bin")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Any of these holds a vocabulary."""
 PARQUET = b"PAR1"
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
@@ -76,7 +76,7 @@ def tokenizer_is_there(config: Config, roles: tuple[str, ...]) -> Iterator[Field
         return
     if not folder.is_dir():
         yield FieldError(key, missing(path, "folder"), is_local=True)
-    elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    elif not has_tokenizer(folder):
         problem = f"folder {path!r} holds no tokenizer ({', '.join(TOKENIZER_FILES)})"
         advice = "Save one there, or name another folder in model.tokenizer"
         yield FieldError(key, f"{problem}. {advice}", related=("model.tokenizer",))

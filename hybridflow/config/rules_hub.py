@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from hybridflow.config.pools import joins_a_cluster
-from hybridflow.config.rules_files import HUB_NAME, TOKENIZER_FILES, WEIGHTS, model_paths
+from hybridflow.config.rules_files import HUB_NAME, WEIGHTS, model_paths
 from hybridflow.config.schema import Config
+from hybridflow.config.tokenizers import TOKENIZER_FILES
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
 
 TIMEOUT_S = 10.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from hybridflow.config.rules_files import TOKENIZER_FILES
+from hybridflow.config.tokenizers import TOKENIZER_FILES, has_tokenizer, loaded
 from hybridflow.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -54,24 +54,21 @@ def tokenizer_at(path: str, *, key: str = "model.tokenizer", trust_remote_code: 
     Raises:
         ModelError: there is no such folder, or it holds no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     _check_folder(path, key)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return loaded(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise ModelError(f"{key}={path!r}: the tokenizer does not load: {error}") from error
-    return tokenizer
 
 
 def _check_folder(path: str, key: str) -> None:
-    """From a folder without a vocabulary transformers makes an empty tokenizer and says nothing, so look first."""
+    """A folder without a tokenizer is told before transformers reads it."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if path.startswith(("/", "./", "../", "~")):
             raise ModelError(f"{key}={path!r}: there is no such folder")
         return
-    if any((folder / name).exists() for name in TOKENIZER_FILES):
+    if has_tokenizer(folder):
         return
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
     raise ModelError(
