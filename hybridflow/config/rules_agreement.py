@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from hybridflow.config.rules_files import model_paths, settings_in
 from hybridflow.config.schema import Config
-from hybridflow.config.tokenizers import has_tokenizer, loaded
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
+from hybridflow.tokenizers import has_tokenizer, loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

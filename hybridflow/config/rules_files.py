@@ -10,9 +10,9 @@ from pathlib import Path
 
 from hybridflow.config.rules_placement import divisors
 from hybridflow.config.schema import Config
-from hybridflow.config.tokenizers import TOKENIZER_FILES, has_tokenizer
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
+from hybridflow.tokenizers import TOKENIZER_FILES, has_tokenizer
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("*.safetensors", "*.bin")

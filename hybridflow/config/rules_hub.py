@@ -14,8 +14,8 @@ from typing import Literal
 from hybridflow.config.pools import joins_a_cluster
 from hybridflow.config.rules_files import HUB_NAME, WEIGHTS, model_paths
 from hybridflow.config.schema import Config
-from hybridflow.config.tokenizers import TOKENIZER_FILES
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
+from hybridflow.tokenizers import TOKENIZER_FILES
 
 TIMEOUT_S = 10.0
 NUM_ATTEMPTS = 2

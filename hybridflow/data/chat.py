@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from hybridflow.config.tokenizers import TOKENIZER_FILES, has_tokenizer, loaded
 from hybridflow.errors import DataError, ModelError
+from hybridflow.tokenizers import TOKENIZER_FILES, has_tokenizer, loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
