@@ -36,6 +36,8 @@ ALGORITHMS = {
     "clip_cov": "hybridflow.algorithms.clip_cov:ClipCov",
     "distillation": "hybridflow.algorithms.distillation:Distillation",
     "safe_rlhf": "hybridflow.algorithms.safe_rlhf:SafeRLHF",
+    "dppo": "hybridflow.algorithms.dppo:DPPO",
+    "gdpo": "hybridflow.algorithms.gdpo:GDPO",
     "grpo_pass_at_k": "hybridflow.algorithms.grpo_pass_at_k:GRPOPassAtK",
 }
 

@@ -56,9 +56,11 @@ OF_ESTIMATOR = {
     "reinforce_plus_plus": "reinforce_plus_plus",
     "reinforce_plus_plus_baseline": "reinforce_plus_plus_baseline",
     "opo": "opo",
+    "gdpo": "gdpo",
 }
 """Algorithms with the clipped ratio, loss_mode vanilla."""
 OF_LOSS = {"gspo": "gspo", "cispo": "cispo", "geo_mean": "gmpo", "sapo": "sapo", "kl_cov": "kl_cov", "clip_cov": "clip_cov"}
+OF_LOSS |= {"dppo_tv": "dppo", "dppo_kl": "dppo"}
 """Algorithms with the advantages of GRPO."""
 WITHOUT_GROUPS = ("ppo", "remax", "reinforce_plus_plus")
 """Algorithms here that compare a response with no others to its prompt."""
@@ -129,6 +131,9 @@ def loss(given: Given) -> Values:
         yield "algorithm.share", given(f"{policy_loss}.{mode}_ratio")
     if mode == "clip_cov":
         yield "algorithm.bounds", [given(f"{policy_loss}.clip_cov_lb"), given(f"{policy_loss}.clip_cov_ub")]
+    if mode in ("dppo_tv", "dppo_kl"):
+        yield "algorithm.divergence", mode.removeprefix("dppo_")
+        yield "algorithm.ratio_cap", given(f"{ACTOR}.clip_ratio_c")
     if mode == "kl_cov":
         yield "algorithm.covariance_kl", given(f"{policy_loss}.ppo_kl_coef")
     if mode == "sapo":
@@ -158,7 +163,8 @@ def kl(given: Given) -> Values:
 def correction(given: Given) -> Values:
     """Importance weights between engine and trainer, as weights (`is`) and as a mask (`rs`)."""
     weights, mask = (given(f"{CORRECTION}.rollout_{part}") for part in ("is", "rs"))
-    known = choice("Set algorithm.importance_cap, importance_level and importance_mask", token="token", sequence="sequence")
+    levels = {"token": "token", "sequence": "sequence", "token_k1": "token", "seq_sum_k1": "sequence"}
+    known = choice("Set algorithm.importance_cap, importance_level and importance_mask", **levels)
     if None not in (weights, mask) and known(weights) != known(mask):
         raise UntranslatableError(f"rollout_is={weights} and rollout_rs={mask} have one level here. Set both to the same")
     if weights is not None or mask is not None:
@@ -166,8 +172,10 @@ def correction(given: Given) -> Values:
     if weights is not None:
         yield "algorithm.importance_cap", given(f"{CORRECTION}.rollout_is_threshold")
     if mask is not None:
-        high = float(str(given(f"{CORRECTION}.rollout_rs_threshold") or 2.0))
-        yield "algorithm.importance_mask", [float(str(given(f"{CORRECTION}.rollout_rs_threshold_lower") or 1 / high)), high]
+        # Later releases have both ends in one: 0.5_2.0.
+        below, _, above = str(given(f"{CORRECTION}.rollout_rs_threshold") or 2.0).rpartition("_")
+        low = given(f"{CORRECTION}.rollout_rs_threshold_lower") or below or 1 / float(above)
+        yield "algorithm.importance_mask", [float(str(low)), float(above)]
     if is_true(given(f"{CORRECTION}.bypass_mode")):
         yield "algorithm.old_log_probs", "rollout"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ class PolicyTokens:
 Computed = tuple[Tensor, dict[str, TokenMetric]]
 """The loss of each token, shape [T], and metrics."""
 Surrogate = Callable[[PolicyTokens], Computed]
+Divergence = Literal["tv", "kl"]
+"""Total variation, or Kullback-Leibler."""
 
 
 def token_ratio(tokens: PolicyTokens) -> Tensor:
@@ -118,6 +121,29 @@ def clipped_weight(tokens: PolicyTokens, *, clip: tuple[float, float]) -> Comput
     return -weight_T * tokens.advantage_T * tokens.log_probs_T, metrics
 
 
+def within_divergence(tokens: PolicyTokens, *, divergence: Divergence, bounds: tuple[float, float], cap: float) -> Computed:
+    """-sg(min(r, cap)) A log p at tokens whose probability has not left a region around the old one; others count nothing.
+
+    A token has left it where its probability has moved in the direction of its advantage, and the distance between policy and
+    old policy, each seen as this token or any other, is more than the upper bound (advantage above 0) or the lower one.
+
+    DPPO, Qi et al. 2026, arXiv:2602.04879: `tv` |p - q| and `kl` KL(old || policy) of the two outcomes; the cap, sec. 5.4.
+    """
+    ratio_T, advantage_T = token_ratio(tokens).detach(), tokens.advantage_T
+    new_T, old_T = tokens.log_probs_T.detach().exp(), tokens.old_T.exp()
+    match divergence:
+        case "tv":
+            distance_T = (new_T - old_T).abs()
+        case "kl":
+            others_T = ((1.0 - old_T + 1e-8) / (1.0 - new_T + 1e-8)).log()
+            distance_T = old_T * (tokens.old_T - tokens.log_probs_T.detach()) + (1.0 - old_T) * others_T
+    is_up_T = advantage_T > 0
+    is_outward_T = torch.where(is_up_T, new_T > old_T, new_T < old_T)
+    is_left_T = is_outward_T & (distance_T > torch.where(is_up_T, bounds[1], bounds[0]))
+    metrics = {"clip_fraction": TokenMetric.mean(is_left_T), **tokens.metrics(ratio_T)}
+    return -ratio_T.clamp(max=cap) * advantage_T * tokens.log_probs_T * ~is_left_T, metrics
+
+
 def geometric_mean(tokens: PolicyTokens, *, clip: tuple[float, float]) -> Computed:
     """-A exp(mean of a row's log ratios), each kept within [-low, high] where that makes the objective smaller.
 
@@ -125,7 +151,9 @@ def geometric_mean(tokens: PolicyTokens, *, clip: tuple[float, float]) -> Comput
     the mean of its tokens'.
     """
     low, high = clip
-    log_ratio_T, sign_T = tokens.log_ratio, tokens.advantage_T.sign()
+    # Not bounded below: of a mean of logarithms a small one stays finite.
+    log_ratio_T = (tokens.log_probs_T - tokens.old_T).clamp(max=MAX_LOG_RATIO)
+    sign_T = tokens.advantage_T.sign()
     bounded_T = log_ratio_T.clamp(-low, high)
     kept_T = sign_T * torch.minimum(sign_T * log_ratio_T, sign_T * bounded_T)
     ratio_B = row_means(kept_T, tokens.lengths_B).exp()
@@ -170,7 +198,7 @@ def kl_covariance(tokens: PolicyTokens, *, share: float, coefficient: float) -> 
     ratio_T = log_ratio_T.exp()
     num_chosen = max(1, int(len(ratio_T) * share))
     is_chosen_T = torch.zeros_like(ratio_T).index_fill(0, covariance(tokens).topk(num_chosen).indices, 1.0)
-    loss_T = -ratio_T * tokens.advantage_T + coefficient * is_chosen_T * log_ratio_T.abs()
+    loss_T = -ratio_T * tokens.advantage_T + coefficient * is_chosen_T * (tokens.log_probs_T - tokens.old_T).abs()
     return loss_T, {"covariance_chosen": TokenMetric.mean(is_chosen_T), **tokens.metrics(ratio_T.detach())}
 
 

@@ -103,6 +103,8 @@ def advantages(name: str, case: Case) -> Rows:
         case "reinforce_plus_plus":
             rewards = token_rewards(case, reward, 0.01, "k1")
             return whitened([reference.discounted_returns(row, 1.0) for row in rewards])
+        case "gdpo":
+            return whitened(constant(reference.group_normalized(reward, group, scale_by_std=True), lengths))
         case "reinforce_plus_plus_baseline":
             return whitened(constant(reference.group_normalized(reward, group, scale_by_std=False), lengths))
         case "remax":
@@ -163,6 +165,12 @@ def row_losses(name: str, new: Rows, frozen: Rows, case: Case, advantage: Rows) 
                 row = [policy_token(s, A, (3e-4, 4e-4)) for s, A in zip(tokens, a, strict=True)]
             case "cispo":
                 row = [-bounded(r, 0.0, 1.28) * A * x for r, A, x in zip(ratio0, a, p, strict=True)]
+            case "dppo":
+                left = [
+                    (x - y) * (1 if A > 0 else -1) > 0.2 for x, y, A in zip(map(math.exp, p0), map(math.exp, q), a, strict=True)
+                ]
+                weights = [0.0 if out else min(r, 20.0) for out, r in zip(left, ratio0, strict=True)]
+                row = [-w * A * x for w, A, x in zip(weights, a, p, strict=True)]
             case "gmpo":
                 row = [geometric_row(p, q, a[0], 0.4)] * len(p) if p else []
             case "sapo":

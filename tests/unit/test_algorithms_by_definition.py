@@ -194,6 +194,7 @@ def test_equal_rewards_teach_nothing_but_what_a_kl_or_a_critic_says(name: str) -
 
 WITH_A_BASELINE_OF_THEIR_OWN = {
     "ppo": "the critic's values",
+    "gdpo": "normalised over the step",
     "distillation": "the teacher",
     "remax": "the greedy response",
     "dapo": "lengths differ, and are punished",

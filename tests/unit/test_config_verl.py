@@ -274,6 +274,8 @@ def test_an_option_of_ppo_is_carried_over(tmp_path: Path, override: str, name: s
         ("adv_estimator=grpo actor.policy_loss.loss_mode=geo_mean actor.clip_ratio_high=0.4", "gmpo", {"clip": (0.2, 0.4)}),
         ("adv_estimator=grpo actor.policy_loss.loss_mode=cispo actor.clip_ratio_low=10", "cispo", {"clip": (10.0, 0.2)}),
         ("adv_estimator=grpo actor.policy_loss.loss_mode=sapo", "sapo", {"tau_negative": 1.05}),
+        ("adv_estimator=grpo actor.policy_loss.loss_mode=dppo_kl", "dppo", {"divergence": "kl", "ratio_cap": 3.0}),
+        ("adv_estimator=gdpo algorithm.gdpo_reward_keys=[a,b]", "gdpo", {"rewards": ("a", "b"), "reward_weights": ()}),
         ("adv_estimator=grpo actor.policy_loss.loss_mode=kl-cov", "kl_cov", {"share": 2e-4, "covariance_kl": 0.1}),
         ("adv_estimator=grpo actor.policy_loss.loss_mode=clip_cov", "clip_cov", {"bounds": (1.0, 5.0), "share": 2e-4}),
         (

@@ -289,3 +289,31 @@ def test_a_loss_reads_the_columns_that_its_options_need():
 @pytest.mark.parametrize("loss", [ops.PolicyLoss(**FULL_LOSS), ops.ValueLoss(clip=None), ops.NextTokenLoss()])
 def test_losses_travel_as_values(loss: ops.Loss):
     assert pickle.loads(pickle.dumps(loss)) == loss
+
+
+@pytest.mark.parametrize(
+    ("new", "advantage", "divergence", "loss"),
+    [
+        # From 0.5 to 0.8: moved up by 0.3, and KL(0.5 || 0.8) = 0.5 log(0.5 / 0.8) + 0.5 log(0.5 / 0.2) = 0.2231.
+        (0.8, 1.0, "tv", 0.0),
+        (0.8, 1.0, "kl", 0.0),
+        # Against the advantage nothing is left: -(0.8 / 0.5) * -1 * log 0.8.
+        (0.8, -1.0, "tv", 1.6 * math.log(0.8)),
+        # To 0.3: moved down by 0.2, within 0.25, and KL(0.5 || 0.3) = 0.0872.
+        (0.3, -1.0, "tv", 0.6 * math.log(0.3)),
+        (0.3, -1.0, "kl", 0.6 * math.log(0.3)),
+    ],
+)
+def test_a_token_that_has_left_the_trust_region_counts_nothing(new: float, advantage: float, divergence: str, loss: float):
+    log_probs_T = torch.tensor([new]).log().requires_grad_()
+    tokens = ops.PolicyTokens(
+        log_probs_T=log_probs_T,
+        old_T=torch.tensor([0.5]).log(),
+        advantage_T=torch.tensor([advantage]),
+        lengths_B=torch.tensor([1]),
+    )
+    bounds = {"tv": (0.25, 0.25), "kl": (0.1, 0.2)}[divergence]
+    found_T, _ = ops.within_divergence(tokens, divergence=divergence, bounds=bounds, cap=20.0)  # type: ignore[arg-type]
+    assert found_T.item() == pytest.approx(loss, abs=1e-6)
+    found_T.sum().backward()
+    assert log_probs_T.grad.item() == pytest.approx(loss / math.log(new), abs=1e-6)
