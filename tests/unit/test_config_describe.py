@@ -17,7 +17,7 @@ AWKWARD = [
     ["reward.name=json:loads", "reward.options={a: {b: [1, 2.5, null, 'true']}, 'with space': 1e-30}"],
     ["algorithm=grpo", "algorithm.prompts_per_update=null", "algorithm.clip=[0.1,0.3]"],
     ["placement.pools={b: 1x1, a: 1x2}", "placement.roles={}", "trackers.run_name='2026-11-21'"],
-    ["actor.max_grad_norm=.inf", "actor.learning_rate=1.2345678901234567e-6"],
+    ["actor.max_grad_norm=1e30", "actor.learning_rate=1.2345678901234567e-6"],
 ]
 
 
