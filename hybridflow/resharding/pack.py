@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import split_with_sizes
 from torch.distributed.tensor import DTensor, Shard
 
 from hybridflow.resharding.buckets import Entry, Plan, Segment
@@ -25,11 +26,7 @@ def flat_runs(lengths: Sequence[Sequence[int]], *, turns: int, dtype: str, devic
     """For each bucket neighbouring runs of so many elements; buckets take turns in as many buffers as there are turns."""
     sizes = [sum(runs) for runs in lengths]
     buffers = [torch.empty(max(sizes[turn::turns], default=0), dtype=DTYPES[dtype], device=device) for turn in range(turns)]
-    starts = [[sum(runs[:index]) for index in range(len(runs))] for runs in lengths]
-    return [
-        [buffers[bucket % turns][start : start + length] for start, length in zip(starts[bucket], runs, strict=True)]
-        for bucket, runs in enumerate(lengths)
-    ]
+    return [list(split_with_sizes(buffers[bucket % turns][: sum(runs)], runs)) for bucket, runs in enumerate(lengths)]
 
 
 def storage_bytes(runs: Sequence[Sequence[torch.Tensor]]) -> int:

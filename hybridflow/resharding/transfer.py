@@ -155,11 +155,9 @@ class ColocatedSync:
 
     def _is_ready(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether the engine can copy straight from the trained tensors: one rank, one dtype, one device."""
-        settings = self.settings
         assert self.plan is not None
-        return self.plan.num_shards == 1 and all(
-            tensor.dtype == DTYPES[settings.dtype] and tensor.device == settings.device for tensor in tensors
-        )
+        as_loaded = DTYPES[self.settings.dtype], self.settings.device
+        return self.plan.num_shards == 1 and all((tensor.dtype, tensor.device) == as_loaded for tensor in tensors)
 
     def _as_they_are(self, tensors: Mapping[str, torch.Tensor], timeline: Timeline) -> Iterator[tuple[str, torch.Tensor]]:
         assert self.plan is not None

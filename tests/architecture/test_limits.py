@@ -102,7 +102,7 @@ BUDGETS = {
     "hybridflow/ops": 1570,
     "hybridflow/parallel": 460,
     "hybridflow/planner": 1090,
-    "hybridflow/resharding": 1440,
+    "hybridflow/resharding": 1400,
     "hybridflow/rewards": 2220,
     "hybridflow/rollout": 2850,
     "hybridflow/trackers": 1390,
