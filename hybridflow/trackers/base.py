@@ -76,41 +76,32 @@ class Trackers(Tracker):
             ConfigError: a tracker is unknown, is no Tracker, or needs a package that is not installed.
         """
         super().__init__(config, total_steps, resume_step)
-        self.trackers: dict[str, Tracker] = {}
-        self._behind: list[Behind] = []
-        for name in dict.fromkeys(("jsonl", *config.trackers.names)):
-            try:
-                self.trackers[name] = tracker_class(name)(config, total_steps, resume_step)
-            except ConfigError:
-                raise
-            except Exception as error:
-                if name == "jsonl":
-                    raise
-                # Its trial went well: a server that went down since then is not worth the run.
-                _report(name, f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
-            else:
-                if name != "jsonl":
-                    self._behind.append(Behind(self.trackers[name], partial(_report, name)))
+        classes = {name: tracker_class(name) for name in dict.fromkeys(("jsonl", *config.trackers.names))}
+        self._jsonl = classes.pop("jsonl")(config, total_steps, resume_step)
+        # Their trials went well: a server that went down since then, or says nothing any more, is not worth the run.
+        self._behind = [
+            Behind(partial(kind, config, total_steps, resume_step), partial(_report, name)) for name, kind in classes.items()
+        ]
 
     def log(self, step: int, metrics: Metrics) -> None:
         # metrics.jsonl is part of what a run promises, and of what its checkpoint is to find.
-        self.trackers["jsonl"].log(step, metrics)
+        self._jsonl.log(step, metrics)
         for behind in self._behind:
             behind.call(lambda tracker: tracker.log(step, metrics))
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        self.trackers["jsonl"].log_samples(step, samples)
+        self._jsonl.log_samples(step, samples)
         for behind in self._behind:
             behind.call(lambda tracker: tracker.log_samples(step, samples))
 
     def flush(self) -> None:
-        self.trackers["jsonl"].flush()
+        self._jsonl.flush()
         for behind in self._behind:
             behind.call(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         try:
-            self.trackers["jsonl"].close()
+            self._jsonl.close()
         finally:
             for behind in self._behind:
                 behind.close()

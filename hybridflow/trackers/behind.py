@@ -7,11 +7,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from hybridflow.trackers.base import Tracker
+
+T = TypeVar("T")
 
 MAX_WAITING = 1000
 """Calls that a tracker may be behind; later ones are lost to it."""
@@ -20,14 +23,29 @@ LATE_S = 30.0
 CLOSE_S = 30.0
 """For what is left when the run ends; a tracker that was late before has less."""
 CLOSE_LATE_S = 3.0
+MAX_CHARACTERS = 500
+"""Of what is said of an error."""
+
+
+def message_of(error: BaseException) -> str:
+    """What someone else's code has raised, in its own words, or by its type where it has none.
+
+    Example:
+        >>> message_of(ValueError("no key")), message_of(SystemExit())
+        ('no key', 'SystemExit')
+    """
+    try:
+        return str(error).strip()[:MAX_CHARACTERS] or type(error).__name__
+    except Exception as broken:
+        return f"{type(error).__name__}, whose text cannot be had ({type(broken).__name__})"
 
 
 class Behind:
     """Calls to one tracker, made one after the other while the run goes on. The first failure or delay is told."""
 
-    def __init__(self, tracker: Tracker, tell: Callable[[str], None]):
-        """`tell` is called with what is wrong, once."""
-        self._tracker, self._tell = tracker, tell
+    def __init__(self, build: Callable[[], Tracker], tell: Callable[[str], None]):
+        """`build` makes the tracker, on its thread as well; `tell` is called with what is wrong, once."""
+        self._build, self._tell = build, tell
         self._lock = threading.Lock()
         self._has_told = False
         self._waiting = queue.Queue[Callable[["Tracker"], None] | None](MAX_WAITING)
@@ -65,14 +83,22 @@ class Behind:
         return is_late
 
     def _run(self) -> None:
+        tracker = self._tried(self._build)
         while (function := self._waiting.get()) is not None:
-            self._since = time.monotonic()
-            try:
-                function(self._tracker)
-            except Exception as error:  # whatever a library or a user's class raises: a dashboard is not worth the run
-                frame = traceback.extract_tb(error.__traceback__)[-1]
-                said = " ".join(str(error).split())
-                self._told(f"failed: {type(error).__name__}: {said} [{Path(frame.filename).name}:{frame.lineno}]")
+            if tracker is not None:
+                self._tried(partial(function, tracker))
+
+    def _tried(self, function: Callable[[], T]) -> T | None:
+        """What `function` returns; None where it fails, which is told."""
+        self._since = time.monotonic()
+        try:
+            return function()
+        except BaseException as error:  # whatever a library or a user's class raises: a dashboard is not worth the run
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            said = " ".join(message_of(error).split())
+            self._told(f"failed: {type(error).__name__}: {said} [{Path(frame.filename).name}:{frame.lineno}]")
+            return None
+        finally:
             self._since = None
 
     def _told(self, what: str) -> None:

@@ -7,6 +7,7 @@ import threading
 from hybridflow.config.schema import Config
 from hybridflow.errors import ConfigError, FieldError
 from hybridflow.trackers.base import tracker_class
+from hybridflow.trackers.behind import message_of
 
 LIMIT_S = 30.0
 """For each tracker."""
@@ -38,8 +39,8 @@ def _try(name: str, config: Config, found: list[FieldError]) -> None:
         tracker_class(name).check(config)
     except ConfigError as error:
         found[:] = error.errors
-    except Exception as error:  # whatever a library or a user's class raises
-        said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    except BaseException as error:  # whatever a library or a user's class raises, sys.exit() among it
+        said = message_of(error).partition("\n")[0].rstrip(".")
         found[:] = [FieldError("trackers.names", f"{name!r} cannot start: {said}. {ADVICE}")]
     else:
         found.clear()

@@ -38,6 +38,17 @@ class WithoutKey(Tracker):
         raise AssertionError("never built")
 
 
+class Exits(Tracker):
+    """A library that ends the process where it has no key."""
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        sys.exit("no key")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        raise AssertionError("never built")
+
+
 class Sleeping(Tracker):
     """A service that takes the connection and says nothing."""
 
@@ -74,6 +85,11 @@ def test_a_tracker_that_cannot_be_built_is_told_in_one_line(tmp_path: Path) -> N
     (error,) = caught.value.errors
     assert "no key in MY_KEY. Repair it, or leave it out" in str(error)
     assert "\n" not in str(error)
+
+
+def test_a_tracker_that_would_end_the_process_is_told_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Exits' cannot start: no key"):
+        try_trackers(config(tmp_path, f"{__name__}:Exits"))
 
 
 def test_a_trial_that_never_ends_is_given_up(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -110,8 +110,9 @@ def test_samples_are_kept_as_they_are(tmp_path: Path):
 
 def test_jsonl_is_always_on(tmp_path: Path):
     trackers = Trackers(config(tmp_path), 10, 0)
-    assert list(trackers.trackers) == ["jsonl"]
+    trackers.log(1, Metrics({"reward/mean": 0.5}))
     trackers.close()
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_a_failing_tracker_is_reported_once_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -134,6 +135,85 @@ class HangingTracker(Tracker):
     def log(self, step: int, metrics: Metrics) -> None:
         if step == 2:
             self.release.wait(60)
+
+
+class Odd(BaseException):
+    """What no `except Exception` catches, from a constructor that no pickle can call again."""
+
+    def __init__(self, one: int, two: int):
+        super().__init__(one)
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class BreaksAt(Tracker):
+    """Does `ill` at the moment that its name says."""
+
+    place: ClassVar[str] = ""
+    ill: ClassVar[Callable[[], object]] = staticmethod(lambda: None)
+    never = threading.Event()
+
+    def __init__(self, config: Config, total_steps: int, resume_step: int):
+        super().__init__(config, total_steps, resume_step)
+        self._at("constructor")
+
+    def _at(self, place: str) -> None:
+        if place == self.place:
+            self.ill()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._at("log")
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        self._at("log_samples")
+
+    def flush(self) -> None:
+        self._at("flush")
+
+    def close(self) -> None:
+        self._at("close")
+
+
+def raises(error: Callable[[], BaseException]) -> Callable[[], object]:
+    def ill() -> None:
+        raise error()
+
+    return ill
+
+
+ILLS: dict[str, Callable[[], object]] = {
+    "an error": raises(lambda: OSError(28, "No space left on device")),
+    "many lines": raises(lambda: ValueError("one\ntwo\n" * 1000)),
+    "sys.exit": raises(lambda: SystemExit("no key")),
+    "Ctrl-C of its own": raises(KeyboardInterrupt),
+    "no text": raises(lambda: Odd(1, 2)),
+    "hangs": lambda: BreaksAt.never.wait(60),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("place", ["constructor", "log", "log_samples", "flush", "close"])
+@pytest.mark.parametrize("ill", ILLS)
+def test_whatever_a_tracker_does_wherever_is_one_line_and_never_the_run(
+    ill: str, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("LATE_S", "CLOSE_S", "CLOSE_LATE_S"):
+        monkeypatch.setattr(behind, name, 0.2)
+    monkeypatch.setattr(BreaksAt, "place", place)
+    monkeypatch.setattr(BreaksAt, "ill", staticmethod(ILLS[ill]))
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        trackers = Trackers(config(tmp_path, f"{__name__}:BreaksAt"), 10, 0)
+        for step in (1, 2, 3):
+            trackers.log(step, Metrics({"reward/mean": 0.5}))
+            trackers.log_samples(step, [])
+            trackers.flush()
+        trackers.close()
+    assert time.monotonic() - started < 5
+    (message,) = caplog.messages
+    assert "BreaksAt" in message and "\n" not in message and len(message) < 1000
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 3
 
 
 class RecordingTracker(Tracker):
