@@ -67,6 +67,7 @@ class Loop:
     def _run(self, on_step: OnStep) -> None:
         with phase("the run was resumed"):
             last_step = self.checkpoints.resume()
+            self.launched.keep_plan()
         trackers = Trackers(self.config, total_steps=self.total_steps, resume_step=last_step)
         self.checkpoints.tell_lost_lines()
         timeline = TimelineFile(Path(self.config.run.folder), resume_step=last_step)

@@ -35,6 +35,13 @@ class RunPlan:
 
     config: Config
     decisions: Decisions
+    note: PlanNote | None = None
+    """For the run's folder, once the run goes on or begins there; None where nothing was left to the plan."""
+
+    def keep(self) -> None:
+        """Note it in the run's folder. A start that is refused leaves the folder as it was."""
+        if self.note is not None:
+            self.note.write(Path(self.config.run.folder))
 
     def config_of(self, role: str) -> Config:
         """The configuration that workers of `role` are built from: nothing in it is left to a plan."""
@@ -90,8 +97,7 @@ def decide(config: Config, placed: Mapping[str, RolePlace], asked: HardwareAnswe
         why = f"the run {gains} that compiling takes" if before is None else "as decided before"
         logger.info("model.compile is %s: %s", "on" if is_compiled else "off", why)
     made = {fingerprint(own): plan.decisions for own, plan in zip(needs, plans, strict=True)}
-    PlanNote(is_compiled=is_compiled if is_left_open else None, pools=made).write(folder)
-    return RunPlan(config, decisions)
+    return RunPlan(config, decisions, PlanNote(is_compiled=is_compiled if is_left_open else None, pools=made))
 
 
 def _pool_info(name: str, placed: Mapping[str, RolePlace], found: list[HardwareInfo]) -> PoolInfo:

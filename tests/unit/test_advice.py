@@ -24,7 +24,7 @@ from hybridflow.controller.boundary import ended_by, how_to_go_on
 from hybridflow.errors import CallTimeoutError, CheckpointError, DataError
 from hybridflow.registry import ALGORITHMS
 from tests.architecture.limits import sources
-from tests.unit.counting_run import NUM_STEPS, Counting, command, config_of, whole_run
+from tests.unit.counting_run import NUM_STEPS, PLANS, Counting, command, config_of, whole_run
 
 SETTING = re.compile(r"\b((?:checkpoint|run|model|algorithm)(?:\.[a-z_]+)?)=([^\s,;]+[^\s,;.])")
 LAST = f"step_{NUM_STEPS:06d}"
@@ -128,9 +128,10 @@ def test_what_is_advised_at_a_start_that_is_refused_gets_the_run_further(
     given = {key.replace(".", "__"): value.format(folder=folder) for key, value in case.settings.items() if key != "of"}
     if "of" in case.settings:
         monkeypatch.setattr(Counting, "restore", refuses)
+    plans = len(PLANS)
     refused = command(folder, **given, run__total_steps="10")
     assert refused.message, "the case is meant to be refused"
-    assert refused.values == whole_run(), "a start that is refused changes nothing"
+    assert refused.values == whole_run() and len(PLANS) == plans, "a start that is refused changes nothing"
     further = advised(refused.message)
     assert further, f"no setting is advised: {refused.message}"
     again = command(folder, **{**given, "run__total_steps": "10", **further})

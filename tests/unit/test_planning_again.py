@@ -28,7 +28,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def decide(config: Config, *, free: float) -> RunPlan:
-    """The plan on one GPU of 79.2 GiB."""
+    """The plan on one GPU of 79.2 GiB, for a run that begins or goes on."""
+    plan = planned(config, free=free)
+    plan.keep()
+    return plan
+
+
+def planned(config: Config, *, free: float) -> RunPlan:
     found = HardwareInfo(Gpu(total=int(79.2 * GIB), free=int(free * GIB)), dict.fromkeys(ROLES, HALF_BILLION))
     return planning.decide(config, places(config, ("data", *ROLES, "reward")), {"main": [found]})  # type: ignore[list-item]
 
@@ -69,3 +75,11 @@ def test_what_the_user_had_set_about_compiling_is_no_decision(config: Config) ->
     save(config)
     assert read_note(Path(config.run.folder)).is_compiled is None
     assert decide(config, free=78.7).decisions.is_compiled is True  # 5000 steps pay
+
+
+def test_a_start_that_is_refused_leaves_the_plan_as_it_was(config: Config) -> None:
+    decide(config, free=78.7)
+    save(config)
+    before = (Path(config.run.folder) / "plan.json").read_text()
+    other = planned(replace(config, checkpoint=CheckpointConfig(resume="never")), free=22)
+    assert other.decisions.options and (Path(config.run.folder) / "plan.json").read_text() == before
