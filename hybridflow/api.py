@@ -122,7 +122,7 @@ def _loaded(config: str | Path | Mapping[str, object], overrides: Sequence[str],
     given = dict(config) if isinstance(config, Mapping) else {}
     folder = Path(_run_folder(given, overrides, sections)).expanduser()
     base = _named(given, folder) if isinstance(config, Mapping) else str(config)
-    return load_config(base, overrides, over=_named(sections, folder))
+    return load_config(base, overrides, over=_named(sections, folder), asks_hub=True)
 
 
 def _run_folder(given: Mapping[str, object], overrides: Sequence[str], sections: Mapping[str, object]) -> str:
@@ -171,7 +171,7 @@ def _checked(config: Config) -> Config:
     from hybridflow.config.rules import check
     from hybridflow.errors import ConfigError, FieldError
 
-    reports = check(config, load_algorithm(config.algorithm.name))
+    reports = check(config, load_algorithm(config.algorithm.name), asks_hub=True)
     if errors := [report for report in reports if isinstance(report, FieldError)]:
         raise ConfigError(errors)
     return config

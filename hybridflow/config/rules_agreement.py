@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridflow.config.rules_files import model_paths, settings_in
 from hybridflow.config.schema import Config
@@ -50,6 +50,7 @@ def sides_agree(config: Config, roles: tuple[str, ...]) -> Iterator[FieldReport]
     if "rollout" in roles:
         yield from _stops_can_stop(config, policy)
     yield from _turns_end(config, roles, policy)
+    yield from _template_asks(config, roles, policy)
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ def _stops_can_stop(config: Config, policy: Side) -> Iterator[FieldError]:
     """Stop strings are looked for in the text of a response, which has no special tokens; stop tokens can be sampled."""
     special = special_ids(policy.tokenizer)
     for stop in config.rollout.stop:
+        if not stop:
+            yield FieldError("rollout.stop", "has an empty text in it, which every response ends with. Leave it out")
+            continue
         ids = policy.tokenizer(stop, add_special_tokens=False)["input_ids"]
         text = str(policy.tokenizer.decode(ids, skip_special_tokens=True))
         if found := [token_id for token_id in ids if token_id in special]:
@@ -186,6 +190,33 @@ def _turns_end(config: Config, roles: tuple[str, ...], policy: Side) -> Iterator
         advice = f"Set rollout.stop_token_ids=[{end}], or eos_token_id in the model's generation_config.json"
         as_it_is = f"; rollout.stop_token_ids={list(ends)} keeps it as it is" if ends else ""
         yield FieldError("rollout.stop_token_ids", f"{problem}. {advice}{as_it_is}", related=("model.path", "model.tokenizer"))
+
+
+def _template_asks(config: Config, roles: tuple[str, ...], policy: Side) -> Iterator[FieldReport]:
+    """The chat template writes what it is given, and where an answer is to begin."""
+    if not policy.tokenizer.chat_template or config.data.apply_chat_template == "never":
+        return
+    told, asked = f"the chat template of {policy.path!r}", [{"role": "user", "content": CONTENT}]
+    options: Any = config.data.chat_template_options
+    try:
+        with_prompt, without = (
+            str(policy.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=adds, **options))
+            for adds in (True, False)
+        )
+    except Exception as error:  # likewise
+        reason = str(error).partition("\n")[0]
+        yield FieldWarning("model.path", f"{told} refuses a message of the user: {reason}")
+        return
+    if CONTENT not in with_prompt:
+        problem = (
+            f"the chat template of {policy.path!r} leaves out what the user says: every prompt would be {with_prompt!r:.100}"
+        )
+        yield FieldError(
+            "model.path", f"{problem}. Correct it, or set data.apply_chat_template=never", related=("model.tokenizer",)
+        )
+    elif with_prompt == without and "rollout" in roles:
+        problem = f"{told} does not say where an answer begins (add_generation_prompt)"
+        yield FieldWarning("model.path", f"{problem}: the model has to open its own turn")
 
 
 def end_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ def build_policy(spec: ModelSpec) -> PolicyModel:
 
 def build_value_model(spec: ModelSpec) -> ValueModel:
     """A value model on the backbone of a causal language model, likewise; its head too where that is an exported critic."""
-    causal_lm = _load(spec)
+    causal_lm = _load(spec, is_policy=False)
     model = ValueModel(causal_lm, sequence_group=sequence_group(spec.layout, spec.device.type))
     if dist.get_rank() == 0:  # the others take their shares from it
         model.value_head.take_from(spec.source.path)
@@ -65,10 +65,10 @@ def build_value_model(spec: ModelSpec) -> ValueModel:
     return model
 
 
-def _load(spec: ModelSpec) -> PreTrainedModel:
-    """Rank 0 reads the weights; the others only need the shapes."""
+def _load(spec: ModelSpec, *, is_policy: bool = True) -> PreTrainedModel:
+    """Rank 0 reads the weights; the others only need the shapes. What is no policy has no use for an output layer."""
     ensure_process_group(spec.device)
-    causal_lm = load_causal_lm(spec.source, is_skeleton=dist.get_rank() != 0)
+    causal_lm = load_causal_lm(spec.source, is_skeleton=dist.get_rank() != 0, is_policy=is_policy)
     if spec.adapters is not None:
         add_adapters(causal_lm, spec.adapters)
     if spec.gradient_checkpointing:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hybridflow.errors import ModelError
+from hybridflow.errors import HybridflowError, ModelError
 
+logger = logging.getLogger("hybridflow")
+
+LoadingInfo = Mapping[str, Collection[Any]]
+"""Of transformers: names of weights that were missing, of other shapes, or of no use."""
+MAX_NAMED = 3
+"""Tensors in one line."""
 RANDOM_SETTINGS = ("dropout", "layerdrop", "pdrop")
 """What settings have in their names by which training would leave out parts at random."""
 
@@ -33,7 +41,7 @@ class ModelSource:
     trust_remote_code: bool = False
 
 
-def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False) -> PreTrainedModel:
+def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False, is_policy: bool = True) -> PreTrainedModel:
     """The model on the CPU, ready for training without dropout; a skeleton has its shapes but no values (meta device).
 
     Raises:
@@ -47,7 +55,7 @@ def load_causal_lm(source: ModelSource, *, is_skeleton: bool = False) -> PreTrai
             remote_code = source.trust_remote_code
             model = skeleton(config, dtype=source.dtype, attention=source.attention, trust_remote_code=remote_code)
         else:
-            model = _with_weights(source, config)
+            model = _with_weights(source, config, is_policy=is_policy)
     _check_trainable(model, source.path)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -70,17 +78,47 @@ def skeleton(
     return model
 
 
-def _with_weights(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+def _with_weights(source: ModelSource, config: PretrainedConfig, *, is_policy: bool) -> PreTrainedModel:
     # Bars of several roles and ranks would overwrite each other.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.path,
         config=config,
         dtype=source.dtype,
         attn_implementation=source.attention,
         trust_remote_code=source.trust_remote_code,
+        ignore_mismatched_sizes=True,  # they are told by name below
+        output_loading_info=True,
     )
+    model, found = cast("tuple[PreTrainedModel, LoadingInfo]", loaded)
+    left_out = {f"{name}.weight" for name, module in model.named_modules() if module is output_layer(model)}
+    check_complete(source.path, found, may_miss=set() if is_policy else left_out)
+    if unused := sorted(found["unexpected_keys"]):
+        told = "%r: %d weight(s) have no place in the model that its config.json describes and are left out: %s"
+        logger.warning(told, source.path, len(unused), _some(unused))
     return model
+
+
+def check_complete(path: str, found: LoadingInfo, *, may_miss: Collection[str] = ()) -> None:
+    """Refuse files that lack weights of the model, which transformers would draw at random.
+
+    `may_miss` are names that nobody needs.
+
+    Raises:
+        ModelError: a weight is missing, or has another shape.
+    """
+    if other := sorted(found["mismatched_keys"]):
+        shapes = [f"{name} has {tuple(there)}, not {tuple(wanted)}" for name, there, wanted in other]
+        raise ModelError(f"{path!r} does not fit its own config.json, by which {_some(shapes)}. Give the one of these weights")
+    if missing := sorted(set(found["missing_keys"]) - set(may_miss)):
+        raise ModelError(
+            f"{path!r} lacks {len(missing)} weight(s) of the model that its config.json describes, which would be random: "
+            f"{_some(missing)}. Was it saved or copied completely?"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -107,7 +145,9 @@ def explained(path: str, wanted: str) -> Iterator[None]:
     """A block in which a model is read; what fails in it becomes a ModelError in one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+    except HybridflowError:
+        raise
+    except Exception as error:  # what damaged or foreign files end in is open: SafetensorError, a failed validation and more
         text = str(error).strip().splitlines()
         reason = " ".join(text[:2]) if text else "no further words"
         if isinstance(error, KeyError) and "hybridflow" in reason:

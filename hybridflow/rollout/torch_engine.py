@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import EngineError
 from hybridflow.models import self_test
-from hybridflow.models.load import explained, length_limit
+from hybridflow.models.load import LoadingInfo, check_complete, explained, length_limit
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
 from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.running_rows import RunningRows, Slots
@@ -47,12 +48,16 @@ class TorchEngine(Engine):
         register()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         with explained(spec.model, "a model that the torch engine can generate with"):
-            self.model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 spec.model,
                 dtype=spec.torch_dtype,
                 attn_implementation=ATTENTION,
                 trust_remote_code=spec.trust_remote_code,
+                ignore_mismatched_sizes=True,  # they are told by name
+                output_loading_info=True,
             )
+        self.model, found = cast("tuple[PreTrainedModel, LoadingInfo]", loaded)
+        check_complete(spec.model, found)
         module: torch.nn.Module = self.model
         module.to(spec.device).eval().requires_grad_(False)
         tokenizer = tokenizer_at(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)

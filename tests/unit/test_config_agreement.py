@@ -14,7 +14,9 @@ from hybridflow.errors import FieldError, FieldReport, FieldWarning
 from tests.toy import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer
 
 ROLES = ("data", "actor", "critic", "reference", "reward", "rollout")
-TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<unk>\n{% endfor %}"
+TURNS = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<unk>\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+)
 """Turns end with a special token that is not the end of sequence; its id is 3, that of <eos> is 2."""
 
 
@@ -133,3 +135,29 @@ def test_models_with_fewer_embeddings_are_told(folder: str, tmp_path: Path) -> N
 def test_adapters_beside_whole_weights_are_refused(folder: str) -> None:
     (Path(folder) / "adapter_config.json").write_text("{}")
     assert any("merge_and_unload" in report.problem for report in found(config_of(folder)))
+
+
+def test_a_stop_that_every_response_ends_with_is_refused(folder: str) -> None:
+    (report,) = found(config_of(folder, stop=[""]))
+    assert report.key == "rollout.stop" and "empty text" in report.problem
+
+
+def test_a_template_that_leaves_out_what_is_asked_is_refused(folder: str) -> None:
+    with_template(folder, "hello")
+    (report,) = found(config_of(folder))
+    assert isinstance(report, FieldError) and "every prompt would be 'hello'" in report.problem
+    assert found(replace(config_of(folder), data=DataConfig(apply_chat_template="never"))) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "does not say where an answer begins"),
+        ("{% for m in messages %}{{ m['role'", "refuses a message of the user"),
+        ("{{ raise_exception('needs a system message') }}", "refuses a message of the user: needs a system message"),
+    ],
+)
+def test_a_template_that_may_be_meant_so_is_a_warning(folder: str, template: str, told: str) -> None:
+    with_template(folder, template)
+    (report,) = found(config_of(folder))
+    assert isinstance(report, FieldWarning) and told in report.problem

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -30,9 +32,11 @@ from hybridflow.models.lora import Adapters
 from hybridflow.models.packing import pack
 from hybridflow.parallel.layout import Layout
 from hybridflow.planner.decisions import resolved
+from hybridflow.rollout.torch_engine import TorchEngine
 from hybridflow.workers.model_spec import frozen_model, trained_model
 from tests.toy import make_tiny_model
 from tests.training_rows import context_of, random_batch, training_config
+from tests.unit.test_engine_contract import spec_of as engine_spec
 
 CPU = torch.device("cpu")
 LENGTHS = [(3, 5), (1, 120), (50, 1), (9, 0), (9, 9), (2, 7)]
@@ -171,6 +175,67 @@ def test_a_folder_without_weights_is_refused(tiny_model: str, tmp_path: Path) ->
     (tmp_path / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
     with pytest.raises(ModelError, match="does not load as a causal language model"):
         load(str(tmp_path))
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+def without(name: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights.pop(name)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-300])
+
+
+def with_settings(**settings: object) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return damage
+
+
+DAMAGES = {
+    "a weight is missing": (without(QUERY), f"lacks 1 weight.*random: {QUERY}"),
+    "the output layer is missing": (without("lm_head.weight"), "lacks 1 weight.*random: lm_head.weight"),
+    "a layer is missing": (with_settings(num_hidden_layers=3, layer_types=["full_attention"] * 3), "lacks 12 weight.*layers.2"),
+    "another shape": (with_settings(intermediate_size=96), r"by which .* has \(64, 128\), not \(64, 96\)"),
+    "cut off": (cut, "SafetensorError"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "SafetensorError"),
+    "settings that contradict each other": (with_settings(num_hidden_layers=3), "must be equal to the number of `layer_types`"),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGES.values(), ids=DAMAGES)
+def test_files_that_are_not_the_whole_model_are_refused_by_trainer_and_engine_in_one_line(
+    damage: Callable[[Path], object], told: str, tmp_path: Path
+) -> None:
+    make_tiny_model(tmp_path)
+    damage(tmp_path)
+    for build in (lambda: load(str(tmp_path)), lambda: TorchEngine(engine_spec(str(tmp_path)))):
+        with pytest.raises(ModelError, match=told) as caught:
+            build()
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_policy_needs_no_output_layer(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
+    without("lm_head.weight")(tmp_path)
+    build_value_model(spec_of(str(tmp_path)))
+
+
+def test_weights_without_a_place_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_tiny_model(tmp_path)
+    with_settings(num_hidden_layers=1, layer_types=["full_attention"])(tmp_path)
+    load(str(tmp_path))
+    assert "12 weight(s) have no place in the model" in caplog.text and "model.layers.1." in caplog.text
 
 
 def test_dropout_is_switched_off(tmp_path: Path) -> None:
