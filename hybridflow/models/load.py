@@ -19,9 +19,7 @@ from hybridflow.errors import HybridflowError, ModelError
 logger = logging.getLogger("hybridflow")
 
 LoadingInfo = Mapping[str, Collection[Any]]
-"""Of transformers: names of weights that were missing, of other shapes, or of no use."""
 MAX_NAMED = 3
-"""Tensors in one line."""
 RANDOM_SETTINGS = ("dropout", "layerdrop", "pdrop")
 """What settings have in their names by which training would leave out parts at random."""
 
@@ -94,8 +92,7 @@ def _with_weights(source: ModelSource, config: PretrainedConfig, *, is_policy: b
     left_out = {f"{name}.weight" for name, module in model.named_modules() if module is output_layer(model)}
     check_complete(source.path, found, may_miss=set() if is_policy else left_out)
     if unused := sorted(found["unexpected_keys"]):
-        told = "%r: %d weight(s) have no place in the model that its config.json describes and are left out: %s"
-        logger.warning(told, source.path, len(unused), _some(unused))
+        logger.warning("%r: %d weight(s) have no place in the model: %s", source.path, len(unused), _some(unused))
     return model
 
 
@@ -111,10 +108,8 @@ def check_complete(path: str, found: LoadingInfo, *, may_miss: Collection[str] =
         shapes = [f"{name} has {tuple(there)}, not {tuple(wanted)}" for name, there, wanted in other]
         raise ModelError(f"{path!r} does not fit its own config.json, by which {_some(shapes)}. Give the one of these weights")
     if missing := sorted(set(found["missing_keys"]) - set(may_miss)):
-        raise ModelError(
-            f"{path!r} lacks {len(missing)} weight(s) of the model that its config.json describes, which would be random: "
-            f"{_some(missing)}. Was it saved or copied completely?"
-        )
+        problem = f"{path!r} lacks {len(missing)} weight(s) of its config.json, which would be random: {_some(missing)}"
+        raise ModelError(f"{problem}. Was it saved or copied completely?")
 
 
 def _some(names: list[str]) -> str:
