@@ -97,9 +97,7 @@ def _with_weights(source: ModelSource, config: PretrainedConfig, *, is_policy: b
 
 
 def check_complete(path: str, found: LoadingInfo, *, may_miss: Collection[str] = ()) -> None:
-    """Refuse files that lack weights of the model, which transformers would draw at random.
-
-    `may_miss` are names that nobody needs.
+    """Refuse files that lack weights, which transformers would draw at random; `may_miss` are names that nobody needs.
 
     Raises:
         ModelError: a weight is missing, or has another shape.
