@@ -58,7 +58,7 @@ class Launched:
     all_stacks: Callable[[], str] = lambda: ""
     """What every rank does now, for people."""
     keep_plan: Callable[[], None] = lambda: None
-    """Notes in the run's folder what was decided: to be called when it is this run's."""
+    """Notes in the run's folder what was decided, when that is this run's."""
 
     @property
     def data(self) -> DataWorker:
@@ -163,8 +163,7 @@ def launched(config: Config) -> Iterator[Launched]:
             results_of({reference: job for jobs in building.values() for reference, job in jobs.items()}, config.run.timeout_s)
         try:
             stacks = partial(all_stacks, list(pools.values()))
-            sleeps = plan.engine_sleeps
-            yield Launched(groups, placed, log, dataset, engine_sleeps=sleeps, all_stacks=stacks, keep_plan=plan.keep)
+            yield Launched(groups, placed, log, dataset, plan.engine_sleeps, stacks, plan.keep)
         except BaseException:
             interrupts.seen()
             _close_quickly(groups)

@@ -36,7 +36,6 @@ class RunPlan:
     config: Config
     decisions: Decisions
     note: PlanNote | None = None
-    """For the run's folder, once the run goes on or begins there; None where nothing was left to the plan."""
 
     def keep(self) -> None:
         """Note it in the run's folder. A start that is refused leaves the folder as it was."""
