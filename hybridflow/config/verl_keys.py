@@ -23,6 +23,7 @@ ALIASES = {
     "reward_model.reward_loop_source": "reward.reward_loop_source",
     "reward_model.reward_loop_module_path": "reward.reward_loop_module_name",
     "reward_model.reward_loop_class_name": "reward.reward_loop_class_name",
+    "reward_model.overlong_buffer": "reward_model.reward_kwargs.overlong_buffer_cfg",
     "reward_manager.name": "reward_model.reward_manager",
     "reward_manager": "reward.reward_manager",
     "algorithm.dynamic_filter": "algorithm.filter_groups",
