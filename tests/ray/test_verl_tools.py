@@ -9,23 +9,7 @@ import pytest
 from hybridflow.data.prepare import PreparedRow, write_parquet
 from hybridflow.train import main
 from tests.ray.runs import Toy, metrics_of
-from tests.unit.test_verl_tools import TOOL, entry
-
-TALK = """
-class Again:
-    def __init__(self, config):
-        self.config, self.counts = config, {}
-
-    async def start_interaction(self, instance_id, **kwargs):
-        self.counts[instance_id] = kwargs["turns"]
-
-    async def generate_response(self, instance_id, messages, **kwargs):
-        self.counts[instance_id] -= 1
-        return self.counts[instance_id] == 0, self.config["said"], 0.25, {}
-
-    async def finalize_interaction(self, instance_id, **kwargs):
-        del self.counts[instance_id]
-"""
+from tests.unit.test_verl_tools import TALK, TOOL, entry
 
 
 @pytest.mark.slow

@@ -386,7 +386,6 @@ def test_a_tilde_takes_a_key_out_of_the_file(tmp_path: Path) -> None:
         ("actor_rollout_ref.actor.megatron.seed=1", "training runs on FSDP2"),
         ("actor_rollout_ref.rollout.multi_turn.function_tool_path=x.py", "write the functions as a ToolEnvironment"),
         ("model.partial_pretrain=org/name", "of verl's supervised trainer: set model.path and algorithm=sft"),
-        ("optim.lr=1e-5", "set actor.learning_rate"),
         ("reward_model.prime_model.loss_type=ce", "write it as an algorithm"),
         ("algorithm.rollout_correction.rollout_rs=seq_mean_k1", "Set algorithm.importance_cap"),
         ("actor_rollout_ref.model.override_config.rope_theta=1", "edit config.json in a copy of the model's folder"),

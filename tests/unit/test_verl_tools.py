@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from hybridflow.batch import Batch
 from hybridflow.config.load import load_config
 from hybridflow.config.rules_verl_files import BUILT_IN
 from hybridflow.environments.base import Row
 from hybridflow.environments.verl_names import NAMES
 from hybridflow.environments.verl_tools import VerlEpisode
 from tests.unit.config_cases import mistakes_of, right_run
+from tests.unit.episodes import episode_config, episode_rows, worker_of
 
 # A tool as files for verl write them: subclasses of what verl has, by the names that verl has them under.
 TOOL = """
@@ -137,6 +140,43 @@ def test_an_interaction_goes_on_until_it_is_content_or_the_turns_are_over(files:
 
 def test_what_is_checked_beforehand_is_what_is_there() -> None:
     assert all(class_name in {f"{module}.{name}" for module in NAMES for name in NAMES[module]} for class_name in BUILT_IN)
+
+
+TALK = """
+class Again:
+    def __init__(self, config):
+        self.config, self.left = config, {}
+
+    async def start_interaction(self, instance_id, **given):
+        self.left[instance_id] = given["turns"]
+
+    async def generate_response(self, instance_id, messages, **given):
+        self.left[instance_id] -= 1
+        return self.left[instance_id] == 0, self.config["said"], 0.25, {}
+
+    async def finalize_interaction(self, instance_id, **given):
+        del self.left[instance_id]
+"""
+
+
+def test_episodes_of_an_engine_run_the_files_in_processes_of_their_own(files: Path, tiny_model: str) -> None:
+    (files / "again.py").write_text(TALK)
+    talk = f"  - {{name: again, class_name: '{files}/again.py:Again', config: {{said: go on}}}}\n"
+    (files / "again.yaml").write_text(f"interaction:\n{talk}")
+    (files / "one.yaml").write_text(f"tools:\n{entry('my_tool.Add', 'add')}")
+    options = {"interaction_config_path": str(files / "again.yaml"), "tool_config_path": str(files / "one.yaml")}
+    name = "hybridflow.environments.verl_tools:VerlEpisode"
+    config = episode_config(tiny_model, files / "none.py", path=None, name=name, options=options)
+    extra = [{"interaction_kwargs": {"name": "again", "turns": turns}} for turns in (1, 2, 3)]
+    rows = episode_rows(["a", "b", "c"]).without(("extra_info",)).join(Batch.from_columns({"extra_info": extra}))
+    worker = worker_of(dataclasses.replace(config, data=dataclasses.replace(config.data, max_prompt_tokens=300)))
+    answered = worker.generate(rows)
+    worker.close()
+    assert not answered["episode_failed"].any()
+    assert answered["environment/turns"].tolist() == [1, 2, 3]
+    assert answered["environment/turn_scores"].tolist() == [0.25, 0.5, 0.75]
+    said = answered.objects("conversation")[2]
+    assert [message["content"] for message in said if message["role"] == "user"][1:] == ["go on"] * 3  # type: ignore[attr-defined]
 
 
 TURNS = "actor_rollout_ref.rollout.multi_turn"
