@@ -174,8 +174,8 @@ class RankProcess:
 
         if self.place.device_type == "cpu":
             # Ray sets OMP_NUM_THREADS in every worker, so only what the run was started with counts.
-            share = max(1, (os.cpu_count() or 1) // self.place.ranks_per_node)
-            torch.set_num_threads(int(self.place.environment.get("OMP_NUM_THREADS", share)))
+            num_threads = max(1, (os.cpu_count() or 1) // self.place.ranks_per_node)
+            torch.set_num_threads(int(self.place.environment.get("OMP_NUM_THREADS", num_threads)))
         os.environ["LOCAL_RANK"] = str(self.place.rank % self.place.ranks_per_node)
         init_process_group(
             rank=self.place.rank,

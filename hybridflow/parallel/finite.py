@@ -11,7 +11,7 @@ MOST_NAMED = 3
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
 
 
-def share_of(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of it."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
@@ -19,14 +19,14 @@ def share_of(tensor: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def norms(tensors: NamedTensors) -> dict[str, torch.Tensor]:
     """As `largest`, on the device and without waiting for it."""
-    shares = {name: share for name, tensor in tensors if tensor is not None and (share := share_of(tensor)).numel()}
-    if any(share.device.type == "cpu" for share in shares.values()):  # where that norm is five times slower than the extremes
-        return {name: torch.stack(torch.aminmax(share)).abs().max() for name, share in shares.items()}
-    return dict(zip(shares, torch._foreach_norm(list(shares.values()), float("inf")), strict=True)) if shares else {}
+    shards = {name: shard for name, tensor in tensors if tensor is not None and (shard := local_shard(tensor)).numel()}
+    if any(shard.device.type == "cpu" for shard in shards.values()):  # where that norm is five times slower than the extremes
+        return {name: torch.stack(torch.aminmax(shard)).abs().max() for name, shard in shards.items()}
+    return dict(zip(shards, torch._foreach_norm(list(shards.values()), float("inf")), strict=True)) if shards else {}
 
 
 def largest(tensors: NamedTensors) -> dict[str, float]:
-    """The largest absolute value in this rank's share of each tensor, not finite where any is not. One wait for the device."""
+    """The largest absolute value in this rank's shard of each tensor, not finite where any is not. One wait for the device."""
     found = norms(tensors)
     return dict(zip(found, torch.stack([norm.float() for norm in found.values()]).tolist(), strict=True)) if found else {}
 

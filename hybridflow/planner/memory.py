@@ -38,12 +38,12 @@ class EngineNeeds:
     """The engine of a pool that generates."""
 
     role: str
-    share: int
+    num_bytes: int
     """Weights and cache while awake."""
     kept_asleep: int
     """Of these, what sleeping does not free."""
     levels: tuple[int, ...] = ()
-    """What `share` may be where that is left to the plan, the largest first and last the least that an engine works with."""
+    """What `num_bytes` may be where that is left to the plan, the largest first, last the least that an engine works with."""
     wanted: tuple[int, ...] = ()
     """What `levels` come from, whatever memory is free."""
 
@@ -167,7 +167,7 @@ def _phase(
         engine = needs.engine
         is_asleep = learns and f"{engine.role}.{SLEEP}" in options
         usage[f"{engine.role}: {'asleep' if is_asleep else 'weights and cache'}"] = (
-            min(engine.share, engine.kept_asleep + ASLEEP_BYTES) if is_asleep else engine.share
+            min(engine.num_bytes, engine.kept_asleep + ASLEEP_BYTES) if is_asleep else engine.num_bytes
         )
     usage["weight sync: buckets"] = needs.sync_buffers
     for model in needs.models:

@@ -205,7 +205,7 @@ def _engine_needs(config: Config, pool: PoolInfo, role: str, beside: int) -> Eng
     given = ENGINE_SHARE if rollout.gpu_memory_utilization == "auto" else rollout.gpu_memory_utilization
     return EngineNeeds(
         role=role,
-        share=levels[0] if levels else int(given * pool.gpu.total),
+        num_bytes=levels[0] if levels else int(given * pool.gpu.total),
         kept_asleep=0 if frees_weights else weights,
         levels=levels,
         wanted=wanted,

@@ -57,8 +57,8 @@ class PoolPlan:
             optimizer = f" and {gib(model.optimizer)} GiB of optimizer" if model.is_trained else ""
             lines.append(f"  {model.role}: {gib(model.weights)} GiB of weights{optimizer}; {_microbatches(model)}")
         if needs.engine is not None:
-            share = needs.engine.share / needs.gpu.total
-            lines.append(f"  {needs.engine.role}: {gib(needs.engine.share)} GiB of weights and cache ({share:.2f} of the GPU)")
+            held, share = gib(needs.engine.num_bytes), needs.engine.num_bytes / needs.gpu.total
+            lines.append(f"  {needs.engine.role}: {held} GiB of weights and cache ({share:.2f} of the GPU)")
         if self.is_of_before:
             return [*lines, "  as decided before: the run goes on with the plan of its folder"]
         return lines + [f"  {self._reason(option)}" for option in chosen]
@@ -74,7 +74,7 @@ class PoolPlan:
             update_tokens={model.role: model.tokens for model in open_models if model.is_trained},
             forward_tokens={model.role: model.passing_tokens for model in open_models},
             chunk_tokens={model.role: model.numerics.chunk_tokens for model in needs.models if needs.chunks},
-            engine_share={engine.role: engine.share / needs.gpu.total} if engine else {},
+            engine_share={engine.role: engine.num_bytes / needs.gpu.total} if engine else {},
         )
 
     def _reason(self, option: str) -> str:

@@ -63,7 +63,7 @@ def fingerprint(needs: PoolNeeds) -> str:
     """The same for needs that differ only in how much memory is free."""
     engine = needs.engine
     if engine is not None and engine.levels:
-        engine = replace(engine, share=0, levels=())  # `wanted` stays
+        engine = replace(engine, num_bytes=0, levels=())  # `wanted` stays
     return hashlib.sha256(repr(replace(needs, engine=engine, gpu=replace(needs.gpu, free=0))).encode()).hexdigest()[:16]
 
 
@@ -83,7 +83,7 @@ def planned_before(needs: PoolNeeds, made: Decisions | None) -> PoolPlan | None:
     if engine is not None and engine.levels:
         if engine.role not in made.engine_share:
             return None
-        engine = replace(engine, share=round(made.engine_share[engine.role] * needs.gpu.total))
+        engine = replace(engine, num_bytes=round(made.engine_share[engine.role] * needs.gpu.total))
     before = replace(needs, models=models, engine=engine)
     return PoolPlan(before, made.options, is_of_before=True) if peak(before, made.options).total <= needs.budget else None
 
@@ -101,9 +101,9 @@ def variants(needs: PoolNeeds) -> Iterator[tuple[int, int, int, PoolNeeds]]:
     for modesty, tokens in enumerate(MODEST_TOKENS if is_open else MODEST_TOKENS[:1]):
         for chunk, chunk_tokens in enumerate(needs.chunks or (None,)):
             models = tuple(_chunked(_modest(model, tokens), chunk_tokens) for model in needs.models)
-            for level, share in enumerate((engine.levels if engine else ()) or (None,)):
-                of_share = replace(engine, share=share) if engine and share is not None else engine
-                yield modesty, chunk, level, replace(needs, models=models, engine=of_share)
+            for level, num_bytes in enumerate((engine.levels if engine else ()) or (None,)):
+                sized = replace(engine, num_bytes=num_bytes) if engine and num_bytes is not None else engine
+                yield modesty, chunk, level, replace(needs, models=models, engine=sized)
 
 
 def _modest(model: ModelNeeds, tokens: int) -> ModelNeeds:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hybridflow.errors import DivergenceError
-from hybridflow.parallel.finite import NamedTensors, largest, listed, norms, not_finite, share_of
+from hybridflow.parallel.finite import NamedTensors, largest, listed, local_shard, norms, not_finite
 
 if TYPE_CHECKING:
     from hybridflow.workers.base import RankContext
@@ -75,8 +75,8 @@ class WeightCheck:
 
 def _version_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """Changes whenever somebody writes to the tensor, or other memory takes its place."""
-    share = share_of(tensor)
-    return tensor._version, share._version, share.data_ptr()
+    shard = local_shard(tensor)
+    return tensor._version, shard._version, shard.data_ptr()
 
 
 class SkippedUpdates:

@@ -181,9 +181,9 @@ class RolloutWorker(Worker):
         for `at_least`, or for all that it has left, or for `timeout_s`."""
         taken = self.rows.take(at_least, timeout_s)
         seconds, self.busy_seconds = self.engine.busy_seconds - self.busy_seconds, self.engine.busy_seconds
-        share = Metric(seconds / self.context.layout.data, kind="sum")
+        seconds_of_rank = Metric(seconds / self.context.layout.data, kind="sum")
         if self.config.loop.max_staleness:
-            self.context.report(Metrics({"stream/engine_seconds": share}))
+            self.context.report(Metrics({"stream/engine_seconds": seconds_of_rank}))
         refused = np.array([row.refusal is not None for row in taken], np.bool_)
         return self._columns(taken, has_log_probs=True).with_columns(position=_numbers(taken), refused=refused)
 
@@ -324,8 +324,8 @@ class ValidationWorker(RolloutWorker):
 def engine_spec(config: Config, context: RankContext) -> EngineSpec:
     """What the engine of this rank is built from."""
     rollout = config.rollout
-    share = rollout.gpu_memory_utilization
-    assert share != "auto", "what is left to the plan is decided before engines are built: planner.decisions.resolved"
+    utilization = rollout.gpu_memory_utilization
+    assert utilization != "auto", "what is left to the plan is decided before engines are built: planner.decisions.resolved"
     most_rows = -(-2 * step_rows(config) * (1 + config.loop.max_staleness) // context.layout.data)  # twice: rows are not even
     return EngineSpec(
         model=config.model.path,
@@ -337,7 +337,7 @@ def engine_spec(config: Config, context: RankContext) -> EngineSpec:
         device=context.device,
         layout=context.layout,
         rank=context.rank,
-        gpu_memory_utilization=share,
+        gpu_memory_utilization=utilization,
         cpu_cache_gib=rollout.cpu_cache_gib,
         enforce_eager=rollout.enforce_eager,
         options=dict(rollout.engine_options),

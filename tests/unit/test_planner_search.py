@@ -196,7 +196,7 @@ def test_an_engine_with_a_card_to_itself_leaves_room_for_buffers_and_the_users_r
     found = plan(asked)
     assert found is not None and found.needs.engine is not None
     # All that can be planned with is used: less than 85 % of the card, and more than all rows of a step need.
-    assert found.needs.engine.wanted[0] < found.needs.engine.share < 0.85 * gib * GIB
+    assert found.needs.engine.wanted[0] < found.needs.engine.num_bytes < 0.85 * gib * GIB
     assert 0 <= asked.budget - peak(found.needs, found.options).total < 100
 
 
