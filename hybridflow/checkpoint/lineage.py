@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -24,6 +25,8 @@ ASIDE = "aside"
 """Folder within a run's folder for what belongs to other runs, or to steps that were superseded."""
 GROWING = ("metrics.jsonl", "samples.jsonl")
 """Files of a run's folder that grow line by line."""
+FILES = (*GROWING, "timeline.json", "run.json", "plan.json", "config.yaml", "lock")
+FOLDERS = ("checkpoints", "aside", "rollouts", "tensorboard")
 CONTENTS = (*GROWING, "timeline.json", "tensorboard", "rollouts", "wandb_run_id", "mlflow_run_id", "checkpoints")
 """What a run writes to its folder, by which the next start of another run there must not be led."""
 
@@ -36,6 +39,16 @@ class Record:
     """The identity."""
     resumed_from: str | None = None
     """The path that `checkpoint.resume` named when the run first continued from there."""
+
+
+def in_the_way(run_folder: Path) -> str | None:
+    """What lies in a run's folder under the name of something else that the run will write there, at last when hours were
+    trained; None where nothing does."""
+    for name in (*FILES, *FOLDERS):
+        path, is_file = run_folder / name, name in FILES
+        if os.path.lexists(path) and not (path.is_file() if is_file else path.is_dir()):
+            return f"{path} is no {'file' if is_file else 'folder'}, and the run is to write one of that name. Move it away"
+    return None
 
 
 def new_record(resumed_from: str | None = None) -> Record:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hybridflow.checkpoint import advice
+from hybridflow.checkpoint.lineage import in_the_way
 from hybridflow.checkpoint.store import CheckpointStore
 from hybridflow.config.describe import resolved_yaml
 from hybridflow.config.schema import Config
@@ -50,7 +51,7 @@ class RunFolder:
         """
         try:
             named, held = os.stat(self.path / LOCK), os.fstat(self.lock.fileno())
-            owner = (self.path / LOCK).read_text(encoding="utf-8")
+            owner = (self.path / LOCK).read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             gone = "is not there any more" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
             raise RunFolderError(f"{self.path / LOCK} {gone}. {advice.folder_gone(self.path)}") from error
@@ -75,7 +76,9 @@ def reserved(config: Config) -> Iterator[RunFolder]:
         raise ConfigError([FieldError("run.folder", f"{found}. Give an absolute path on a disk that all nodes share")])
     try:
         _make(folder)
-        lock = (folder / LOCK).open("a+", encoding="utf-8")
+        if problem := in_the_way(folder):
+            raise ConfigError([FieldError("run.folder", problem)])
+        lock = (folder / LOCK).open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise _unwritable(folder, error) from error
     ended = threading.Event()

@@ -100,19 +100,24 @@ def drop_later_lines(path: Path, resume_step: int) -> Path | None:
             return None
         ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
         return path.rename(unused(path.with_name(f"{path.stem}.until-{ended}{path.suffix}")))
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= resume_step]
-    write_durably(path, "".join(kept))
+    kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
+    write_durably(path, b"".join(kept).decode())
     return None
 
 
 def read_lines(path: Path) -> list[dict[str, object]]:
     """The objects in a file that this tracker wrote; a line that a kill cut short is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if _step_of(line) != math.inf]
+    return [json.loads(line) for line in _lines(path) if _step_of(line) != math.inf]
 
 
-def _step_of(line: str) -> float:
+def _lines(path: Path) -> list[bytes]:
+    """Split as bytes: text may have U+2028 and other ends of lines within it, and a power cut may leave no text at all."""
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def _step_of(line: bytes) -> float:
     """The step of a line; infinity where the line is not whole."""
-    if not line.endswith("\n"):
+    if not line.endswith(b"\n"):
         return math.inf
     try:
         return float(json.loads(line)["step"])

@@ -94,7 +94,7 @@ BUDGETS = {
     "hybridflow/algorithms": 2290,
     "hybridflow/checkpoint": 1540,
     "hybridflow/config": 4160,
-    "hybridflow/controller": 4430,
+    "hybridflow/controller": 4440,
     "hybridflow/controller/stream.py": 250,
     "hybridflow/data": 2550,
     "hybridflow/environments": 2090,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hybridflow.algorithms.ppo import Config as PpoOptions
+from hybridflow.checkpoint.lineage import FOLDERS
 from hybridflow.checkpoint.store import CheckpointStore
 from hybridflow.config.schema import Config, RunConfig
 from hybridflow.controller import run_folder
@@ -181,3 +182,28 @@ def test_what_is_removed_or_replaced_during_a_run_ends_it_with_an_error(tmp_path
 
     ended = command(folder, hook)
     assert ended.message and str(folder) in ended.message
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timeline.json", "run.json", "lock", "checkpoints", "aside", "rollouts"])
+@pytest.mark.parametrize("kind", ["of the other kind", "a link to itself"])
+def test_what_is_in_the_way_of_a_runs_files_is_told_before_anything_is_trained(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    if kind == "a link to itself":
+        path.symlink_to(path)
+    elif name in FOLDERS:
+        path.touch()
+    else:
+        path.mkdir()
+    with pytest.raises(ConfigError, match=f"{name} is no .* Move it away"), reserved(config_of(tmp_path)):
+        pass
+    path.rename(tmp_path / "away")
+    with reserved(config_of(tmp_path)):
+        pass
+
+
+def test_a_damaged_lock_and_folders_that_are_links_are_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_bytes(b"\xff\xfe")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with reserved(config_of(tmp_path)) as taken:
+        taken.check()

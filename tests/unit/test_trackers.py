@@ -85,6 +85,27 @@ def test_a_line_that_a_kill_cut_short_is_dropped_on_resume(tmp_path: Path):
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b\u0085c", "\x0b\x0c\x1c\r\n", "\ud83d", "é\x00"])
+def test_no_sample_is_lost_on_resume_whatever_ends_of_lines_its_text_has(tmp_path: Path, text: str):
+    samples = [Sample(prompt=text.encode("utf-8", "replace").decode(), response="2", ground_truth="", reward=1.0)]
+    for resume_step in (0, 2):
+        tracker = JsonlTracker(config(tmp_path), 4, resume_step)
+        tracker.log_samples(resume_step + 1, samples)
+        tracker.close()
+    assert [(line["step"], line["prompt"]) for line in read_lines(tmp_path / "samples.jsonl")] == [
+        (step, samples[0].prompt) for step in (1, 3)
+    ]
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\xfe\x00\n", b"\x00" * 50 + b"\n", b"[1]\n5\n", b'{"step": "x"}\n'])
+def test_what_a_power_cut_left_in_the_metrics_is_no_step_and_stops_nothing(tmp_path: Path, garbage: bytes):
+    log_steps(tmp_path, range(1, 4), resume_step=0)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(garbage)
+    log_steps(tmp_path, [4], resume_step=3)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
 def test_a_new_run_in_an_old_folder_starts_empty_and_says_where_the_old_lines_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
