@@ -29,7 +29,12 @@ KEPT = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """The command line; `key=value` may stand behind `--data` too.
+
+    Example:
+        >>> parse(["model", "--data", "a.parquet", "reward.name=gsm8k"]).overrides
+        ['reward.name=gsm8k']
+    """
     parser = argparse.ArgumentParser(prog="python -m hybridflow.evaluate", description=__doc__)
     parser.add_argument("model", metavar="MODEL_OR_CHECKPOINT", help="Hugging Face folder or name, checkpoint, or run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of a run, such as reward.path=my.py")
@@ -40,7 +45,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, nargs="+", help="of pass@k and majority@k; by default the powers of two")
     parser.add_argument("--role", default="actor", help="of a checkpoint: whose weights")
     parser.add_argument("--output", default="outputs/evaluation", metavar="DIR", help="where rows and results go")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    swallowed = [each for each in options.data if "=" in each and not Path(each).expanduser().is_file()]
+    options.overrides += swallowed
+    options.data = [each for each in options.data if each not in swallowed]
+    if not options.data:
+        parser.error("argument --data: expected at least one file")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,8 +24,8 @@ from hybridflow.config import (
     rules_verl_files,
     user_code,
 )
-from hybridflow.config.schema import Config
-from hybridflow.errors import FieldError, FieldReport
+from hybridflow.config.schema import Config, TrainingConfig
+from hybridflow.errors import FieldError, FieldReport, FieldWarning
 from hybridflow.user_file import split_name
 
 
@@ -87,6 +87,23 @@ def generation_runs_ahead_of_rewards(config: Config, roles: tuple[str, ...]) -> 
     if config.loop.max_staleness and not {"rollout", "reward"} <= set(roles):
         problem = f"found {config.loop.max_staleness}, but {config.algorithm.name} has no rollout and reward roles. Set it to 0"
         yield FieldError("loop.max_staleness", problem, related=("algorithm.name",))
+
+
+def learning_rates_are_reached(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
+    """A warm-up that is as long as the run never lets a model learn at its own rate."""
+    for role, section in config.models.items():
+        total = config.run.total_steps
+        if role in roles and isinstance(section, TrainingConfig) and total is not None and section.warmup_steps >= total > 1:
+            problem = f"found {section.warmup_steps} of run.total_steps={total}: the rate never reaches {role}.learning_rate"
+            yield FieldWarning(f"{role}.warmup_steps", problem, related=("run.total_steps", "algorithm.name"))
+
+
+def several_answers_differ(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
+    """Greedy answers to one prompt are all the same."""
+    answers = config.validation.responses_per_prompt
+    if "rollout" in roles and config.data.validation_files and config.validation.temperature == 0 and answers > 1:
+        problem = f"found {answers} with validation.temperature=0: greedy responses are all alike, and pass@k says nothing"
+        yield FieldWarning("validation.responses_per_prompt", problem, related=("validation.temperature",))
 
 
 def held_out_rows_are_measured(config: Config, algorithm: AlgorithmClass) -> Iterator[FieldError]:
@@ -162,6 +179,8 @@ RULES: tuple[Rule, ...] = (
     rules_files.run_folder_can_be_written,
     rules_placement.pools_are_well_formed,
     weights_match_files,
+    learning_rates_are_reached,
+    several_answers_differ,
     generation_runs_ahead_of_rewards,
     rules_engine.options_are_known,
     rules_engine.engines_fit_their_ranks,

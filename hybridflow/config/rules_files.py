@@ -152,8 +152,10 @@ def model_paths(config: Config, roles: tuple[str, ...]) -> dict[str, str]:
 
 def missing(path: str, kind: str) -> str:
     """That `path` is not there, and how far along it things exist."""
-    parents = [parent for parent in Path(path).absolute().parents if os.path.isdir(parent) and os.access(parent, os.R_OK)]
-    nearby = nearest(Path(path).name, [entry.name for entry in parents[0].iterdir()]) if parents else ""
+    whole = Path(path).absolute()
+    parents = [parent for parent in whole.parents if os.path.isdir(parent) and os.access(parent, os.R_OK)]
+    first_absent = whole.relative_to(parents[0]).parts[0] if parents else ""
+    nearby = nearest(first_absent, [entry.name for entry in parents[0].iterdir()]) if parents else ""
     return f"{kind} {path!r} does not exist{nearby or f' (the last folder on the way that does is {parents[0]})'}"
 
 

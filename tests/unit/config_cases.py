@@ -6,10 +6,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from hybridflow.config.load import load_config
 from hybridflow.errors import ConfigError
 
 LOOKS_LIKE_PARQUET = b"PAR1" * 3
+
+
+def write_prompts(path: Path) -> None:
+    """A file of one prompt, with the columns of prompts."""
+    row = {"prompt": "1+1", "reward_model": {"ground_truth": "2"}, "data_source": "openai/gsm8k"}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+
+
 CUTTING_ENGINE = "rollout.engine=hybridflow.rollout.torch_engine:TorchEngine"
 """One of a user's own: what it can do nobody knows."""
 
@@ -17,7 +28,7 @@ CUTTING_ENGINE = "rollout.engine=hybridflow.rollout.torch_engine:TorchEngine"
 def right_run(folder: Path) -> list[str]:
     """Overrides that load on their own: a data file, a name from the hub, and no optional package."""
     file = folder / "train.parquet"
-    file.write_bytes(LOOKS_LIKE_PARQUET)
+    write_prompts(file)
     return [
         f"data.train_files={file}",
         "model.path=org/name",

@@ -461,3 +461,22 @@ def test_a_role_that_only_the_algorithm_knows_needs_a_class(tmp_path: Path) -> N
         "Name its class as my_package.module:Class"
     ]
     assert mistakes_of([*overrides, "placement.workers.judge=examples.extend.brevity_judge:JudgeWorker"]) == []
+
+
+def test_settings_that_undo_each_other_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = [*right_run(tmp_path), "run.total_steps=20", f"data.validation_files={tmp_path}/train.parquet"]
+    load_config(None, [*run, "actor.warmup_steps=19", "validation.responses_per_prompt=4", "validation.temperature=1"])
+    assert "warmup_steps" not in caplog.text and "responses_per_prompt" not in caplog.text
+    load_config(None, [*run, "actor.warmup_steps=20", "validation.responses_per_prompt=4", "validation.temperature=0"])
+    assert "actor.warmup_steps: found 20 of run.total_steps=20: the rate never reaches actor.learning_rate" in caplog.text
+    assert (
+        "validation.responses_per_prompt: found 4 with validation.temperature=0: greedy responses are all alike" in caplog.text
+    )
+
+
+def test_the_first_part_of_a_path_that_is_absent_is_compared_with_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    assert only_mistake(tmp_path, f"model.path={tmp_path}/mdoels/tiny").endswith(
+        "did you mean 'models'?; a hub name looks like org/name"
+    )
+    assert "did you mean" not in only_mistake(tmp_path, f"model.path={tmp_path}/elsewhere/models")

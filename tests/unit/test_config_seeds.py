@@ -12,7 +12,7 @@ import yaml
 
 from hybridflow.config.load import load_config
 from hybridflow.config.schema import Config
-from tests.unit.config_cases import LOOKS_LIKE_PARQUET
+from tests.unit.config_cases import LOOKS_LIKE_PARQUET, write_prompts
 from tests.unit.test_config_verl import published_script
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +139,7 @@ OURS: dict[str, tuple[dict[str, str], list[str]]] = {
 def test_our_own_script_means_the_same(tmp_path: Path, name: str) -> None:
     """What is learned, that is: folders, trackers and sizes of microbatches are each one's own."""
     variables, changes = OURS[name]
-    (tmp_path / "train.parquet").write_bytes(LOOKS_LIKE_PARQUET)
+    write_prompts(tmp_path / "train.parquet")
     files = {
         "TRAIN_FILES": f"{tmp_path}/train.parquet",
         "VALIDATION_FILES": f"{tmp_path}/train.parquet",
