@@ -93,7 +93,7 @@ BUDGETS = {
     "hybridflow": 34300,
     "hybridflow/algorithms": 2290,
     "hybridflow/checkpoint": 1540,
-    "hybridflow/config": 4160,
+    "hybridflow/config": 4190,
     "hybridflow/controller": 4440,
     "hybridflow/controller/stream.py": 250,
     "hybridflow/data": 2550,
