@@ -3,7 +3,8 @@
 vLLM decides before every token which requests run and what memory they get, and afterwards looks at every token, all in Python:
 for a model of 0.5B and 512 requests, three times as long as the GPU computes. While the same requests decode and nothing
 arrives, the next step is the last one with each request a token further; so where memory is there for several tokens, steps are
-repeated, and their tokens are handed to vLLM together. Requests that end meanwhile compute a few tokens in vain.
+repeated, and their tokens are handed to vLLM together, before it decides again. Requests that end meanwhile compute a few
+tokens in vain.
 
 Written for 0.24 and 0.32, through `scheduler_cls` of vLLM's engine. A step with anything unknown in it is not repeated.
 """
@@ -64,9 +65,9 @@ class _TokensAtOnce(Scheduler):  # type: ignore[misc]
 class MultiStepScheduler(AsyncScheduler, _TokensAtOnce):  # type: ignore[misc]
     """vLLM's scheduler with repeated decode steps."""
 
-    max_steps = 16
+    max_steps = 32
     """One that is scheduled and its repetitions, at most."""
-    tokens_per_repetition = 8
+    tokens_per_repetition = 2
     """That requests must have said on average: short responses would compute much in vain."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -86,17 +87,27 @@ class MultiStepScheduler(AsyncScheduler, _TokensAtOnce):  # type: ignore[misc]
         self.counters: tuple[str, ...] | None = None
         """What vLLM counts up by one in each request of a repeated step; none where it changes more than that."""
         self.state: tuple[object, ...] = ()
+        self.num_awaited = 0
+        """Steps whose results have not come: with asynchronous scheduling the last one is under way."""
         self.held: list[ExecutedStep] = []
         """What vLLM's scheduler has not seen, oldest first."""
         self.num_preemptions = 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """The next step: the last one with each request a token further, or what vLLM decides."""
+        """The next step: the last one with each request a token further; an empty one, by which vLLM comes to look at what
+        repetitions gave, so that it decides once after them and not before and after the last of their results; or what it
+        decides."""
         if self.step is not None and self.repetitions_left and not self.finished_req_ids and self.state == self._state():
             self.step = _a_token_further(self.step)
             self.repetitions_left -= 1
+            self.num_awaited += 1
             self._count_repetition(self.step)
             return self.step
+        self.repetitions_left = 0
+        # The first model runner takes an empty step for the end of all that run, and would build its batch anew.
+        if self.repeated and self.num_awaited and self.use_v2_model_runner:
+            self.repeated = []
+            return SchedulerOutput.make_empty()
         has_room = self.can_repeat and self._has_room()
         if self.can_repeat:
             self.num_lookahead_tokens = self.max_steps - 1 if has_room else 0
@@ -104,6 +115,7 @@ class MultiStepScheduler(AsyncScheduler, _TokensAtOnce):  # type: ignore[misc]
         self.repetitions_left = self._num_repetitions(self.step) if has_room else 0
         self.repeated = [self.requests[name] for name in self.step.num_scheduled_tokens] if self.repetitions_left else []
         self.state = self._state()
+        self.num_awaited += bool(self.step.total_num_scheduled_tokens)
         return self.step
 
     def _count_repetition(self, step: SchedulerOutput) -> None:
@@ -160,9 +172,12 @@ class MultiStepScheduler(AsyncScheduler, _TokensAtOnce):  # type: ignore[misc]
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """What a step gave; nothing until the last repetition is scheduled."""
+        """What a step gave; nothing until the last repetition has given its own, or, where no empty step can stand behind
+        it, is scheduled."""
+        self.num_awaited -= bool(scheduler_output.total_num_scheduled_tokens)
         self.held.append((scheduler_output, model_runner_output))
-        if self.repetitions_left and self.step is not None and _is_same_multi_step(self.held[0][0], self.step):
+        is_more_to_come = self.repetitions_left or (self.use_v2_model_runner and self.num_awaited)
+        if is_more_to_come and self.step is not None and _is_same_multi_step(self.held[0][0], self.step):
             return {}
         held, self.held = self.held, []
         outputs: dict[int, EngineCoreOutputs] = {}

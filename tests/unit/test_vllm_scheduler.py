@@ -105,7 +105,7 @@ class Model:
     """Of all steps."""
 
     def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        self.num_steps += 1
+        self.num_steps += bool(step.num_scheduled_tokens)
         for name in step.finished_req_ids | ((step.preempted_req_ids or set()) if self.is_second else set()):
             self.tokens.pop(name, None)
         starts = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
@@ -189,8 +189,9 @@ def run(scheduler: AsyncScheduler, arrivals: dict[int, list[Request]], aborts: d
         assert number < 5000
         if scheduler.has_requests():
             step = scheduler.schedule()
+            result = model.run(step)
             if step.total_num_scheduled_tokens:
-                under_way.append((step, model.run(step)))
+                under_way.append((step, result))
         if under_way and (len(under_way) == depth or not scheduler.has_requests() or not step.total_num_scheduled_tokens):
             for outputs in scheduler.update_from_output(*under_way.popleft()).values():
                 for output in outputs.outputs:
@@ -303,23 +304,41 @@ def test_arrivals_keep_no_answers_back(config: VllmConfig, depth: int) -> None:
     assert num_answers >= 60 // 8
 
 
-def count_of_schedules(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows with every run of vLLM's own scheduler."""
-    calls: list[None] = []
-    own = AsyncScheduler.schedule
-    monkeypatch.setattr(
-        AsyncScheduler, "schedule", lambda self, *args, **kwargs: calls.append(None) or own(self, *args, **kwargs)
-    )
+def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of this method of vLLM's own scheduler."""
+    calls: list[tuple[Any, ...]] = []
+    own = getattr(AsyncScheduler, name)
+    monkeypatch.setattr(AsyncScheduler, name, lambda self, *args, **kwargs: calls.append(args) or own(self, *args, **kwargs))
     return calls
 
 
 def test_a_round_is_scheduled_once(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = count_of_schedules(monkeypatch)
+    calls = calls_of(monkeypatch, "schedule")
     long = {0: [request(name, prompt_tokens=10, max_tokens=100, ends=False) for name in (1, 2, 3)]}
     found = run(scheduler_of(MultiStepScheduler, config), long, {}, depth=2)
     assert [len(tokens) for tokens in found.tokens.values()] == [100] * 3
     assert found.num_steps <= 102, "no step in vain where all end together"
-    assert len(calls) <= found.num_steps // MultiStepScheduler.max_steps + 6
+    assert len(calls) <= found.num_steps // MultiStepScheduler.max_steps + 7
+
+
+def test_results_are_looked_at_once_before_the_next_decision(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses end all the time here. Where an empty step may stand between, each decision knows of every end before it; else
+    the last result of a round is looked at behind it, which costs a decision of its own."""
+    config.scheduler_config.max_num_batched_tokens = 4096
+    monkeypatch.setattr(MultiStepScheduler, "max_steps", 8)
+    decisions, looks = calls_of(monkeypatch, "schedule"), calls_of(monkeypatch, "update_from_output")
+    counts = {}
+    for is_second_runner in (False, True):
+        arriving = {0: [request(name, prompt_tokens=10, max_tokens=140) for name in range(MAX_REQUESTS)]}
+        scheduler = scheduler_of(MultiStepScheduler, config)
+        scheduler.use_v2_model_runner = is_second_runner
+        found = run(scheduler, arriving, {}, depth=2)
+        assert found.tokens == expected(arriving)
+        counts[is_second_runner] = len(decisions), sum(bool(step.num_scheduled_tokens) for step, _ in looks)
+        decisions.clear()
+        looks.clear()
+    assert counts[True][0] < 0.85 * counts[False][0]
+    assert counts[True][1] < 0.7 * counts[False][1], counts
 
 
 def test_short_responses_compute_little_in_vain(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +434,7 @@ def test_results_with_more_than_tokens_are_not_joined(config: VllmConfig) -> Non
 
 @pytest.mark.parametrize("what", ["stop strings", "sliding window"])
 def test_what_rounds_would_break_goes_step_by_step(config: VllmConfig, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    calls = count_of_schedules(monkeypatch)
+    calls = calls_of(monkeypatch, "schedule")
     sampling = {"stop": ["so"], "detokenize": True} if what == "stop strings" else {}
     window = {"sliding_window": 64} if what == "sliding window" else {}
     asked = {0: [request(name, prompt_tokens=10, max_tokens=50, **sampling) for name in (1, 2, 3)]}
