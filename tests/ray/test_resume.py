@@ -22,7 +22,7 @@ LAST = f"checkpoints/step_{NUM_STEPS:06d}"
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(toy: Toy, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(toy: Toy, forked_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of nine steps that nothing disturbs."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     trained(toy, folder, *TRAINING, "checkpoint.every_steps=3")

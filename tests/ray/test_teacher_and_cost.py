@@ -14,6 +14,8 @@ import hybridflow
 from tests.ray.test_stages import files, settings
 from tests.toy import make_tiny_model
 
+pytestmark = [pytest.mark.usefixtures("forked_cluster"), pytest.mark.slow]
+
 
 def length_and_cost(reward_input: Mapping[str, object]) -> dict[str, float]:
     """Longer is better, and costs more than it is worth."""
@@ -21,15 +23,14 @@ def length_and_cost(reward_input: Mapping[str, object]) -> dict[str, float]:
     return {"overall": length, "cost": 2 * length - 0.5}
 
 
-def run(folder: Path, name: str, **sections: object) -> hybridflow.api.History:
+def run(folder: Path, name: str, steps: int = 20, **sections: object) -> hybridflow.api.History:
     model, paths = make_tiny_model(folder / "model"), files(folder)
     config = settings(folder, name, model)
-    config["run"] |= {"total_steps": 20}
+    config["run"] |= {"total_steps": steps}
     config["data"] |= {"train_files": [paths["prompts"]]}
     return hybridflow.train(config | {"actor": {"learning_rate": 3e-3}} | sections)
 
 
-@pytest.mark.slow
 def test_a_pupil_comes_closer_to_its_teacher(tmp_path: Path) -> None:
     teacher = make_tiny_model(tmp_path / "teacher", seed=1)
     algorithm = {"name": "distillation", "prompts_per_update": 4}
@@ -39,7 +40,6 @@ def test_a_pupil_comes_closer_to_its_teacher(tmp_path: Path) -> None:
     assert sum(distance[-3:]) < 0.8 * sum(distance[1:4])  # step 0 has none
 
 
-@pytest.mark.slow
 def test_costs_above_the_limit_raise_the_multiplier_and_fall(tmp_path: Path) -> None:
     algorithm = {"name": "safe_rlhf", "multiplier_rate": 0.2, "kl_in": "none", "prompts_per_update": 4}
     history = run(tmp_path, "costs", algorithm=algorithm, reward={"name": length_and_cost})
@@ -48,19 +48,17 @@ def test_costs_above_the_limit_raise_the_multiplier_and_fall(tmp_path: Path) -> 
     assert sum(cost[-3:]) < 0.8 * sum(cost[1:4])
 
 
-@pytest.mark.slow
 def test_costs_may_come_from_a_model(tmp_path: Path) -> None:
     folder, algorithm = tmp_path / "cost", {"name": "safe_rlhf", "kl_in": "loss", "cost_limit": -100.0}
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(tmp_path / "as_a_model"))
     config = Qwen2Config.from_pretrained(tmp_path / "as_a_model", num_labels=1)
     Qwen2ForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    history = run(tmp_path, "model", algorithm=algorithm, cost_model={"path": str(folder)}, reward={"name": "none"})
+    history = run(tmp_path, "model", steps=3, algorithm=algorithm, cost_model={"path": str(folder)}, reward={"name": "none"})
     assert history["safe_rlhf/multiplier"][-1] > 1.0, "no cost is as low as the limit"
     assert len(set(history["safe_rlhf/cost"])) > 1
 
 
-@pytest.mark.slow
 def test_text_beside_what_is_generated_becomes_more_likely(tmp_path: Path) -> None:
     text = [{"prompt": f"{n}", "response": "the same old song"} for n in range(12)]
     pq.write_table(pa.Table.from_pylist(text), tmp_path / "text.parquet")
