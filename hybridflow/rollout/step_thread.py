@@ -17,6 +17,9 @@ from itertools import count
 from hybridflow.errors import EngineError, RequestRefusedError
 from hybridflow.rollout.base import Engine, Request, Response
 
+GAP_S, MAX_GATHERING_S = 0.003, 0.1
+"""Turns of many episodes end in one step, and the next ones come back one by one, within less than the first. Started one by
+one, each would have a step of its own: of 64 episodes with two turns a third of all steps (benchmarks/turns.py)."""
 Submitted = list[tuple[Request, Future[Response]]]
 
 
@@ -177,9 +180,19 @@ class EngineThread:
                     self._is_closed or self._unanswered or self._submitted or self._num_interrupts_asked > self._num_interrupts
                 )
             )
+            self._gather()
             known = self._num_taken + len(self._submitted)
             decision = Decision(known, max(self._num_interrupts_asked, self._num_interrupts), self._is_closed)
         return decision if self._agree is None else self._agree(decision)
+
+    def _gather(self) -> None:
+        """Where what was submitted is no less than what runs, wait for more as long as more comes."""
+        ends = time.monotonic() + MAX_GATHERING_S
+        while (known := sum(map(len, self._submitted))) and known >= len(self._unanswered):
+            is_needed = self._is_closed or self._num_interrupts_asked > self._num_interrupts or self._num_pauses
+            num_calls, seconds = len(self._submitted), min(GAP_S, ends - time.monotonic())
+            if is_needed or seconds <= 0 or not self._changed.wait_for(lambda n=num_calls: len(self._submitted) > n, seconds):  # type: ignore[misc]
+                return
 
     def _carry_out(self, decision: Decision) -> None:
         """Hand over what was submitted; or, in an interrupt, answer all that is unfinished with what there is."""
