@@ -57,7 +57,7 @@ def _entry_errors(key: str, path: str, section: str, entry: object) -> Iterator[
         problem = f"{path}: {named} is of type {kind!r}, whose tools come from a server"
         yield FieldError(key, f"{problem}. Write a tool of type native that calls it")
     elif (parts := split_name(named)) is not None:
-        yield from name_errors(key, Path(parts[0]), parts[1])
+        yield from name_errors(key, Path(parts[0]), parts[1], given=("verl",))
     elif named not in BUILT_IN and not _can_be_found(named.split(".")):
         of_verl = "verl is not installed, and this class of its is not here" if named.startswith("verl.") else "it is not found"
         advice = f"Write a class with {METHODS[section]} and name it as path/to/file.py:Class (docs/environments.md)"

@@ -12,9 +12,9 @@ from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
 
-def name_errors(key: str, file: Path, name: str, *, file_key: str = "") -> Iterator[FieldError]:
+def name_errors(key: str, file: Path, name: str, *, file_key: str = "", given: tuple[str, ...] = ()) -> Iterator[FieldError]:
     """Why `file.py:name` cannot be had: no such file, no such name in it, or imports that will fail. `file_key` names the file
-    where `key` names the name alone."""
+    where `key` names the name alone; packages in `given` are there when it is imported."""
     file_key, file = file_key or key, file.expanduser()
     if not file.is_file():
         yield FieldError(file_key, f"there is no file {str(file)!r} here", is_local=True)
@@ -28,7 +28,7 @@ def name_errors(key: str, file: Path, name: str, *, file_key: str = "") -> Itera
         defined = f" It defines: {', '.join(names)}" if names else ""
         related = (file_key,) if file_key != key else ()
         yield FieldError(key, f"{file} has no {name!r}{nearest(name, names) or '.'}{defined}", related=related)
-    yield from import_errors(file_key, file)
+    yield from import_errors(file_key, file, given=given)
 
 
 def parsed(file: Path) -> ast.Module:
@@ -58,7 +58,7 @@ def top_level_names(tree: ast.Module) -> Iterator[str]:
             yield "*"  # what such a block defines depends on where it runs
 
 
-def import_errors(key: str, file: Path) -> Iterator[FieldError]:
+def import_errors(key: str, file: Path, *, given: tuple[str, ...] = ()) -> Iterator[FieldError]:
     """Imports of the file, and of files beside it that it imports by dots, which find nothing: told once each."""
     waiting, seen = [file.resolve()], set[Path]()
     while waiting:
@@ -79,7 +79,7 @@ def import_errors(key: str, file: Path) -> Iterator[FieldError]:
                     problem = f"{current}, line {node.lineno}, imports {name!r}, and there is no {missing[name]}.py"
                     yield FieldError(key, f"{problem}. Put it there, or import it by a name that is on the Python path")
         for line, top in _absolute(tree):
-            if not _can_be_found(top, [file.resolve().parent, current.parent]):
+            if top not in given and not _can_be_found(top, [file.resolve().parent, current.parent]):
                 problem = f"{current}, line {line}, imports {top!r}, which is neither beside it nor installed"
                 yield FieldError(key, f"{problem}. Install it, or put {top}.py beside {file.name}", is_local=True)
 

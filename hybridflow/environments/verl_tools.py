@@ -149,9 +149,9 @@ def _entries(path: str, section: str) -> list[Mapping[str, Any]]:
 def _class_of(entry: Mapping[str, Any], path: str) -> Any:
     """The class that an entry names: `my_package.module.Class`, or `path/to/file.py:Class`."""
     named = str(entry["class_name"])
+    verl_names.stand_in()
     if (parts := split_name(named)) is not None:
         return getattr(import_file(parts[0]), parts[1])
-    verl_names.stand_in()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module, _, name = named.rpartition(".")

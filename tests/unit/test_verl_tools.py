@@ -75,7 +75,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
     (tmp_path / "my_tool.py").write_text(TOOL)
     (tmp_path / "duck.py").write_text(DUCK)
-    tools = entry("my_tool.Add", "add") + entry("duck.py:Duck", "duck") + entry(BUILT_IN[0], "calc_gsm8k_reward")
+    tools = entry(f"{tmp_path}/my_tool.py:Add", "add") + entry("duck.py:Duck", "duck") + entry(BUILT_IN[0], "calc_gsm8k_reward")
     (tmp_path / "tools.yaml").write_text(f"tools:\n{tools}")
     (tmp_path / "talk.yaml").write_text(f"interaction:\n  - name: gsm8k\n    class_name: {BUILT_IN[1]}\n    config: {{}}\n")
     return tmp_path
