@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--k", type=int, nargs="+", help="of pass@k and majority@k; by default the powers of two")
     parser.add_argument("--role", default="actor", help="of a checkpoint: whose weights")
+    parser.add_argument(
+        "--source", metavar="MODEL", help="of a checkpoint: the model that training started from, if it was moved"
+    )
     parser.add_argument("--output", default="outputs/evaluation", metavar="DIR", help="where rows and results go")
     options = parser.parse_intermixed_args(arguments)
     swallowed = [each for each in options.data if "=" in each and not Path(each).expanduser().is_file()]
@@ -91,7 +95,7 @@ def evaluation_config(options: argparse.Namespace) -> Config:
     model, settings = options.model, dict[str, object]()
     folder = Path(model).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        model, settings = exported(folder, output, options.role)
+        model, settings = exported(folder, output, role=options.role, source=options.source)
     asked = {
         "run.folder": str(output),
         "model.path": model,
@@ -108,15 +112,21 @@ def evaluation_config(options: argparse.Namespace) -> Config:
     return load_config(str(base), [*overrides, *options.overrides])
 
 
-def exported(checkpoint: Path, output: Path, role: str) -> tuple[str, dict[str, object]]:
-    """A checkpoint's weights as a Hugging Face folder below `output`, and the settings of its run that hold here."""
+def exported(checkpoint: Path, output: Path, *, role: str, source: str | None = None) -> tuple[str, dict[str, object]]:
+    """A checkpoint's weights as a Hugging Face folder below `output`, and the settings of its run that hold here.
+
+    What an earlier evaluation of the same checkpoint has left there is taken.
+    """
     from hybridflow.checkpoint.export import export_checkpoint
+    from hybridflow.checkpoint.manifest import MANIFEST
     from hybridflow.checkpoint.store import CheckpointStore, find
 
     found = find(checkpoint)
-    target = output / "models" / f"{found.parent.parent.name}-{found.name}-{role}"
+    # Runs in folders of the same name, and a run that began anew, have checkpoints of the same name.
+    content = zlib.crc32((found / MANIFEST).read_bytes()) if (found / MANIFEST).is_file() else 0
+    target = output / "models" / f"{found.parent.parent.name}-{found.name}-{role}-{content:08x}"
     if not (target / "config.json").is_file():
-        export_checkpoint(found, target, role=role)
+        export_checkpoint(found, target, role=role, source=source)
     saved = CheckpointStore.read_state(found).config
     settings: dict[str, object] = {}
     for section, names in KEPT.items():

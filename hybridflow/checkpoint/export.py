@@ -97,7 +97,10 @@ def export_checkpoint(
 
 
 def _write_model(weights_folder: Path, target: Path, origin: WeightFiles, dtype: DtypeName) -> None:
-    config = load_config(origin.path, trust_remote_code=origin.trust_remote_code)
+    try:
+        config = load_config(origin.path, trust_remote_code=origin.trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"{error}. Training started from it; --source MODEL says where it is if it was moved") from error
     exported = _dtype(config, dtype)
     weights = SavedWeights(weights_folder, lora_scale=origin.lora_scale)
     try:

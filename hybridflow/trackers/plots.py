@@ -171,6 +171,9 @@ def _quality(run: ReadRun) -> tuple[Panel, ...]:
     measures = ("accuracy", "pass", "majority")
     found = [name for name in run.names("validation/") if name.rpartition("/")[2].partition("@")[0] in measures]
     worth = [name for name in found if not name.startswith("validation/reward/")]
+    beside = [run.series(name) for name in _scores(run, "validation/reward/")]
+    if all(run.series(name) in beside for name in worth):  # one response to each prompt: the panel beside has it all
+        worth = []
     parts = {
         "Validation: what answers are worth": ("validation/", worth),
         "Held-out rows": ("held_out/", run.names("held_out/")),

@@ -150,3 +150,12 @@ def test_metrics_of_the_runs_own_have_a_figure():
         ("judge", ["judge/words", "judge/minutes"])
     ]
     assert "Held-out rows" in [panel.title for panel in figures(run)["learning"]]
+
+
+def test_accuracy_of_one_response_to_each_prompt_is_drawn_once(tmp_path: Path):
+    scores = {"validation__reward__mean": 0.5, "validation__reward__accuracy": 0.5, "validation__accuracy": 0.5}
+    (_, validation) = figures(read_run(write_run(tmp_path / "one", num_steps=2, **scores)))["learning"]
+    assert [line.metric for line in validation.lines] == ["validation/reward/mean", "validation/reward/accuracy"]
+    several = write_run(tmp_path / "several", num_steps=2, **scores, **{"validation__pass@2": 0.7})
+    (*_, worth) = figures(read_run(several))["learning"]
+    assert [line.metric for line in worth.lines] == ["validation/accuracy", "validation/pass@2"]
