@@ -37,7 +37,7 @@ def test_a_script_with_verls_tools_and_interactions_runs(
         "algorithm.adv_estimator=grpo",
         f"data.train_files={tmp_path}/train.parquet",
         "data.train_batch_size=4",
-        "data.max_prompt_length=200",
+        "data.max_prompt_length=320",
         "data.max_response_length=60",
         f"actor_rollout_ref.model.path={toy.model}",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4",
