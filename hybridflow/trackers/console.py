@@ -95,6 +95,8 @@ class ConsoleTracker(Tracker):
             self.started = time.monotonic()  # the validation before training is no step
         if validation := validation_line(metrics):
             self._print(Text.assemble((f"validation at step {step}", "bold cyan"), f"  {validation}"))
+        if held_out := held_out_line(metrics):
+            self._print(Text.assemble((f"held-out rows at step {step}", "bold cyan"), f"  {held_out}"))
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step)
 
@@ -154,6 +156,12 @@ def validation_line(metrics: Metrics) -> str:
     took = [f"took {_seconds(metrics['seconds/validation'])}"] if "seconds/validation" in metrics else []
     texts = [*_rewards(scores), *_texts(SHOWN, scores)]
     return "  ".join([*texts, *took]) if texts else ""
+
+
+def held_out_line(metrics: Metrics) -> str:
+    """What the algorithm measured of held-out rows, or an empty string where there were none."""
+    names = [name for name in metrics if name.startswith("held_out/")]
+    return "  ".join(_texts([Number(name.partition("/")[2].replace("_", " "), (name,), ".3g") for name in names], metrics))
 
 
 def shortened(text: str, *, keep_end: bool, max_characters: int = 300) -> str:

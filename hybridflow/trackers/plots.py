@@ -259,8 +259,11 @@ def _draw_panel(axes: Axes, panel: Panel, run: ReadRun) -> None:
         _cut_first_step(axes, run)
     if axes.get_ylim()[0] < panel.lowest:
         axes.set_ylim(bottom=panel.lowest)
-    # Below the diagram: inside, it would cover the curves of some runs.
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
+    # Below the diagram: inside, it would cover the curves of some runs. Where the legend is wider, all diagrams become narrow:
+    # some 80 characters fit, and a line takes 8 beside its label.
+    longest = max((len(str(label)) for label in axes.get_legend_handles_labels()[1]), default=0)
+    columns = min(3, max(1, 80 // (longest + 8)))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False, fontsize=9)
 
 
 def _draw_line(axes: Axes, line: Line, run: ReadRun) -> None:

@@ -159,3 +159,36 @@ def test_accuracy_of_one_response_to_each_prompt_is_drawn_once(tmp_path: Path):
     several = write_run(tmp_path / "several", num_steps=2, **scores, **{"validation__pass@2": 0.7})
     (*_, worth) = figures(read_run(several))["learning"]
     assert [line.metric for line in worth.lines] == ["validation/accuracy", "validation/pass@2"]
+
+
+def test_legends_of_several_data_sources_stay_in_the_figure_and_apart(tmp_path: Path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    sources = {
+        f"validation__{source}__accuracy": 0.2 for source in ("hybridflow_arithmetic", "openai_gsm8k", "DigitalLearning_MATH")
+    }
+    lines = [
+        {
+            "step": step,
+            **{
+                name.replace("__", "/"): value + step / 100 * index
+                for index, (name, value) in enumerate(
+                    {
+                        "reward__mean": 0.1,
+                        "validation__reward__mean": 0.3,
+                        "validation__reward__words": 2.0,
+                        "validation__accuracy": 0.25,
+                        **sources,
+                    }.items()
+                )
+            },
+        }
+        for step in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(tmp_path)
+    figure = drawn(run, figures(run)["learning"], "learning")
+    FigureCanvasAgg(figure).draw()
+    legends = [axes.get_legend().get_window_extent() for axes in figure.axes]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in legends)
+    assert not any(one.overlaps(other) for place, one in enumerate(legends) for other in legends[:place])

@@ -410,6 +410,13 @@ def test_without_a_terminal_every_step_is_one_plain_line(tmp_path: Path, capsys:
     assert max(map(len, lines)) <= 160
 
 
+def test_what_was_measured_of_held_out_rows_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tracker = ConsoleTracker(config(tmp_path), 100, 0)
+    tracker.log(0, Metrics({"held_out/loss": 0.6931, "held_out/chosen_reward": -0.5}))
+    tracker.close()
+    assert capsys.readouterr().out == "held-out rows at step 0  loss 0.693  chosen reward -0.5\n"
+
+
 def test_on_a_terminal_the_bar_stands_at_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     screen = io.StringIO()
     monkeypatch.setattr("hybridflow.trackers.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=200))
