@@ -9,8 +9,9 @@ Aggregation = Literal["token_mean", "sequence_mean", "sequence_mean_of_sums", "s
 each row's mean (GRPO, arXiv:2402.03300, eq. 3) or of each row's sum, that sum divided by a constant length (Dr. GRPO,
 arXiv:2503.20783, sec. 3.2), or the sum over all tokens."""
 
-KLEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"]
-"""Per-token estimate of the KL; one with a plus has the value of the one without and the gradient of k2 (straight-through)."""
+KLEstimator = Literal["k1", "k2", "k3", "low_var_kl", "abs", "k1+", "k3+", "low_var_kl+", "abs+"]
+"""Per-token estimate of the KL; low_var_kl is k3, at most 10. One with a plus has the value of the one without and the gradient
+of k2 (straight-through)."""
 
 OldLogProbs = Literal["log_probs", "rollout_log_probs", "current"]
 """Denominator of the probability ratio: as computed before the updates, as the engine returned them, or the present ones."""

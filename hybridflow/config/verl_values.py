@@ -58,7 +58,7 @@ def is_off(value: object) -> bool:
     return value is None or value is False or value in ("", "null", "none", "None", [], {})
 
 
-KL_NAMES = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3", "abs": "abs"}
+KL_NAMES = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "low_var_kl", "k3": "low_var_kl", "abs": "abs"}
 STRAIGHT_THROUGH = {f"{name}+": ours if ours == "k2" else f"{ours}+" for name, ours in KL_NAMES.items()}
 KL_ESTIMATOR = choice("The whole distribution is not at hand", **KL_NAMES, **STRAIGHT_THROUGH)
 AGGREGATION = choice(

@@ -15,9 +15,9 @@ from hybridflow.config.choices import KLEstimator as KLEstimator
 
 MAX_LOG_RATIO = 20.0
 """Beyond it the exponential of a difference of log-probabilities says no more than `far off` and would overflow float32."""
-MAX_K3 = 10.0
-"""Of one token, as in the field's implementations: a token that is that far off says no more by being farther."""
-PLAIN: Mapping[KLEstimator, KLEstimator] = {"k1+": "k1", "k3+": "k3", "abs+": "abs"}
+MOST_LOW_VAR_KL = 10.0
+"""Of one token, as in verl: a token that is that far off says no more by being farther."""
+PLAIN: Mapping[KLEstimator, KLEstimator] = {"k1+": "k1", "k3+": "k3", "low_var_kl+": "low_var_kl", "abs+": "abs"}
 """The estimator whose value a straight-through one has."""
 
 
@@ -25,9 +25,9 @@ def kl_estimate(log_probs_T: Tensor, reference_T: Tensor, kind: KLEstimator) -> 
     """Estimates of KL(policy || reference) in nats at tokens that the policy sampled: shape [T].
 
     J. Schulman, "Approximating KL divergence" (2020), with r = reference / policy. k1 = -log r is unbiased and may be
-    negative; k2 = (log r)^2 / 2 is biased; k3 = r - 1 - log r, here at most 10, is unbiased below that and never negative;
-    abs = |log r|. Of these only k2 has a gradient whose mean is the gradient of the KL: `k3+` has the value of k3 and the
-    gradient of k2, and so on.
+    negative; k2 = (log r)^2 / 2 is biased; k3 = r - 1 - log r is unbiased and never negative; low_var_kl is k3 bounded as verl
+    does it, |log r| by 20 and the value by 10; abs = |log r|. Of these only k2 has a gradient whose mean is the gradient of the
+    KL: `k3+` has the value of k3 and the gradient of k2, and so on.
 
     Example:
         >>> import torch
@@ -36,7 +36,7 @@ def kl_estimate(log_probs_T: Tensor, reference_T: Tensor, kind: KLEstimator) -> 
     """
     log_ratio_T = reference_T - log_probs_T
     match kind:
-        case "k1+" | "k3+" | "abs+":
+        case "k1+" | "k3+" | "low_var_kl+" | "abs+":
             through_T = 0.5 * log_ratio_T.square()
             return through_T - through_T.detach() + kl_estimate(log_probs_T, reference_T, PLAIN[kind]).detach()
         case "k1":
@@ -46,10 +46,11 @@ def kl_estimate(log_probs_T: Tensor, reference_T: Tensor, kind: KLEstimator) -> 
         case "k2":
             return 0.5 * log_ratio_T.square()
         case "k3":
+            log_ratio_T = log_ratio_T.clamp(max=MAX_LOG_RATIO)
+            return log_ratio_T.expm1() - log_ratio_T  # expm1, since r - 1 loses all digits where the policies agree
+        case "low_var_kl":
             log_ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            return (log_ratio_T.expm1() - log_ratio_T).clamp(
-                max=MAX_K3
-            )  # expm1, since r - 1 loses all digits where the policies agree
+            return (log_ratio_T.expm1() - log_ratio_T).clamp(max=MOST_LOW_VAR_KL)
 
 
 class KLController(ABC):

@@ -318,14 +318,14 @@ def test_keys_that_belong_together_may_come_in_any_order(tmp_path: Path, order: 
 @pytest.mark.parametrize(
     ("keys", "kl_in", "coefficient", "estimator"),
     [
-        ("actor.use_kl_loss=True actor.kl_loss_coef=0.04 algorithm.kl_ctrl.kl_coef=0.001", "loss", 0.04, "k3"),
+        ("actor.use_kl_loss=True actor.kl_loss_coef=0.04 algorithm.kl_ctrl.kl_coef=0.001", "loss", 0.04, "low_var_kl"),
         ("actor.use_kl_loss=True actor.kl_loss_type=mse algorithm.kl_penalty=kl", "loss", 0.001, "k2"),
         ("algorithm.use_kl_in_reward=True actor.kl_loss_type=mse actor.kl_loss_coef=0.5", "reward", 0.001, "k1"),
         (
             "algorithm.use_kl_in_reward=True algorithm.kl_penalty=low_var_kl+ algorithm.kl_ctrl.kl_coef=0.2",
             "reward",
             0.2,
-            "k3+",
+            "low_var_kl+",
         ),
         ("actor.use_kl_loss=False algorithm.use_kl_in_reward=False algorithm.kl_ctrl.kl_coef=0.5", "none", 0.001, "k1"),
     ],

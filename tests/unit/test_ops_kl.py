@@ -88,8 +88,8 @@ def test_the_fixed_coefficient_stays():
     assert kl.coefficient == 0.1
 
 
-def test_k3_of_a_token_that_is_far_off_is_ten():
+def test_low_var_kl_of_a_token_that_is_far_off_is_ten():
     # e^5 - 1 - 5 = 142.4 and e^-15 - 1 + 15 = 14.0; e^-8 - 1 + 8 = 7.0003 and e^2 - 1 - 2 = 4.389 are below the bound.
     reference_T = torch.tensor([5.0, -15.0, -8.0, 2.0])
-    found_T = ops.kl_estimate(torch.zeros(4), reference_T, "k3")
+    found_T = ops.kl_estimate(torch.zeros(4), reference_T, "low_var_kl")
     assert found_T.tolist() == pytest.approx([10.0, 10.0, 7.000335463, 4.389056099], rel=1e-6)

@@ -119,7 +119,7 @@ BY_HAND: dict[str, dict[str, object]] = {
         "algorithm.clip": (10.0, 0.2),
         "algorithm.kl_in": "loss",
         "algorithm.kl_coefficient": 0.001,
-        "algorithm.kl_estimator": "k3",  # low_var_kl
+        "algorithm.kl_estimator": "low_var_kl",
         "algorithm.loss_aggregation": "token_mean",
         "checkpoint.every_steps": 5,
         "checkpoint.keep": 0,  # all
