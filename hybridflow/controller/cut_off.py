@@ -1,4 +1,4 @@
-"""Says when no response of a step has ended by itself: nothing that a response would end with is ever rewarded then."""
+"""Says when no response or episode of a step has ended by itself: nothing that ends one is ever rewarded then."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ logger = logging.getLogger("hybridflow")
 class CutOffWarning:
     """Warns once where such steps begin, and again where they begin anew."""
 
-    def __init__(self, *, max_response_tokens: int):
-        self.max_response_tokens = max_response_tokens
+    def __init__(self, max_response_tokens: int, *, max_turns: int):
+        self.max_response_tokens, self.max_turns = max_response_tokens, max_turns
         self.is_so = False
 
     def look(self, step: int, rows: Batch) -> None:
         """At the rows of a step."""
         was_so, self.is_so = self.is_so, "truncated" in rows and len(rows) > 0 and bool(rows["truncated"].all())
-        if self.is_so and not was_so:
+        if not self.is_so or was_so:
+            return
+        if "environment/turns" in rows:
             logger.warning(
-                "step %d: all %d responses were cut off by the length limit, none has ended by itself. Raise "
-                "data.max_response_tokens (%d), or look at what ends a response: the chat template's end of turn, "
-                "rollout.stop, rollout.stop_token_ids, rollout.ignore_eos",
-                *(step, len(rows), self.max_response_tokens),
+                "step %d: all %d episodes were ended by a limit, none by the environment. Raise environment.max_turns (%d) or "
+                "data.max_response_tokens (%d), or let `step` return terminated",
+                *(step, len(rows), self.max_turns, self.max_response_tokens),
             )
+            return
+        logger.warning(
+            "step %d: all %d responses were cut off by the length limit, none has ended by itself. Raise "
+            "data.max_response_tokens (%d), or look at what ends a response: the chat template's end of turn, "
+            "rollout.stop, rollout.stop_token_ids, rollout.ignore_eos",
+            *(step, len(rows), self.max_response_tokens),
+        )

@@ -55,8 +55,8 @@ class FailedRewards:
         if num_failed > self.max_share * num_rows:
             raise RewardError(
                 f"{num_failed} of {num_rows} responses of a step could not be scored, more than reward.max_failed_share="
-                f"{self.max_share:g} allows. {self.cause()}\nCorrect the reward function; with reward.max_failed_share=1 such "
-                "responses get reward.failure_reward, and the run goes on"
+                f"{self.max_share:g} allows. {self.cause()}\nCorrect the reward function, or see why the service that it asks "
+                "does not answer; with reward.max_failed_share=1 such responses get reward.failure_reward, and the run goes on"
             )
 
 

@@ -46,7 +46,7 @@ class Loop:
         self.rows = RowSource(config, launched, algorithm, total_steps=total_steps)
         self.checkpoints = Checkpoints(config, launched, algorithm, self.rows, total_steps=total_steps)
         self.seconds_saving = Metrics()
-        self.cut_off = CutOffWarning(max_response_tokens=config.data.max_response_tokens)
+        self.cut_off = CutOffWarning(config.data.max_response_tokens, max_turns=config.environment.max_turns)
         self.saving: Future[None] | None = None
         """The rollouts of the last step, as they are written."""
 

@@ -10,7 +10,7 @@ from hybridflow.controller.cut_off import CutOffWarning
 
 
 def test_it_is_told_once_where_it_begins(caplog: pytest.LogCaptureFixture) -> None:
-    warning = CutOffWarning(max_response_tokens=7)
+    warning = CutOffWarning(7, max_turns=2)
     steps = [[True, True], [True, True], [True, False], [True, True], []]
     with caplog.at_level(logging.WARNING, "hybridflow"):
         for number, truncated in enumerate(steps, start=1):
@@ -21,3 +21,10 @@ def test_it_is_told_once_where_it_begins(caplog: pytest.LogCaptureFixture) -> No
         "step 4: all 2 responses we",
     ]
     assert "data.max_response_tokens (7)" in caplog.text
+
+
+def test_episodes_are_told_of_the_limit_of_turns(caplog: pytest.LogCaptureFixture) -> None:
+    rows = Batch({"truncated": np.ones(3, np.bool_), "environment/turns": np.full(3, 2.0, np.float32)})
+    with caplog.at_level(logging.WARNING, "hybridflow"):
+        CutOffWarning(7, max_turns=2).look(1, rows)
+    assert "all 3 episodes were ended by a limit" in caplog.text and "environment.max_turns (2)" in caplog.text

@@ -143,11 +143,13 @@ def test_every_metric_that_is_drawn_is_documented():
 
 def test_metrics_of_the_runs_own_have_a_figure():
     lines = [
-        {"step": step, "actor/loss": 1.0, "judge/words": step, "judge/minutes": 2.0, "held_out/loss": 1.0} for step in (1, 2)
+        {"step": step, "actor/loss": 1.0, "judge/words": step, "environment/solved": 0.5, "held_out/loss": 1.0}
+        for step in (1, 2)
     ]
     run = ReadRun("run", lines)
     assert [(panel.title, [line.metric for line in panel.lines]) for panel in figures(run)["own_metrics"]] == [
-        ("judge", ["judge/words", "judge/minutes"])
+        ("judge", ["judge/words"]),
+        ("environment", ["environment/solved"]),
     ]
     assert "Held-out rows" in [panel.title for panel in figures(run)["learning"]]
 
