@@ -54,8 +54,8 @@ def prepared(config: Config) -> Iterator[Loop]:
                 loop = Loop(config, groups, algorithm_class(config)(config, groups.groups), folder)
                 data = groups.dataset
                 logger.info(
-                    "%d training and %d validation prompts; %d steps",
-                    *(data.num_prompts, data.num_validation_prompts, loop.total_steps),
+                    "%d training %s, %d validation prompts; %d steps",
+                    *(data.num_prompts, loop.algorithm.rows, data.num_validation_prompts, loop.total_steps),
                 )
                 logger.info("ready for the first step after %.1f s", time.perf_counter() - started)
                 if device_type(config) == "cuda":
