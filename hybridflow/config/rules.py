@@ -90,11 +90,11 @@ def generation_runs_ahead_of_rewards(config: Config, roles: tuple[str, ...]) -> 
 
 
 def learning_rates_are_reached(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
-    """A warm-up that is as long as the run never lets a model learn at its own rate."""
+    """A warm-up that is as long as the run lets a model learn at its own rate in the last step at most."""
     for role, section in config.models.items():
         total = config.run.total_steps
         if role in roles and isinstance(section, TrainingConfig) and total is not None and section.warmup_steps >= total > 1:
-            problem = f"found {section.warmup_steps} of run.total_steps={total}: the rate never reaches {role}.learning_rate"
+            problem = f"found {section.warmup_steps} of run.total_steps={total}: only the last step has {role}.learning_rate"
             yield FieldWarning(f"{role}.warmup_steps", problem, related=("run.total_steps", "algorithm.name"))
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ADAPTERS = "adapter_config.json"
-CONTENT = "content"
-"""Of the message by which a chat template shows how it ends a turn."""
+CONTENT = "Said 4711 times"
+"""Of the messages by which a chat template shows where turns begin and end; no template has it of its own."""
 MOST_NAMED = 3
 
 
@@ -198,11 +198,15 @@ def _template_asks(config: Config, roles: tuple[str, ...], policy: Side) -> Iter
         return
     told, asked = f"the chat template of {policy.path!r}", [{"role": "user", "content": CONTENT}]
     options: Any = config.data.chat_template_options
+
+    def rendered(messages: list[dict[str, str]], adds: bool) -> str:
+        return str(policy.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=adds, **options))
+
     try:
-        with_prompt, without = (
-            str(policy.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=adds, **options))
-            for adds in (True, False)
-        )
+        with_prompt, without = (rendered(asked, adds) for adds in (True, False))
+        answered = [*asked, {"role": "assistant", "content": CONTENT}]
+        # Where nothing stands between a question and its answer, as in [INST] ... [/INST], there is nothing to open.
+        opening = rendered(answered, False) if with_prompt == without else ""
     except Exception as error:  # likewise
         reason = str(error).partition("\n")[0]
         yield FieldWarning("model.path", f"{told} refuses a message of the user: {reason}")
@@ -214,7 +218,7 @@ def _template_asks(config: Config, roles: tuple[str, ...], policy: Side) -> Iter
         yield FieldError(
             "model.path", f"{problem}. Correct it, or set data.apply_chat_template=never", related=("model.tokenizer",)
         )
-    elif with_prompt == without and "rollout" in roles:
+    elif with_prompt == without and "rollout" in roles and opening.removeprefix(without).partition(CONTENT)[0].strip():
         problem = f"{told} does not say where an answer begins (add_generation_prompt)"
         yield FieldWarning("model.path", f"{problem}: the model has to open its own turn")
 

@@ -16,7 +16,6 @@ from hybridflow.tokenizers import TOKENIZER_FILES, has_tokenizer
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("*.safetensors", "*.bin")
-"""Any of these holds a vocabulary."""
 PARQUET = b"PAR1"
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
 HEADS_NAMES = ("num_attention_heads", "n_head")

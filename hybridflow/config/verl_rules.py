@@ -322,7 +322,7 @@ def own_reward(given: Given) -> Values:
 
 def reward_manager(given: Given) -> Values:
     """Nothing: how functions are called follows from their parameters."""
-    known = ("naive", "batch", "prime", "dapo", "rate_limited", "remote", "limited")
+    known = ("naive", "batch", "prime", "dapo", "rate_limited", "remote", "limited", "gdpo")
     if (manager := given("reward_model.reward_manager")) not in known:
         advice = "Name the function that scores instead: custom_reward_function.path"
         raise UntranslatableError(f"found {manager!r}; allowed: {', '.join(known)}. {advice}")

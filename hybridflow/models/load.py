@@ -89,7 +89,8 @@ def _with_weights(source: ModelSource, config: PretrainedConfig, *, is_policy: b
         output_loading_info=True,
     )
     model, found = cast("tuple[PreTrainedModel, LoadingInfo]", loaded)
-    left_out = {f"{name}.weight" for name, module in model.named_modules() if module is output_layer(model)}
+    layers = [name for name, module in model.named_modules() if module is output_layer(model)]
+    left_out = {f"{layer}.{name}" for layer in layers for name, _ in output_layer(model).named_parameters()}
     check_complete(source.path, found, may_miss=set() if is_policy else left_out)
     if unused := sorted(found["unexpected_keys"]):
         logger.warning("%r: %d weight(s) have no place in the model: %s", source.path, len(unused), _some(unused))

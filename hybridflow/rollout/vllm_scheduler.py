@@ -105,8 +105,7 @@ class MultiStepScheduler(AsyncScheduler, _TokensAtOnce):  # type: ignore[misc]
             return self.step
         self.repetitions_left = 0
         # The first model runner takes an empty step for the end of all that run, and would build its batch anew.
-        if self.repeated and self.num_awaited and self.use_v2_model_runner:
-            self.repeated = []
+        if self.held and self.num_awaited and self.use_v2_model_runner:
             return SchedulerOutput.make_empty()
         has_room = self.can_repeat and self._has_room()
         if self.can_repeat:

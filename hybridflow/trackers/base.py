@@ -73,7 +73,7 @@ class Trackers(Tracker):
         """Builds `jsonl`, then those that `trackers.names` lists.
 
         Raises:
-            ConfigError: a tracker is unknown, is no Tracker, or needs a package that is not installed.
+            ConfigError: a tracker is unknown or is no Tracker.
         """
         super().__init__(config, total_steps, resume_step)
         classes = {name: tracker_class(name) for name in dict.fromkeys(("jsonl", *config.trackers.names))}

@@ -145,7 +145,7 @@ def _reward_inputs(batch: Batch, *, last_message: bool) -> list[RewardInput]:
 
 def _responses(batch: Batch, *, last_message: bool) -> list[object]:
     """What is scored: the text of a response, or of an episode the last message of the policy alone."""
-    if not last_message:
+    if not last_message or "conversation" not in batch:  # no episodes
         return batch.objects("response_text")
     conversations = cast(list[list[Mapping[str, object]]], batch.objects("conversation"))
     turns = ([message["content"] for message in said if message["role"] == "assistant"] for said in conversations)

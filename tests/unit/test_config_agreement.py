@@ -161,3 +161,13 @@ def test_a_template_that_may_be_meant_so_is_a_warning(folder: str, template: str
     with_template(folder, template)
     (report,) = found(config_of(folder))
     assert isinstance(report, FieldWarning) and told in report.problem
+
+
+def test_a_template_whose_answers_follow_the_question_has_nothing_to_open(folder: str) -> None:
+    """Like Mistral's."""
+    with_template(
+        folder,
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
+    )
+    assert not [report for report in found(config_of(folder)) if "where an answer begins" in report.problem]

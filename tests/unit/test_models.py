@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    PhiConfig,
+    PhiForCausalLM,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -180,10 +182,11 @@ def test_a_folder_without_weights_is_refused(tiny_model: str, tmp_path: Path) ->
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
-def without(name: str) -> Callable[[Path], object]:
+def without(*names: str) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
-        weights.pop(name)
+        for name in names:
+            weights.pop(name)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     return damage
@@ -229,6 +232,15 @@ def test_what_is_no_policy_needs_no_output_layer(tmp_path: Path) -> None:
     make_tiny_model(tmp_path)
     without("lm_head.weight")(tmp_path)
     build_value_model(spec_of(str(tmp_path)))
+
+
+def test_the_bias_of_an_output_layer_is_not_needed_either(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    PhiForCausalLM(PhiConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
+    without("lm_head.weight", "lm_head.bias")(tmp_path)
+    build_value_model(spec_of(str(tmp_path)))
+    with pytest.raises(ModelError, match=r"lacks 2 weight.*lm_head\.bias, lm_head\.weight"):
+        build_policy(spec_of(str(tmp_path)))
 
 
 def test_weights_without_a_place_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
