@@ -37,7 +37,9 @@ class Config(GroupOptions):
     clip: Clip = (0.2, 0.2)
     """The bounds, where the advantage is below 0 and above; of a KL about 0.05."""
     ratio_cap: Annotated[float, ABOVE_ONE] = 20.0
-    """Larger ratios weigh this."""
+    """Larger ratios weigh this; where the engine's log-probabilities are the old ones, importance_cap if that is smaller."""
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation."""
 
 
 class DPPO(Algorithm):
@@ -55,9 +57,10 @@ class DPPO(Algorithm):
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
-        advantage = ops.group_normalized(batch["reward"], batch["group"])
         own = self.config
-        region = partial(ops.within_divergence, divergence=own.divergence, bounds=own.clip, cap=own.ratio_cap)
+        advantage = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=own.scale_by_std)
+        cap = min(own.ratio_cap, own.ratio_bound(self.run) or own.ratio_cap)
+        region = partial(ops.within_divergence, divergence=own.divergence, bounds=own.clip, cap=cap)
         loss = own.policy_loss(self.run, region)
         batch = batch.with_columns(advantage=advantage.numpy())
         updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]

@@ -11,7 +11,7 @@ Liu et al. 2026, arXiv:2601.05242.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -19,9 +19,12 @@ from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
+from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
+from hybridflow.registry import REWARDS, nearest
 
 if TYPE_CHECKING:
+    from hybridflow.config.schema import Config as RunConfig
     from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.reference import ReferenceWorker
     from hybridflow.workers.reward import RewardWorker
@@ -32,18 +35,37 @@ if TYPE_CHECKING:
 class Config(GroupOptions, PolicyOptions):
     """Options of GDPO."""
 
+    rewrites_rewards: ClassVar[bool] = True
     rewards: tuple[str, ...] = ()
-    """Numbers that the reward function returns, of which each is a reward (column `reward/NAME`); none means the reward
-    itself."""
+    """Numbers that the reward function returns, each a reward (column `reward/NAME`); none means the reward itself."""
     reward_weights: tuple[float, ...] = ()
     """One for each; none means 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(
-                f"reward_weights: found {len(self.reward_weights)} for {len(self.rewards)} rewards; give one for each"
-            )
+            raise ValueError(f"reward_weights: found {len(self.reward_weights)} for {len(self.rewards)} rewards; give as many")
+
+    def errors(self, run: RunConfig) -> list[FieldError]:
+        errors, key, known = super().errors(run), "algorithm.rewards", reward_names(run)
+        if self.rewards and self.overlong_penalty:
+            problem = f"is no part of the sum of {key}. Set it to 0, and have the reward function return such a punishment"
+            errors.append(FieldError("algorithm.overlong_penalty", problem, related=(key,)))
+        for name in self.rewards if known is not None else ():
+            if not {name, name.partition("/")[0]} & set(known or ()):
+                there = f"are {', '.join(known)}{nearest(name, known)}" if known else "is none without environment.add_reward"
+                errors.append(FieldError(key, f"found {name!r}; there {there}", related=("reward.functions",)))
+        return errors
+
+
+def reward_names(run: RunConfig) -> list[str] | None:
+    """What `algorithm.rewards` can name, `NAME/...` aside; None where only the reward functions know."""
+    model = ["rules", "model"] if run.reward_model.path is not None else []
+    labels = [term.label or (term.name if term.path is None and term.name in REWARDS else "") for term in run.reward.functions]
+    is_scored = run.environment.add_reward or not run.environment.is_set
+    if "reward" in run.placement.workers or (is_scored and not (labels and all(labels))):
+        return None
+    return [*labels, *model] if is_scored else model
 
 
 class GDPO(Algorithm):
@@ -59,11 +81,18 @@ class GDPO(Algorithm):
     def collect(self, prompts: Batch) -> Batch:
         return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
+    def parts(self, batch: Batch) -> list[Any]:
+        """Each reward of the rows; 0 where the row's reward failed."""
+        return [np.nan_to_num(batch[f"reward/{name}"]) for name in self.config.rewards] or [batch["reward"]]
+
+    def keep(self, group: Batch) -> bool:
+        parts = np.stack(self.parts(group))  # equal sums of different parts are something to learn from
+        return super().keep(group.with_columns(reward=(parts != parts[:, :1]).any(axis=0).astype(np.float32)))
+
     def learn(self, batch: Batch) -> Metrics:
         batch = self.with_log_probs(self.with_length_penalty(batch))
-        names = [f"reward/{name}" for name in self.config.rewards] or ["reward"]
-        weights = self.config.reward_weights or [1.0] * len(names)
-        parts = [np.nan_to_num(batch[name]) for name in names]  # of a row whose reward failed a part is NaN
+        parts = self.parts(batch)
+        weights = self.config.reward_weights or [1.0] * len(parts)
         each = [weight * ops.group_normalized(part, batch["group"]) for weight, part in zip(weights, parts, strict=True)]
         batch = self.with_returns(batch.with_columns(reward=sum(each[1:], each[0]).numpy()), whiten=True)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")

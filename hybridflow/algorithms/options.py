@@ -62,6 +62,8 @@ class UpdateOptions(ImportanceOptions):
     has_ratio: ClassVar[bool] = True
     """Whether the surrogate contains the probability ratio and bounds it, so that over the engine's log-probabilities it is the
     importance weight. Without, such weights multiply the loss."""
+    rewrites_rewards: ClassVar[bool] = False
+    """Whether a row's reward becomes another number before it is given to tokens, so that turns cannot have their own."""
 
     prompts_per_update: Annotated[int, COUNT] | None = None
     """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
@@ -113,6 +115,9 @@ class UpdateOptions(ImportanceOptions):
     def errors(self, run: RunConfig) -> list[FieldError]:
         """Mistakes in these options."""
         errors = check_prompts_per_update(run, self.prompts_per_update)
+        if self.rewrites_rewards and run.environment.is_set and run.environment.rewards == "turn":
+            problem = "found turn, but this algorithm compares episodes. Set episode, or algorithm=reinforce_plus_plus or ppo"
+            errors.append(FieldError("environment.rewards", problem, related=("algorithm.name",)))
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             errors.append(
                 FieldError("algorithm.kl_estimator", "k1 has a gradient of zero on average in a loss. Use k2, k3 or k1+")

@@ -11,7 +11,7 @@ Hu et al. 2025, arXiv:2501.03262, eq. 9 to 11.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class Config(GroupOptions, PolicyOptions):
     """Options of REINFORCE++ with baseline."""
 
+    rewrites_rewards: ClassVar[bool] = True
     kl_in: Literal["reward", "loss", "none"] = "loss"
     """Where the KL to the reference counts: in the reward, in the loss, or nowhere (no reference is loaded)."""
     kl_estimator: KLEstimator = "k2"

@@ -64,6 +64,8 @@ OF_LOSS |= {"dppo_tv": "dppo", "dppo_kl": "dppo"}
 """Algorithms with the advantages of GRPO."""
 WITHOUT_GROUPS = ("ppo", "remax", "reinforce_plus_plus")
 """Algorithms here that compare a response with no others to its prompt."""
+ALWAYS_BY_STD = ("gdpo", "dapo", "gspo", "cispo", "gmpo", "sapo", "kl_cov", "clip_cov")
+"""Algorithms here that divide by the standard deviation of a group, whatever norm_adv_by_std_in_grpo says."""
 OWN_AGGREGATION = ("gspo", "sapo", "geo_mean")
 """Losses that verl aggregates in their own way, whatever loss_agg_mode says."""
 
@@ -139,6 +141,16 @@ def loss(given: Given) -> Values:
     if mode == "sapo":
         for verl, ours in (("tau_pos", "tau_positive"), ("tau_neg", "tau_negative")):
             yield f"algorithm.{ours}", given(f"{policy_loss if given.has(f'{policy_loss}.{verl}') else ACTOR}.{verl}")
+
+
+def scale(given: Given) -> Values:
+    """Whether advantages are divided by the standard deviation of their group."""
+    by_std = is_true(given("algorithm.norm_adv_by_std_in_grpo"))
+    if not by_std and given.algorithm in ALWAYS_BY_STD:
+        raise UntranslatableError(
+            f"found False, but {given.algorithm} always divides. Set it to True, or algorithm to grpo or dppo"
+        )
+    yield "algorithm.scale_by_std", by_std
 
 
 def kl(given: Given) -> Values:
@@ -374,6 +386,7 @@ _RULES = [
     overlong,
     clip,
     loss,
+    scale,
     kl,
     correction,
     overlong_prompts,

@@ -32,7 +32,9 @@ class Case:
     values: Rows
     max_tokens: int
     options: Mapping[str, Any]
-    """Those of Clip-Cov and KL-Cov."""
+    """Those of Clip-Cov, KL-Cov, and of GDPO the `rewards` with `reward_weights`."""
+    parts: Mapping[str, list[float]]
+    """Numbers of the reward function by their names."""
 
     @property
     def lengths(self) -> list[int]:
@@ -104,7 +106,11 @@ def advantages(name: str, case: Case) -> Rows:
             rewards = token_rewards(case, reward, 0.01, "k1")
             return whitened([reference.discounted_returns(row, 1.0) for row in rewards])
         case "gdpo":
-            return whitened(constant(reference.group_normalized(reward, group, scale_by_std=True), lengths))
+            parts = [case.parts[name] for name in case.options.get("rewards", ())] or [reward]
+            weights = case.options.get("reward_weights", [1.0] * len(parts))
+            each = [reference.group_normalized(part, group, scale_by_std=True) for part in parts]
+            summed = [math.fsum(w * a for w, a in zip(weights, row, strict=True)) for row in zip(*each, strict=True)]
+            return whitened(constant(summed, lengths))
         case "reinforce_plus_plus_baseline":
             return whitened(constant(reference.group_normalized(reward, group, scale_by_std=False), lengths))
         case "remax":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,7 @@ def rows_of(seed: int, *, rewards: list[float] = REWARDS, spread: float = 0.3, w
             "reward": np.array(rewards, np.float32),
             "greedy_reward": np.array(GROUPS, np.float32) / 10,
             "reward/cost": np.array(rewards[::-1], np.float32),
+            "reward/length": 100.0 * np.cos(np.arange(len(lengths))).astype(np.float32),
             "group": np.array(GROUPS),
             **tokens,
         }
@@ -119,12 +121,12 @@ def rows_of(seed: int, *, rewards: list[float] = REWARDS, spread: float = 0.3, w
     return batch.join(CountLossTokens()(batch, context_of("data")))
 
 
-def learn(name: str, rows: Batch, **options: object) -> tuple[float, list[list[float]]]:
+def learn(name: str, rows: Batch, **options: Any) -> tuple[float, list[list[float]]]:
     """The loss of the second of two epochs, whose one update is on all rows, and its gradient by row and token."""
     algorithm = algorithm_class(name)
     config = dataclasses.replace(
         Config(),
-        algorithm=AlgorithmConfig(options=algorithm.config_class(epochs=2, **OPTIONS.get(name, {}), **options)),
+        algorithm=AlgorithmConfig(options=algorithm.config_class(epochs=2, **OPTIONS.get(name, {}) | options)),
         data=DataConfig(prompts_per_step=4, max_response_tokens=MAX_TOKENS),
     )
     classes = {"actor": GivenActor, "critic": GivenCritic, "reference": GivenReference, "teacher": GivenReference}
@@ -139,7 +141,7 @@ def learn(name: str, rows: Batch, **options: object) -> tuple[float, list[list[f
     return value, gradients
 
 
-def case_of(name: str, rows: Batch) -> tuple[reference.Case, reference.Rows]:
+def case_of(name: str, rows: Batch, **options: Any) -> tuple[reference.Case, reference.Rows]:
     """The same rows for the slow version, and the policy's log-probabilities."""
     mask = rows.tokens("loss_mask") if "loss_mask" in rows else None
 
@@ -157,7 +159,8 @@ def case_of(name: str, rows: Batch) -> tuple[reference.Case, reference.Rows]:
         reference=sampled("reference_given"),
         values=sampled("values_given"),
         max_tokens=MAX_TOKENS,
-        options=OPTIONS.get(name, {}),
+        options=OPTIONS.get(name, {}) | options,
+        parts={part: rows[f"reward/{part}"].tolist() for part in ("cost", "length")},
     )
     return case, sampled("new_given")
 
@@ -178,6 +181,27 @@ def test_loss_and_gradient_are_those_of_the_definition(name: str, with_mask: boo
             ends.append(reference.loss(name, moved, new, case))
         quotient = (ends[0] - ends[1]) / (2 * step)
         assert gradients[row][token] == pytest.approx(quotient, rel=1e-3, abs=2e-5), (row, token)
+
+
+@pytest.mark.parametrize("options", [{}, {"reward_weights": (0.25, 2.0)}], ids=str)
+def test_each_of_two_rewards_of_different_scale_is_normalised_before_gdpo_adds_them(options: dict[str, Any]) -> None:
+    rows, options = rows_of(4), {"rewards": ("cost", "length"), **options}
+    value, _ = learn("gdpo", rows, **options)
+    case, new = case_of("gdpo", rows, **options)
+    assert value == pytest.approx(reference.loss("gdpo", new, new, case), rel=2e-5, abs=1e-6)
+    rows = rows.select(np.flatnonzero(rows["group"] != 8))  # a row alone keeps its reward
+    larger = rows.with_columns(**{"reward/length": 1000 * rows["reward/length"]})
+    value, other = (learn("gdpo", part, **options)[0] for part in (rows, larger))
+    assert other == pytest.approx(value, rel=1e-4), "its scale does not count"
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+def test_dppo_divides_by_the_standard_deviation_where_it_is_told_to(by_std: bool) -> None:
+    # Groups of one reward left out, rewards twice as large: advantages double, or are what they were.
+    rows, doubled = rows_of(5), rows_of(5, rewards=[2 * reward for reward in REWARDS])
+    kept = np.flatnonzero(rows["group"] != 8)
+    (value, _), (other, _) = (learn("dppo", part.select(kept), scale_by_std=by_std) for part in (rows, doubled))
+    assert other == pytest.approx(value * (1 if by_std else 2), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

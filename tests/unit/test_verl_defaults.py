@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from tests.unit.config_cases import mistakes_of, right_run
 from tests.unit.test_config_verl import BUFFER, loaded, option
 
 OF_OTHER_ENGINES = """
@@ -26,3 +29,18 @@ def test_filtered_groups_and_the_overlong_buffer_go_with_any_loss_of_groups(tmp_
     config = loaded(tmp_path, *f"{switches} {BUFFER}.penalty_factor=0.5 {loss}".split())
     assert config.algorithm.name == "gspo" and option(config, "dynamic_sampling") is True
     assert (option(config, "overlong_buffer_tokens"), option(config, "overlong_penalty")) == (64, 0.5)
+
+
+def test_without_the_standard_deviation_dppo_centres(tmp_path: Path) -> None:
+    loss = "algorithm.adv_estimator=grpo actor.policy_loss.loss_mode=dppo_tv actor_rollout_ref.rollout.n=4"
+    assert option(loaded(tmp_path, *loss.split()), "scale_by_std") is True
+    config = loaded(tmp_path, *f"{loss} algorithm.norm_adv_by_std_in_grpo=False".split())
+    assert config.algorithm.name == "dppo" and option(config, "scale_by_std") is False
+
+
+@pytest.mark.parametrize("asked", ["adv_estimator=gdpo", "adv_estimator=grpo actor.policy_loss.loss_mode=gspo"])
+def test_a_standard_deviation_that_counts_here_whatever_is_said_is_refused(tmp_path: Path, asked: str) -> None:
+    overrides = f"placement.pools.main=1x1 data.train_batch_size=256 algorithm.{asked} actor_rollout_ref.rollout.n=4".split()
+    assert mistakes_of([*right_run(tmp_path), *overrides]) == []
+    (mistake,) = mistakes_of([*right_run(tmp_path), *overrides, "algorithm.norm_adv_by_std_in_grpo=False"])
+    assert "norm_adv_by_std_in_grpo: found False, but g" in mistake and "Set it to True, or" in mistake
