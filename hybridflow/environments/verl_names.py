@@ -7,9 +7,11 @@ Such files subclass `verl.tools.base_tool.BaseTool` or `verl.interactions.base.B
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -36,8 +38,9 @@ class Record:
         return cls(entries)
 
     def model_dump(self, **_: object) -> dict[str, object]:
-        """The plain mapping; how pydantic would leave entries out does not matter, since none is added."""
-        return {key: value.model_dump() if isinstance(value, Record) else value for key, value in self.entries.items()}
+        """The plain mapping, at any depth; how pydantic would leave entries out does not matter, since none is added."""
+        plain: dict[str, object] = json.loads(json.dumps(self.entries, default=attrgetter("entries")))
+        return plain
 
 
 class ToolResponse:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -48,8 +49,9 @@ class VerlEpisode:
     async def reset(self, row: Row) -> tuple[list[Message], dict[str, object]]:
         """The dataset's prompt and the tools' schemas; the row's `extra_info.interaction_kwargs` names its interaction."""
         self.messages = [dict(message) for message in row["messages"]]
-        self.tool_options = _mapping(row["extra_info"].get("tools_kwargs"))
+        options = _mapping(row["extra_info"].get("tools_kwargs"))
         self.interaction_options = _mapping(row["extra_info"].get("interaction_kwargs"))
+        self.agent_data = SimpleNamespace(messages=self.messages, tools_kwargs=options, request_id=self.number, extra_fields={})
         if self.interactions:
             name = self.interaction_options.get("name")
             if name not in self.interactions:
@@ -92,10 +94,13 @@ class VerlEpisode:
         name, tool, instance = str(called["function"]["name"]), None, None
         try:
             tool = self.tools[name]
-            options = _mapping(self.tool_options.get(name))
+            options = _mapping(self.agent_data.tools_kwargs.get(name))
             created = await _awaited(tool.create(create_kwargs=_mapping(options.get("create_kwargs"))))
             instance = created[0] if isinstance(created, tuple) else created
-            result = await _awaited(tool.execute(instance, dict(called["function"]["arguments"])))
+            taken = inspect.signature(tool.execute).parameters
+            is_taken = "agent_data" in taken or any(each.kind is each.VAR_KEYWORD for each in taken.values())
+            more = {"agent_data": self.agent_data} if is_taken else {}
+            result = await _awaited(tool.execute(instance, dict(called["function"]["arguments"]), **more))
             response, reward = (result[0], result[1]) if isinstance(result, tuple) else (result, 0.0)
             self.tool_rewards += float(reward or 0.0)
             text = self._shortened(_text_of(response))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -115,6 +116,46 @@ def test_calls_are_answered_by_the_files_tools_and_the_end_is_a_message_without_
     assert contents(first) == ["7 kg", "Current parsed answer='7' reward=1.0", "Error when executing tool: 'none'"]
     assert first[1:4] == (0.0, False, False) and first[4]["tool_reward"] == 0.5
     assert last[:4] == ([], 0.0, True, False)
+
+
+def test_a_tool_that_is_named_by_its_file_alone_imports_verls_names(files: Path) -> None:
+    (files / "one.yaml").write_text(f"tools:\n{entry('my_tool.py:Add', 'add')}")
+    (answer,) = said(VerlEpisode(tool_config_path=str(files / "one.yaml")), row(), calls(("add", {"a": 3, "b": 4})))
+    assert contents(answer) == ["7"]
+
+
+MADE_SCHEMA = """
+from verl.tools.base_tool import BaseTool
+from verl.tools.schemas import OpenAIFunctionParametersSchema, OpenAIFunctionPropertySchema, OpenAIFunctionSchema, \\
+    OpenAIFunctionToolSchema, ToolResponse
+
+class Run(BaseTool):
+    def get_openai_tool_schema(self):
+        code = OpenAIFunctionPropertySchema(type="string", description="Python", enum=["1", "2"])
+        taken = OpenAIFunctionParametersSchema(type="object", properties={"code": code}, required=["code"])
+        function = OpenAIFunctionSchema(name="run", description="Run it.", parameters=taken)
+        return OpenAIFunctionToolSchema(type="function", function=function)
+
+    async def execute(self, instance_id, parameters, agent_data):
+        agent_data.extra_fields["calls"] = agent_data.extra_fields.get("calls", 0) + 1
+        first, options = agent_data.messages[0]["content"], agent_data.tools_kwargs["run"]["execute_kwargs"]
+        return ToolResponse(text=f"{first} {options['unit']} {agent_data.extra_fields['calls']} {agent_data.request_id}"), 0, {}
+"""
+"""A schema of verl's classes within a mapping, and a tool that asks for the episode."""
+
+
+def test_a_schema_that_a_tool_makes_of_verls_classes_is_plain_and_its_call_is_told_of_the_episode(files: Path) -> None:
+    (files / "run.py").write_text(MADE_SCHEMA)
+    (files / "one.yaml").write_text("tools:\n  - {class_name: 'run.py:Run', config: {type: native}}\n")
+    episode, given = (
+        VerlEpisode(tool_config_path=str(files / "one.yaml")),
+        row(tools_kwargs={"run": {"execute_kwargs": {"unit": "kg"}}}),
+    )
+    (schema,) = asyncio.run(episode.reset(given))[1]["tools"]
+    code = {"type": "string", "description": "Python", "enum": ["1", "2"]}
+    assert json.loads(json.dumps(schema))["function"]["parameters"]["properties"] == {"code": code}
+    answers = said(episode, given, calls(("run", {})), calls(("run", {})))
+    assert [contents(answer) for answer in answers] == [[f"3 + 4? kg {number} {episode.number}"] for number in (1, 2)]
 
 
 @pytest.mark.parametrize(
