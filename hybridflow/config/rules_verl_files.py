@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import yaml
 
 from hybridflow.config.rules_files import missing
 from hybridflow.config.schema import Config
-from hybridflow.config.user_code import name_errors
+from hybridflow.config.user_code import can_be_found, name_errors
 from hybridflow.errors import FieldError
 from hybridflow.user_file import split_name
 
@@ -28,14 +28,15 @@ def verls_files_can_be_used(config: Config, roles: tuple[str, ...]) -> Iterator[
         if (path := config.environment.options.get(option)) is None:
             continue
         key = f"environment.options.{option}"
-        if not Path(str(path)).is_file():
+        if not os.path.isfile(str(path)):  # False too where this user may not look
             advice = "Copy it from the folder that the script was written for, or set the path"
             yield FieldError(key, f"{missing(str(path), 'file')}. {advice}", is_local=True)
             continue
         try:
             found = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            yield FieldError(key, f"{path} is not YAML: {error}".replace("\n", " "))
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            problem = f"{path} cannot be read as YAML: {error}".replace("\n", " ")
+            yield FieldError(key, problem, is_local=isinstance(error, OSError))
             continue
         entries = found.get(section) if isinstance(found, Mapping) else None
         if not isinstance(entries, list) or not entries:
@@ -47,8 +48,9 @@ def verls_files_can_be_used(config: Config, roles: tuple[str, ...]) -> Iterator[
 
 def _entry_errors(key: str, path: str, section: str, entry: object) -> Iterator[FieldError]:
     named = entry.get("class_name") if isinstance(entry, Mapping) else None
-    if not isinstance(named, str) or "." not in named:
-        yield FieldError(key, f"{path}: {section} has an entry without class_name. Name one as my_package.module.Class")
+    if not isinstance(named, str) or "." not in named or (split_name(named) is None and not all(named.split("."))):
+        found = "without class_name" if named is None else f"of class_name {named!r}"
+        yield FieldError(key, f"{path}: {section} has an entry {found}. Name one as my_package.module.Class")
         return
     assert isinstance(entry, Mapping)
     config = entry.get("config") or {}
@@ -67,9 +69,4 @@ def _entry_errors(key: str, path: str, section: str, entry: object) -> Iterator[
 def _can_be_found(parts: list[str]) -> bool:
     """Whether the module is below this folder, or its top package is installed."""
     module = Path(*parts[:-1])
-    if module.with_suffix(".py").is_file() or (module / "__init__.py").is_file():
-        return True
-    try:
-        return importlib.util.find_spec(parts[0]) is not None
-    except (ImportError, ValueError):
-        return False
+    return module.with_suffix(".py").is_file() or (module / "__init__.py").is_file() or can_be_found(parts[0], [])

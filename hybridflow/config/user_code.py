@@ -79,7 +79,7 @@ def import_errors(key: str, file: Path, *, given: tuple[str, ...] = ()) -> Itera
                     problem = f"{current}, line {node.lineno}, imports {name!r}, and there is no {missing[name]}.py"
                     yield FieldError(key, f"{problem}. Put it there, or import it by a name that is on the Python path")
         for line, top in _absolute(tree):
-            if top not in given and not _can_be_found(top, [file.resolve().parent, current.parent]):
+            if top not in given and not can_be_found(top, [file.resolve().parent, current.parent]):
                 problem = f"{current}, line {line}, imports {top!r}, which is neither beside it nor installed"
                 yield FieldError(key, f"{problem}. Install it, or put {top}.py beside {file.name}", is_local=True)
 
@@ -109,7 +109,8 @@ def _absolute(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.module.partition(".")[0]
 
 
-def _can_be_found(package: str, folders: list[Path]) -> bool:
+def can_be_found(package: str, folders: list[Path]) -> bool:
+    """Whether a top package is in one of the folders, or installed."""
     if package in sys.modules or any((folder / package).is_dir() or (folder / f"{package}.py").is_file() for folder in folders):
         return True
     try:

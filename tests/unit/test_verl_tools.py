@@ -239,6 +239,9 @@ def test_verls_keys_make_an_environment_of_the_files(files: Path) -> None:
     [
         ("tools: []", "has no list `tools`"),
         ("tools:\n  - config: {}", "an entry without class_name"),
+        ("tools:\n  - class_name: .B", "an entry of class_name '.B'. Name one as my_package.module.Class"),
+        ("tools:\n  - class_name: a..B", "an entry of class_name 'a..B'"),
+        ("tools: [", "cannot be read as YAML"),
         (f"tools:\n{entry('verl.tools.search_tool.SearchTool', 's')}", "verl is not installed, and this class of its is not"),
         (f"tools:\n{entry('nowhere.Tool', 's')}", "Write a class with create, execute, release"),
         (f"tools:\n{entry('duck.py:Drake', 's')}", "has no 'Drake'"),
@@ -257,6 +260,13 @@ def test_a_file_that_is_elsewhere_is_named_with_verls_key(files: Path) -> None:
     (found,) = mistakes_of([*right_run(files), *keys])
     assert f"({TURNS}.interaction_config_path)" in found and "Copy it from the folder" in found
     assert load_config(None, [*right_run(files), *keys], is_dry_run=True).environment.is_set, "another machine may have it"
+
+
+def test_a_file_that_cannot_be_read_is_named_with_verls_key(files: Path) -> None:
+    (files / "bad.yaml").symlink_to("/proc/self/mem")  # a file whose first byte nobody may read, root neither
+    keys = ["data.train_batch_size=256", "placement.pools.main=1x1", f"{TURNS}.tool_config_path={files}/bad.yaml"]
+    (found,) = mistakes_of([*right_run(files), *keys])
+    assert f"({TURNS}.tool_config_path)" in found and f"{files}/bad.yaml cannot be read as YAML" in found
 
 
 def test_verls_names_are_put_in_place_only_where_asked_for() -> None:
