@@ -35,8 +35,8 @@ def verls_files_can_be_used(config: Config, roles: tuple[str, ...]) -> Iterator[
         try:
             found = yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            problem = f"{path} cannot be read as YAML: {error}".replace("\n", " ")
-            yield FieldError(key, problem, is_local=isinstance(error, OSError))
+            told = str(error).replace("\n", " ")
+            yield FieldError(key, f"{path} cannot be read as YAML: {told}", is_local=isinstance(error, OSError))
             continue
         entries = found.get(section) if isinstance(found, Mapping) else None
         if not isinstance(entries, list) or not entries:

@@ -7,7 +7,7 @@ there already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,9 +83,8 @@ class TemplateTokens:
     @cached_property
     def _ending(self) -> list[int]:
         """The tokens with which the template ends a turn of the policy."""
-        text = self._render(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}], (), add_generation_prompt=False
-        )
+        shown = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        text = self._render(shown, (), add_generation_prompt=False)
         return self._encode(text.rpartition(MARK)[2])
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -99,14 +98,12 @@ class TemplateTokens:
     ) -> str:
         import jinja2
 
-        schemas: list[dict[Any, Any] | Callable[..., Any]] = [dict(tool) for tool in tools]
         try:
             text = self.tokenizer.apply_chat_template(
                 cast(list[dict[str, str]], [dict(message) for message in messages]),
-                tools=schemas or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **cast(dict[str, Any], self.options),
+                **cast(dict[str, Any], {**self.options, **({"tools": [dict(tool) for tool in tools]} if tools else {})}),
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             roles = ", ".join(str(message["role"]) for message in messages)

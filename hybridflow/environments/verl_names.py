@@ -39,8 +39,7 @@ class Record:
 
     def model_dump(self, **_: object) -> dict[str, object]:
         """The plain mapping, at any depth; how pydantic would leave entries out does not matter, since none is added."""
-        plain: dict[str, object] = json.loads(json.dumps(self.entries, default=attrgetter("entries")))
-        return plain
+        return dict(json.loads(json.dumps(self.entries, default=attrgetter("entries"))))
 
 
 class ToolResponse:

@@ -112,15 +112,10 @@ class VerlEpisode:
         return {"role": "tool", "name": name, "tool_call_id": called["id"], "content": text}
 
     def _shortened(self, text: str) -> str:
-        if len(text) <= self.most:
-            return text
         half = self.most // 2
-        match self.side:
-            case "left":
-                return text[: self.most] + "...(truncated)"
-            case "right":
-                return "(truncated)..." + text[-self.most :]
-        return text[:half] + "...(truncated)..." + text[-half:]
+        middle = text[:half] + "...(truncated)..." + text[-half:]
+        short = {"left": text[: self.most] + "...(truncated)", "right": "(truncated)..." + text[-self.most :]}
+        return text if len(text) <= self.most else short.get(self.side, middle)
 
 
 @cache
@@ -130,8 +125,7 @@ def tools_of(path: str) -> Mapping[str, Any]:
     for entry in _entries(path, "tools"):
         schema = entry.get("tool_schema")
         tool = _class_of(entry, path)(_mapping(entry.get("config")), verl_names.Record(schema) if schema else None)
-        name = _schema_of(tool).get("function", {}).get("name")
-        tools[str(name)] = tool
+        tools[str(_schema_of(tool).get("function", {}).get("name"))] = tool
     return tools
 
 
@@ -141,8 +135,8 @@ def interactions_of(path: str) -> Mapping[str, Any]:
     found = {}
     for entry in _entries(path, "interaction"):
         simple = str(entry["class_name"]).rpartition(".")[2]
-        name = entry.get("name") or (simple.removesuffix("Interaction") or simple).lower()
-        found[str(name)] = _class_of(entry, path)({**_mapping(entry.get("config")), "name": name})
+        name = str(entry.get("name") or (simple.removesuffix("Interaction") or simple).lower())
+        found[name] = _class_of(entry, path)({**_mapping(entry.get("config")), "name": name})
     return found
 
 

@@ -135,3 +135,12 @@ def test_without_a_template_messages_follow_each_other() -> None:
     assert (text, tokens) == ("1+1=", tokenizer.encode("1+1="))
     said = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "3"}]
     assert conversations.appended(said, [{"role": "user", "content": " no"}], behind=[7]) == tokenizer.encode(" no")
+
+
+def test_schemas_of_an_episode_go_before_those_of_the_configuration() -> None:
+    asked = [{"role": "user", "content": "40 + 2?"}]
+    add, other = ({"type": "function", "function": {"name": name, "parameters": {}}} for name in ("add", "other"))
+    conversations = TemplateTokens(tokenizer_of("qwen3"), options={"tools": [other]})
+    assert "other" in conversations.opening(asked)[0]
+    text, _ = conversations.opening(asked, [add])
+    assert '"add"' in text and "other" not in text
