@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import cache
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -24,6 +25,9 @@ from hybridflow.environments import verl_names
 from hybridflow.environments.base import Message, Row
 from hybridflow.errors import EpisodeError
 from hybridflow.user_file import import_file, split_name
+
+LOADING = Lock()
+"""Episodes are made on threads; the second one would find modules that the first one is still importing."""
 
 
 class VerlEpisode:
@@ -39,8 +43,9 @@ class VerlEpisode:
         tool_response_truncate_side: str = "middle",
         max_turns: int | None = None,
     ):
-        self.tools: Mapping[str, Any] = tools_of(tool_config_path) if tool_config_path else {}
-        self.interactions: Mapping[str, Any] = interactions_of(interaction_config_path) if interaction_config_path else {}
+        with LOADING:
+            self.tools: Mapping[str, Any] = tools_of(tool_config_path) if tool_config_path else {}
+            self.interactions: Mapping[str, Any] = interactions_of(interaction_config_path) if interaction_config_path else {}
         self.max_parallel_calls, self.max_turns = max_parallel_calls, max_turns
         self.most, self.side = max_tool_response_length, tool_response_truncate_side
         self.number, self.scores, self.tool_rewards, self.num_turns = str(uuid4()), 0.0, 0.0, 0

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,14 @@ def test_a_tool_that_is_named_by_its_file_alone_imports_verls_names(files: Path)
     (files / "one.yaml").write_text(f"tools:\n{entry('my_tool.py:Add', 'add')}")
     (answer,) = said(VerlEpisode(tool_config_path=str(files / "one.yaml")), row(), calls(("add", {"a": 3, "b": 4})))
     assert contents(answer) == ["7"]
+
+
+def test_episodes_that_begin_at_once_on_threads_all_find_their_tools(files: Path) -> None:
+    (files / "slow.py").write_text(f"import time\ntime.sleep(0.2)\n{TOOL}")
+    (files / "one.yaml").write_text(f"tools:\n{entry('slow.py:Add', 'add')}")
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: VerlEpisode(tool_config_path=str(files / "one.yaml")), range(4)))
+    assert all(episode.tools is made[0].tools for episode in made)
 
 
 MADE_SCHEMA = """
