@@ -168,8 +168,8 @@ def check_prompt(prompt: object) -> None:
     """
     messages = [] if isinstance(prompt, str | None) or not prompt else checked_messages(prompt, "prompt")
     asked = [prompt] if isinstance(prompt, str) else [message["content"] for message in messages if message["role"] == "user"]
-    if prompt is None or prompt == []:
-        raise BadRowError(f"column 'prompt' is {'null' if prompt is None else 'empty'}")
+    if prompt is None:
+        raise BadRowError("column 'prompt' is null")
     if not prompt or (asked and not str(asked[-1] or "").strip()):
         raise BadRowError(f"the prompt is empty: column 'prompt' holds {prompt!r:.200}. Leave the row out")
     if messages and messages[-1]["role"] == "assistant":

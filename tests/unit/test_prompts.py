@@ -207,7 +207,7 @@ USER = {"role": "user", "content": "1+1="}
         ([{"role": "user", "content": None}], "message 0 of column 'prompt' has neither content nor tool_calls"),
         ([USER, {"role": "assistant", "content": "2"}], "column 'prompt' ends with an assistant turn"),
         ([{"role": "user", "content": " "}], "the prompt is empty"),
-        ([], "column 'prompt' is empty"),
+        ([], "the prompt is empty"),
     ],
 )
 def test_messages_that_ask_nothing_are_told_alike_by_training_and_by_the_check(
