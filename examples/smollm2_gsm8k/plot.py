@@ -1,6 +1,8 @@
 """Draw how runs learned: the share of right answers, sampled in training and greedy on the test problems.
 
-python examples/smollm2_gsm8k/plot.py curves.png "GRPO=outputs/smollm2_gsm8k/grpo/metrics.jsonl" "PPO=..."
+    python examples/smollm2_gsm8k/plot.py curves.png "GRPO=outputs/smollm2_gsm8k/grpo/metrics.jsonl" "PPO=..."
+
+One line for each run.
 """
 
 from __future__ import annotations
