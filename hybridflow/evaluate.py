@@ -7,12 +7,13 @@ import logging
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridflow.config.load import load_config, to_yaml
 from hybridflow.config.schema import Config
-from hybridflow.errors import ConfigError, HybridflowError
+from hybridflow.controller.boundary import ended_command, leave
 
 if TYPE_CHECKING:
     from hybridflow.controller.evaluation import Results
@@ -59,28 +60,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate and print a table; returns 0 done, 1 it failed, 2 the request has errors, 130 Ctrl-C."""
+    """Evaluate and print a table; returns 0 done, 1 it failed, 2 the request has errors, 128 + n stopped by signal n."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     options = parse(arguments)
-    try:
-        config = evaluation_config(options)
-        num_responses = config.validation.responses_per_prompt
-        ks = options.k or [k for k in (1 << power for power in range(16)) if k <= num_responses]
-        if bad := [k for k in ks if not 1 <= k <= num_responses]:
-            sys.stderr.write(f"--k: found {bad[0]}; there are {num_responses} responses to each prompt. Raise --responses\n")
-            return 2
-        from hybridflow.controller.evaluation import evaluate
+    return ended_command("The evaluation", partial(_evaluated, options))
 
-        sys.stdout.write(table(evaluate(config, ks)))
-        sys.stdout.write(f"every row: {config.run.folder}/rows.parquet; results: {config.run.folder}/results.json\n")
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
+
+def _evaluated(options: argparse.Namespace) -> int:
+    config = evaluation_config(options)
+    num_responses = config.validation.responses_per_prompt
+    ks = options.k or [k for k in (1 << power for power in range(16)) if k <= num_responses]
+    if bad := [k for k in ks if not 1 <= k <= num_responses]:
+        sys.stderr.write(f"--k: found {bad[0]}; there are {num_responses} responses to each prompt. Raise --responses\n")
         return 2
-    except HybridflowError as error:
-        sys.stderr.write(f"\nThe evaluation failed.\n{error}\n")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    from hybridflow.controller.evaluation import evaluate
+
+    sys.stdout.write(table(evaluate(config, ks)))
+    sys.stdout.write(f"every row: {config.run.folder}/rows.parquet; results: {config.run.folder}/results.json\n")
     return 0
 
 
@@ -147,4 +143,4 @@ def table(results: Results) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from hybridflow.errors import HybridflowError
+from hybridflow.controller.boundary import ended_command
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -32,22 +33,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export, and say where to; returns the exit code."""
-    options = parse(arguments)
+    return ended_command("The export", partial(_exported, parse(arguments)))
+
+
+def _exported(options: argparse.Namespace) -> int:
     # Imported here, so that --help does not wait for torch.
     from hybridflow.checkpoint.export import export_checkpoint
 
-    try:
-        folder = export_checkpoint(
-            options.checkpoint,
-            options.folder,
-            role=options.role,
-            dtype=options.dtype,
-            source=options.source,
-            trust_remote_code=options.trust_remote_code,
-        )
-    except HybridflowError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    folder = export_checkpoint(
+        options.checkpoint,
+        options.folder,
+        role=options.role,
+        dtype=options.dtype,
+        source=options.source,
+        trust_remote_code=options.trust_remote_code,
+    )
     sys.stdout.write(f"{folder}\n")
     return 0
 

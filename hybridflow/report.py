@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from hybridflow.errors import HybridflowError
+from hybridflow.controller.boundary import ended_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,14 +15,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hybridflow.report", description="Plot runs from their metrics.jsonl.")
     parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER", help="`run.folder` of a run, finished or going on")
     options = parser.parse_args(arguments)
+    return ended_command("The report", partial(_plotted, options.runs))
+
+
+def _plotted(runs: Sequence[str]) -> int:
     from hybridflow.trackers.plots import plot_run
 
-    try:
-        for run in options.runs:
-            sys.stdout.writelines(f"{path}\n" for path in plot_run(run))
-    except HybridflowError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    for run in runs:
+        sys.stdout.writelines(f"{path}\n" for path in plot_run(run))
     return 0
 
 

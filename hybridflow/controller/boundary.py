@@ -12,12 +12,13 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def phase(doing: str) -> Iterator[None]:
         raise
 
 
+def ended_command(what: str, action: Callable[[], int]) -> int:
+    """The exit code of a command that trains nothing: that of `action`, or of what ended it, which is told on stderr. What this
+    package itself has to say needs no more words; of any other error the trace is kept."""
+    try:
+        with interrupts.noticed():
+            return action()
+    except BaseException as raised:  # the one place where whatever ends such a command is told
+        error = interrupts.failure() or raised
+    if (number := interrupts.number()) is not None or isinstance(error, KeyboardInterrupt):
+        _say("\nStopped.\n")
+        return BY_SIGNAL + (number or signal.SIGINT)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED
+    if isinstance(error, HybridflowError) and not isinstance(error, WorkerError):
+        _say(f"{error}\n")
+        return MISCONFIGURED if isinstance(error, ConfigError) else FAILED
+    _say(f"\n{what} failed.\n{what_happened(error)}\n{written_trace(error, None)}\n")
+    return FAILED
+
+
 def ended_by(error: BaseException, config: Config | None) -> int:
     """Say on stderr what ended the run, or before it has begun the command, where `config` is None; returns the exit code."""
     number = interrupts.number() if config is not None else None
@@ -66,7 +87,7 @@ def ended_by(error: BaseException, config: Config | None) -> int:
         return MISCONFIGURED
     if number is not None or isinstance(error, KeyboardInterrupt):
         _say(f"\nStopped. {how_to_go_on(config)}\n" if config is not None else "\nStopped.\n")
-        return BY_SIGNAL + (number or 2)  # 2 is Ctrl-C
+        return BY_SIGNAL + (number or signal.SIGINT)
     if isinstance(error, SystemExit) and config is None:
         return error.code if isinstance(error.code, int) else FAILED
     _say("\nThe run failed.\n" if config is not None else "\nThe command failed before anything was started.\n")
