@@ -88,6 +88,10 @@ class UserFileError(HybridflowError):
     """A Python file of the user's cannot be imported."""
 
 
+class ReturnError(HybridflowError):
+    """A method of a role or an algorithm has returned what its callers cannot use."""
+
+
 class DivergenceError(HybridflowError):
     """Training has left the finite numbers: weights are not finite, or update after update is skipped."""
 

@@ -98,6 +98,15 @@ def learning_rates_are_reached(config: Config, roles: tuple[str, ...]) -> Iterat
             yield FieldWarning(f"{role}.warmup_steps", problem, related=("run.total_steps", "algorithm.name"))
 
 
+def weights_outlast_their_decay(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
+    """AdamW takes the product of rate and decay off every weight at each update; a tenth leaves nothing after some updates."""
+    for role, section in config.models.items():
+        if role in roles and isinstance(section, TrainingConfig) and section.learning_rate * section.weight_decay >= 0.1:
+            taken = f"{section.learning_rate * section.weight_decay:.3g} of every weight is taken off at each update"
+            problem = f"found {section.weight_decay:g} with {role}.learning_rate={section.learning_rate:g}: {taken}"
+            yield FieldWarning(f"{role}.weight_decay", problem, related=(f"{role}.learning_rate", "algorithm.name"))
+
+
 def several_answers_differ(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
     """Greedy answers to one prompt are all the same."""
     answers = config.validation.responses_per_prompt
@@ -180,6 +189,7 @@ RULES: tuple[Rule, ...] = (
     rules_placement.pools_are_well_formed,
     weights_match_files,
     learning_rates_are_reached,
+    weights_outlast_their_decay,
     several_answers_differ,
     generation_runs_ahead_of_rewards,
     rules_engine.options_are_known,

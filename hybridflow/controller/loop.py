@@ -24,7 +24,7 @@ from hybridflow.errors import HybridflowError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.trackers.base import Trackers
 from hybridflow.trackers.timeline import TimelineFile
-from hybridflow.workers.remote import Future
+from hybridflow.workers.remote import Future, returned
 
 OnStep = Callable[[int, Mapping[str, float]], object]
 
@@ -121,7 +121,7 @@ class Loop:
         self.save_rollouts(step, batch)
         if self.config.data.curriculum is not None and "reward" in batch:
             self.launched.data.note_success(success_rates(batch, self.config.validation.correct_reward))
-        learned = self.algorithm.learn(batch)
+        learned = returned(self.algorithm.learn(batch), Metrics, f"{type(self.algorithm).__name__}.learn")
         for call in begun:
             call.result()  # long done; what a role raised there is raised here
         if step == self.total_steps:

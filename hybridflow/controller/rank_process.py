@@ -34,7 +34,7 @@ from hybridflow.parallel.layout import Layout
 from hybridflow.user_file import import_file
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.hardware import HardwareInfo
-from hybridflow.workers.remote import RemoteMethod
+from hybridflow.workers.remote import RemoteMethod, checked
 
 # Role, method, positional and keyword arguments. One argument of the Ray call, since each costs 0.1 ms.
 Invocation = tuple[str, str, tuple[object, ...], dict[str, object]]
@@ -226,7 +226,7 @@ class RankProcess:
         marked = _marked_method(type(worker), method)
         worker.context.take_reported()  # outside of calls, as where a sync probes the actor, nobody asked for it
         try:
-            result = marked.function(worker, *args, **kwargs)
+            result = checked(marked.function(worker, *args, **kwargs), type(worker), method)
             answer, shard = _answer(result, time.perf_counter() - started, self._memory())
         except BaseException as error:  # also SystemExit, which would end the process without a word
             raise self._named(role, method, error) from None

@@ -12,6 +12,7 @@ from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
 from hybridflow.controller.failed_rewards import Collect, FailedRewards
 from hybridflow.controller.launch import Launched
+from hybridflow.controller.returned import bounded_keep, checked_collect
 from hybridflow.controller.stream import Stream, StreamSettings, Taken
 from hybridflow.controller.streaming import Generation, Scoring, streaming_handle
 from hybridflow.errors import ConfigError, FieldError
@@ -31,8 +32,9 @@ class RowSource:
             total_steps=total_steps,
             timeout_s=config.run.timeout_s,
         )
-        collect = algorithm.collect if config.loop.max_staleness else self._collect_all
-        self.stream = Stream(settings, launched.data.next_batch, self._watched(collect), algorithm.keep)
+        self.collect = checked_collect(algorithm)
+        collect = self.collect if config.loop.max_staleness else self._collect_all
+        self.stream = Stream(settings, launched.data.next_batch, self._watched(collect), bounded_keep(algorithm))
         self.generation: Generation | None = None
         self.scoring: Scoring | None = None
         if config.loop.max_staleness:
@@ -66,7 +68,7 @@ class RowSource:
 
     def _collect_all(self, prompts: Batch) -> Batch:
         """The rows of a whole step, with what the reward model says of them."""
-        return self._with_model_score(self.algorithm.collect(prompts))
+        return self._with_model_score(self.collect(prompts))
 
     def _with_model_score(self, rows: Batch) -> Batch:
         return with_model_score(rows, self.launched.reward_model, weight=self.config.reward_model.weight)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 import torch.distributed as dist
 
+from hybridflow.config.schema import ReferenceConfig, TrainingConfig
 from hybridflow.errors import DivergenceError
 from hybridflow.parallel.finite import NamedTensors, largest, listed, local_shard, norms, not_finite
 
@@ -22,8 +23,9 @@ LARGEST = 1e18
 class WeightCheck:
     """Checks the weights of one model, or other numbers of it, and remembers when they were finite last."""
 
-    def __init__(self, context: RankContext, *, most: float = LARGEST):
+    def __init__(self, context: RankContext, *, config: TrainingConfig | ReferenceConfig, most: float = LARGEST):
         self.context, self.most = context, most
+        self.remedy = remedy(context.role, config)
         self.finite_when = ""
         self.versions: dict[str, tuple[int, ...]] = {}
         """Of the tensors that were found finite last."""
@@ -68,9 +70,23 @@ class WeightCheck:
         since = f"They were in order {self.finite_when}" if self.finite_when else "No check has found them in order before"
         role = self.context.role
         raise DivergenceError(
-            f"{role}: {where} {when}{f': {listed(bad)}' if bad else ''}. {since}. Lower {role}.learning_rate; where this comes "
-            "again at the same place, look at the model's files and at the memory of this machine"
+            f"{role}: {where} {when}{f': {listed(bad)}' if bad else ''}. {since}. {self.remedy}Where this comes again at the "
+            "same place, look at the model's files and at the memory of this machine"
         )
+
+
+def remedy(role: str, config: TrainingConfig | ReferenceConfig) -> str:
+    """What to do about weights that are as good as infinite: lower what can have made them so; nothing for a frozen model.
+
+    Example: `Lower actor.learning_rate=0.01. `
+    """
+    if not isinstance(config, TrainingConfig):
+        return ""
+    rate, decay = config.learning_rate, config.weight_decay
+    if rate <= 1 < rate * decay:
+        taken = f"of every weight {rate * decay:.3g} times itself is taken off at each update"
+        return f"Lower {role}.weight_decay={decay:g}: {taken}. "
+    return f"Lower {role}.learning_rate={rate:g}. "
 
 
 def _version_of(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -82,8 +98,9 @@ def _version_of(tensor: torch.Tensor) -> tuple[int, ...]:
 class SkippedUpdates:
     """Counts updates in a row that could not be made, and says why none can."""
 
-    def __init__(self, context: RankContext, *, most: int | None):
+    def __init__(self, context: RankContext, *, config: TrainingConfig, most: int | None):
         self.context, self.most = context, most
+        self.remedy = remedy(context.role, config)
         self.count = 0
         self.since_step = 0
         self.why = ""
@@ -117,8 +134,8 @@ class SkippedUpdates:
     def _ended(self, what: str) -> DivergenceError:
         role = self.context.role
         error = DivergenceError(
-            f"{role} no longer learns: {what}, since step {self.since_step}. {self.why} Lower {role}.learning_rate, or give "
-            "rewards of a smaller scale"
+            f"{role} no longer learns: {what}, since step {self.since_step}. {self.why} {self.remedy}Or give rewards "
+            "of a smaller scale"
         )
         error.since_step = self.since_step
         return error

@@ -38,7 +38,7 @@ class ModelCore:
         """Of rows without a column that says with which they were sampled."""
         self.reads_rows = reads_rows
         """Whether the model gives one number for each row, at its last token."""
-        self.weights = WeightCheck(context)
+        self.weights = WeightCheck(context, config=config)
         self.weights.check(model.named_parameters(), when="when the model was loaded")
 
     @torch.no_grad()

@@ -12,11 +12,31 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
+from hybridflow.batch import Batch
+from hybridflow.errors import ReturnError
+from hybridflow.metrics import Metrics
+
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
 W = TypeVar("W", bound="Dispatching")
+
+
+PROMISES = {kind.__name__: kind for kind in (Batch, Metrics)}
+"""Results that callers work with. A method promises one by its annotation, or by that of the method which it overrides."""
+
+
+def returned(result: object, kind: type[T], name: str) -> T:
+    """`result` of the method `name`, which promises a `kind`.
+
+    Raises:
+        ReturnError: it is something else.
+    """
+    if isinstance(result, kind):
+        return result
+    found = "nothing: is a `return` missing" if result is None else f"{result!r:.80}, a {type(result).__name__}"
+    raise ReturnError(f"{name} returns a {kind.__name__}; found {found}")
 
 
 class Future(Protocol[R_co]):
@@ -128,6 +148,16 @@ class BoundMethod(Generic[P, R]):
         dispatcher = self.worker.dispatcher
         assert dispatcher is not None, f"{self.method.__name__}.start is for groups; on a rank call it directly"
         return cast(Callable[P, Future[R]], partial(dispatcher.start, self.method.__name__, self.method.protocol))
+
+
+def checked(result: R, worker_class: type, method: str) -> R:
+    """`result` of a marked method, as it promises. Raises ReturnError."""
+    methods = [vars(base)[method] for base in worker_class.__mro__ if method in vars(base)]
+    kinds = [getattr(each, "function", each).__annotations__.get("return") for each in methods]
+    kind = next((PROMISES.get(getattr(kind, "__name__", kind)) for kind in kinds if kind is not None), None)
+    if kind is not None:
+        returned(result, kind, f"{worker_class.__name__}.{method}")
+    return result
 
 
 def remote(protocol: str) -> Callable[[Callable[Concatenate[W, P], R]], RemoteMethod[W, P, R]]:

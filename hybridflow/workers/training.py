@@ -100,8 +100,8 @@ class TrainingCore(ModelCore):
         self.num_updates = 0
         """Calls of `update`."""
         self.step = self.total_steps = self.first_step = 0
-        self.moments = WeightCheck(context, most=torch.finfo(torch.float32).max)
-        self.skipped = SkippedUpdates(context, most=max_skipped_updates)
+        self.moments = WeightCheck(context, config=config, most=torch.finfo(torch.float32).max)
+        self.skipped = SkippedUpdates(context, config=config, most=max_skipped_updates)
         self.peak_flops, self.flops_per_token = peak_flops(context.device), flops_per_token(model)
         self.offload()
 

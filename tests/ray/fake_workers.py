@@ -107,6 +107,11 @@ class EchoWorker(Worker):
         """Rank 1 returns a generator."""
         return (number for number in range(3)) if self.context.rank == 1 else None
 
+    @remote("split_by_data_rank")
+    def forget_to_return(self, batch: Batch) -> Metrics:
+        """Rank 1 returns nothing."""
+        return Metrics() if self.context.rank == 0 else None  # type: ignore[return-value]
+
     @remote("one_to_all")
     def leave(self, kind: str) -> None:
         """Rank 1 raises what no rank should."""

@@ -8,9 +8,11 @@ import signal
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import ray
 
+from hybridflow.batch import Batch
 from hybridflow.config.pools import parse_pool
 from hybridflow.controller import placement, stacks, waiting
 from hybridflow.controller.group import Pool
@@ -115,3 +117,11 @@ def test_whatever_a_rank_raises_is_told_with_its_place(pool: Pool, kind: str) ->
 def test_a_result_that_cannot_be_sent_is_told_with_its_place(pool: Pool) -> None:
     with pytest.raises(WorkerError, match=r"(?s)echo\.return_what_cannot_be_sent failed on rank 1 \(node.*cannot pickle"):
         make_group(pool).return_what_cannot_be_sent()
+
+
+def test_a_result_that_callers_cannot_use_is_told_with_its_place(pool: Pool) -> None:
+    expected = (
+        r"(?s)echo\.forget_to_return failed on rank 1 \(node.*EchoWorker\.forget_to_return returns a Metrics; found nothing"
+    )
+    with pytest.raises(WorkerError, match=expected):
+        make_group(pool).forget_to_return(Batch({"prompt_tokens": np.ones(4, np.int32)}))

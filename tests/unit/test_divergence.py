@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -274,3 +276,31 @@ def test_the_loop_ends_the_run_on_every_role_after_the_last_step_was_learned() -
         called = [name for name, _, _ in roles.mock_calls if not name.endswith("result")]
         begun = ["actor.begin_step.start", "critic.begin_step.start", "learn", "learn().__bool__"]
         assert called == begun + (["actor.end_run.start", "critic.end_run.start"] if step == 2 else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "blamed"),
+    [
+        ({"learning_rate": 1e30}, "Lower critic.learning_rate=1e+30."),
+        ({"learning_rate": 1e-3, "weight_decay": 1e6}, "Lower critic.weight_decay=1e+06: of every weight 1e+03 times itself"),
+    ],
+)
+def test_what_is_advised_is_the_setting_that_has_ruined_the_weights(
+    model_path: str, settings: dict[str, float], blamed: str
+) -> None:
+    config = training_config(model_path)
+    worker = worker_of(CriticWorker, replace(config, critic=replace(config.critic, **settings)))  # type: ignore[arg-type]
+    worker.begin_step(1, 9)
+    with pytest.raises(DivergenceError, match=re.escape(blamed)):
+        for _ in range(20):
+            worker.update(rows(), loss=ValueLoss(clip=None))
+            worker.core.named_tensors()
+
+
+def test_a_frozen_model_has_no_setting_to_lower(model_path: str) -> None:
+    worker = ReferenceWorker(training_config(model_path), context_of("reference"))
+    with torch.no_grad():
+        next(iter(worker.core.model.parameters())).view(-1)[7] = float("nan")
+    with pytest.raises(DivergenceError, match="look at the model's files") as raised:
+        worker.core.weights.check(worker.core.model.named_parameters(), when="now")
+    assert "Lower" not in str(raised.value)

@@ -1,0 +1,97 @@
+"""What a user's methods return is judged where it comes from, with its name."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+
+from hybridflow.batch import Batch
+from hybridflow.controller.loop import Loop
+from hybridflow.controller.returned import ROUNDS_WITHOUT_A_PROMPT, bounded_keep, checked_collect
+from hybridflow.controller.stream import Stream, StreamSettings
+from hybridflow.errors import ReturnError
+from hybridflow.metrics import Metrics
+from hybridflow.ops import Loss
+from hybridflow.workers.actor import ActorWorker
+from hybridflow.workers.remote import checked, remote
+from hybridflow.workers.reward import RewardWorker
+
+ROWS = Batch({"group": np.arange(4)})
+
+
+class Forgets(ActorWorker):
+    """Whose methods have no types, as those of a user may be; the package's, which they stand for, have."""
+
+    @remote("split_by_data_rank")
+    def update(self, batch, *, loss):  # type: ignore[no-untyped-def]
+        super().update(batch, loss=loss)
+
+    @remote("split_by_data_rank")
+    def own(self, batch):  # type: ignore[no-untyped-def]
+        """A method of which nothing is known."""
+
+    @remote("split_by_data_rank")
+    def log_probs(self, batch: Batch, loss: Loss) -> dict[str, float]:  # type: ignore[override]
+        """Promises something else than the package's."""
+        return {}
+
+
+@pytest.mark.parametrize("result", [None, {"loss": 1.0}, 0.5, ROWS, [Metrics()]])
+def test_what_a_role_returns_in_place_of_metrics_is_told_with_its_class(result: object) -> None:
+    with pytest.raises(ReturnError, match=r"^Forgets\.update returns a Metrics; found "):
+        checked(result, Forgets, "update")
+
+
+@pytest.mark.parametrize("result", [None, Metrics(), ROWS["group"]])
+def test_what_a_role_returns_in_place_of_rows_is_told_with_its_class(result: object) -> None:
+    with pytest.raises(ReturnError, match=r"^RewardWorker\.score returns a Batch; found "):
+        checked(result, RewardWorker, "score")
+
+
+def test_what_promises_nothing_or_something_else_returns_what_it_likes() -> None:
+    assert checked(None, Forgets, "own") is None
+    assert checked({}, Forgets, "log_probs") == {}
+    assert checked(None, ActorWorker, "save") is None
+
+
+@pytest.mark.parametrize("result", [None, {"a": 1.0}, ROWS])
+def test_what_an_algorithm_returns_in_place_of_metrics_is_told(result: object) -> None:
+    loop: Any = MagicMock(total_steps=2)
+    loop.config.data.curriculum = None
+    loop.rows.take.return_value = (ROWS, None)
+    loop.algorithm = type("Mine", (), {"learn": lambda self, batch: result})()
+    with pytest.raises(ReturnError, match=r"Mine\.learn returns a Metrics; found "):
+        Loop.step(loop, 1)
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        (None, "found nothing: is a `return` missing"),
+        ([1, 2], r"found \[1, 2\], a list"),
+        (ROWS.select([]), "no rows for 4 prompts"),
+    ],
+)
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_what_collect_returns_in_place_of_rows_ends_the_run(result: object, problem: str, staleness: int) -> None:
+    algorithm: Any = type("Mine", (), {"collect": lambda self, prompts: result})()
+    stream = stream_of(checked_collect(algorithm), lambda rows: True, staleness)
+    with pytest.raises(ReturnError, match=problem.replace("4", "." if staleness else "4")):
+        stream.take(1)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_algorithm_that_keeps_nothing_ends_the_run(staleness: int) -> None:
+    algorithm: Any = type("Mine", (), {"keep": lambda self, rows: False, "run": MagicMock()})()
+    algorithm.run.data.prompts_per_step = 4
+    stream = stream_of(lambda prompts: prompts, bounded_keep(algorithm), staleness)
+    with pytest.raises(ReturnError, match=rf"Mine\.keep has refused {4 * ROUNDS_WITHOUT_A_PROMPT} prompts in a row"):
+        stream.take(1)
+
+
+def stream_of(collect: Any, keep: Any, staleness: int) -> Stream:
+    settings = StreamSettings(prompts_per_step=4, max_staleness=staleness, total_steps=3)
+    return Stream(settings, lambda step, count: Batch({"group": np.arange(count)}), collect, keep)
