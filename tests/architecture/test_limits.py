@@ -93,7 +93,7 @@ BUDGETS = {
     "hybridflow": 34600,
     "hybridflow/algorithms": 2330,
     "hybridflow/checkpoint": 1540,
-    "hybridflow/config": 4190,
+    "hybridflow/config": 4210,
     "hybridflow/controller": 4540,
     "hybridflow/controller/stream.py": 250,
     "hybridflow/data": 2550,
@@ -106,7 +106,7 @@ BUDGETS = {
     "hybridflow/rewards": 2220,
     "hybridflow/rollout": 2850,
     "hybridflow/trackers": 1390,
-    "hybridflow/workers": 3100,
+    "hybridflow/workers": 3150,
 }
 """Lines of each folder: what is there and 2 %. Raising one is a decision of its own, and says what it buys; where code went,
 the number follows down."""
