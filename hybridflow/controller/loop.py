@@ -89,7 +89,7 @@ class Loop:
                 self.folder.check()
                 with phase(f"the metrics of step {step} were written"):
                     trackers.log(step, metrics)
-                timeline.write(step, self.launched.log.take_spans())
+                    timeline.write(step, self.launched.log.take_spans())
                 is_over = on_step(step, metrics) is False
                 save_last = self.config.checkpoint.save_last
                 if (is_over and save_last) or self.is_due(step, self.config.checkpoint.every_steps, and_last=save_last):

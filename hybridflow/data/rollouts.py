@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hybridflow.batch import Batch
+from hybridflow.disk import named
 
 TEXTS = ("prompt_text", "response_text", "data_source")
 OBJECTS = ("ground_truth", "extra_info", "messages", "conversation")
@@ -17,7 +18,11 @@ NOT_WRITTEN = ("position", "call", "pair")
 
 
 def write_rows(batch: Batch, path: str | Path) -> None:
-    """Write the texts and all numbers per row of a batch; the file is complete or absent."""
+    """Write the texts and all numbers per row of a batch; the file is complete or absent.
+
+    Raises:
+        OSError: it could not be written; names it.
+    """
     columns: dict[str, object] = {}
     for name in (*TEXTS, *OBJECTS):
         if name in batch.names and name not in batch.per_row:
@@ -26,7 +31,11 @@ def write_rows(batch: Batch, path: str | Path) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
-    pq.write_table(pa.table(columns), temporary, compression="zstd")
+    try:
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise named(error, target) from error
     temporary.rename(target)
 
 

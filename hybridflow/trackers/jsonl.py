@@ -22,18 +22,29 @@ logger = logging.getLogger(__name__)
 class LineFile:
     """A file that grows by whole lines, each handed to the operating system when it is complete."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, end: str = "\n"):
+        """`end` is that of every line. One that a kill cut short is taken away: it would spoil the next one."""
+        self.path, self.end = path, end
         self._file = path.open("ab", buffering=0)
+        self._file.truncate(_num_whole_bytes(path))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no line yet."""
+        return os.fstat(self._file.fileno()).st_size == 0
 
     def append(self, content: Mapping[str, object]) -> None:
-        """Write one line; after a passing failure of the disk once more, from where it began.
+        """Write one line, an object in JSON; after a passing failure of the disk once more, from where it began.
 
         Raises:
             OSError: it could not be written; names it.
             RunFolderError: it is not the file any more that has its name.
         """
-        line = (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + self.end)
+
+    def write(self, text: str) -> None:
+        """As `append`, of whole lines as they are."""
+        line = text.encode()
         size = os.fstat(self._file.fileno()).st_size
 
         def write() -> None:
@@ -42,7 +53,11 @@ class LineFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
 
-        retried(self.path, write)
+        try:
+            retried(self.path, write)
+        except OSError:
+            self._file.truncate(size)
+            raise
         if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
             raise RunFolderError(f"{self.path} was removed or replaced while the run was writing it")
 
@@ -108,6 +123,15 @@ def drop_later_lines(path: Path, resume_step: int) -> Path | None:
 def read_lines(path: Path) -> list[dict[str, object]]:
     """The objects in a file that this tracker wrote; a line that a kill cut short is left out."""
     return [json.loads(line) for line in _lines(path) if _step_of(line) != math.inf]
+
+
+def _num_whole_bytes(path: Path, *, longest: int = 1 << 24) -> int:
+    """Up to the end of the last whole line, which is found where what follows is no longer than `longest`."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = file.seek(max(0, size - longest))
+        end = file.read().rfind(b"\n")
+    return start + end + 1 if end >= 0 or not start else size
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridflow.trackers.jsonl import drop_later_lines
+from hybridflow.trackers.jsonl import LineFile, drop_later_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,8 +48,8 @@ class TimelineFile:
         path = folder / "timeline.json"
         if resume_step == 0:
             drop_later_lines(path, 0)
-        self._file = path.open("a", buffering=1)
-        if self._file.tell() == 0:
+        self._file = LineFile(path, end=",\n")
+        if self._file.is_empty:
             self._file.write("[\n")
         self._numbers: dict[tuple[str, ...], int] = {}
 
@@ -59,7 +59,7 @@ class TimelineFile:
             if span.seconds >= SECONDS_WORTH_SHOWING:
                 pid, tid = self._number("process_name", span.pool), self._number("thread_name", span.pool, span.role)
                 times = {"ts": round(span.began * 1e6), "dur": round(span.seconds * 1e6)}
-                self._line({"name": span.name, "ph": "X", **times, "pid": pid, "tid": tid, "args": {"step": step}})
+                self._file.append({"name": span.name, "ph": "X", **times, "pid": pid, "tid": tid, "args": {"step": step}})
 
     def close(self) -> None:
         """Nothing is held back; only the file is closed."""
@@ -71,24 +71,24 @@ class TimelineFile:
         if key not in self._numbers:
             self._numbers[key] = len(self._numbers)
             pid = self._numbers[(pool,)]
-            self._line({"name": kind, "ph": "M", "pid": pid, "tid": self._numbers[key], "args": {"name": (role or (pool,))[0]}})
+            self._file.append(
+                {"name": kind, "ph": "M", "pid": pid, "tid": self._numbers[key], "args": {"name": (role or (pool,))[0]}}
+            )
         return self._numbers[key]
-
-    def _line(self, event: dict[str, object]) -> None:
-        self._file.write(json.dumps(event) + ",\n")
 
 
 def read_spans(path: Path) -> list[Span]:
-    """The calls in a file that `TimelineFile` wrote; a line that a kill cut short is left out."""
+    """The calls in a file that `TimelineFile` wrote; lines that a kill or a power cut have spoilt are left out."""
     pools: dict[int, str] = {}
     spans = []
-    for line in path.read_text().splitlines():
-        if not line.endswith("},"):
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            event = json.loads(line.removesuffix(b","))
+        except ValueError:
             continue
-        event = json.loads(line[:-1])
         if event["name"] == "process_name":
             pools[event["pid"]] = event["args"]["name"]
-        elif event["ph"] == "X":
+        elif event["ph"] == "X" and event["pid"] in pools:
             span = Span(pools[event["pid"]], event["name"], event["ts"] / 1e6, event["dur"] / 1e6, event["args"]["step"])
             spans.append(span)
     return spans

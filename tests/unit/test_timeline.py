@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from hybridflow.trackers.timeline import Span, TimelineFile, drawn_timeline, read_spans
 
 ACTOR = Span("main", "actor.update", began=100.0, seconds=2.0, step=1)
@@ -43,6 +45,15 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path = written(tmp_path, ACTOR, ROLLOUT)
     path.write_text(path.read_text()[:-10])
     assert read_spans(path) == [ACTOR]
+
+
+@pytest.mark.parametrize("spoilt", [b'{"name": "actor.upd', b"\0\0\0\0", b"\xff\xfe", b'{"name": 3'])
+def test_what_a_kill_or_a_power_cut_has_left_costs_no_line_of_the_resumed_run(tmp_path: Path, spoilt: bytes) -> None:
+    path = written(tmp_path, ACTOR)
+    path.write_bytes(path.read_bytes() + spoilt)
+    assert read_spans(written(tmp_path, ROLLOUT, resume_step=1)) == [ACTOR, ROLLOUT]
+    path.write_bytes(path.read_bytes() + spoilt + b"\n")
+    assert read_spans(written(tmp_path, ACTOR, resume_step=1)) == [ACTOR, ROLLOUT, ACTOR]
 
 
 def test_the_picture_has_a_row_for_each_role_of_a_pool() -> None:
