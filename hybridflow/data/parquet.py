@@ -41,14 +41,20 @@ class ColumnSpec:
 
 def identity_of(path: str) -> dict[str, int | str]:
     """What tells the content of a Parquet file from that of another: its size, and a hash of its footer, which has the
-    place, the size and the extremes of every column chunk. Neither its name nor its time counts."""
-    resolved = Path(path).expanduser()
-    with resolved.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(0, size - 8 - length))
-        return {"bytes": size, "footer": hashlib.blake2b(file.read(), digest_size=16).hexdigest()}
+    place, the size and the extremes of every column chunk. Neither its name nor its time counts.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8))
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(max(0, size - 8 - length))
+            return {"bytes": size, "footer": hashlib.blake2b(file.read(), digest_size=16).hexdigest()}
+    except OSError as error:
+        raise DataError(f"data.train_files: {path}: cannot be read: {error.strerror}") from error
 
 
 def num_rows(path: str) -> int:
@@ -107,7 +113,7 @@ def open_parquet(path: str, specs: Sequence[ColumnSpec], *, key: str) -> pq.Parq
     if resolved.is_dir():
         raise DataError(f"{where}: is a folder; name its Parquet files one by one")
     try:
-        file = pq.ParquetFile(resolved, memory_map=True)
+        file = pq.ParquetFile(resolved)  # not mapped into memory: a file that is cut short then ends the process by a signal
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where}: is not a Parquet file that can be read ({error}). Was it written completely?") from error
     problems = [problem for spec in specs if (problem := _problem(spec, file.schema_arrow))]

@@ -62,6 +62,9 @@ class DataWorker(Worker):
         """
         self.files = [identity_of(path) for path in self.config.data.train_files]
         loaders = build_loaders(self.config, load_tokenizer(self.config), rows)
+        for path, before in zip(self.config.data.train_files, self.files, strict=True):
+            if Path(path).expanduser().exists() and identity_of(path) != before:
+                raise DataError(f"data.train_files: {path} has changed while it was read. Start again once it is complete")
         self.train, self.validation, self.held_out = loaders.train, loaders.validation, loaders.held_out
         if rows == "prompts" and self._is_scored_by_rules():
             for key, loader in (("data.train_files", self.train), ("data.validation_files", self.validation)):
