@@ -105,7 +105,7 @@ BUDGETS = {
     "hybridflow/resharding": 1400,
     "hybridflow/rewards": 2220,
     "hybridflow/rollout": 2850,
-    "hybridflow/trackers": 1390,
+    "hybridflow/trackers": 1420,
     "hybridflow/workers": 3150,
 }
 """Lines of each folder: what is there and 2 %. Raising one is a decision of its own, and says what it buys; where code went,
