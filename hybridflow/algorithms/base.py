@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from hybridflow.algorithms.annotations import is_worker
+from hybridflow.algorithms.importance import ImportanceOptions as ImportanceOptions
 from hybridflow.algorithms.options import GroupOptions, old_column
-from hybridflow.algorithms.options import ImportanceOptions as ImportanceOptions
 from hybridflow.algorithms.options import NoOptions as NoOptions
 from hybridflow.algorithms.options import PolicyOptions as PolicyOptions
 from hybridflow.algorithms.options import UpdateOptions as UpdateOptions
@@ -20,7 +20,7 @@ from hybridflow.batch import Batch
 from hybridflow.config.choices import OldLogProbs as OldLogProbs
 from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
-from hybridflow.workers.token_functions import RowKL, TokenAdvantages
+from hybridflow.workers.token_functions import CorrectTokens, RowKL, TokenAdvantages
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
@@ -136,7 +136,15 @@ class Algorithm(ABC):
             pending.append(self.roled("actor").log_probs.start(batch))
         if options.needs_reference:
             pending.append(self.roled("reference").log_probs.start(batch))  # roles on different pools overlap
-        return batch.join(*(call.result() for call in pending))
+        return self.corrected(batch.join(*(call.result() for call in pending)))
+
+    def corrected(self, batch: Batch) -> Batch:
+        """`batch`, which has the actor's log-probabilities, without the tokens that `rejections` take out, and with column
+        `importance_weights`, where these are of the step as a whole."""
+        correction = self.options().importance_correction(self.run)
+        if correction is None or not self.options().corrects_before(self.run):
+            return batch
+        return batch.join(self.roled("actor").compute(batch, CorrectTokens(correction)))
 
     def prepare(self, batch: Batch) -> Batch:
         """The same, with rewards less the KL of their rows where `kl_in: reward` says so, and less what `GroupOptions` take
@@ -155,15 +163,15 @@ class Algorithm(ABC):
         penalty = options.length_penalty(self.run, batch["response_tokens"])
         return batch.with_columns(reward=batch["reward"] + penalty, length_penalty=penalty)
 
-    def with_returns(self, batch: Batch, *, gamma: float = 1.0, whiten: bool = False) -> Batch:
+    def with_returns(self, batch: Batch, *, gamma: float = 1.0, whiten: bool = False, with_kl: bool = True) -> Batch:
         """`batch` with column `advantages`: at each token the discounted sum of the rewards from it on, which carry the KL of
-        their token where `kl_in: reward` says so."""
+        their token where `with_kl` and `kl_in: reward` say so."""
         options = self.options()
         function = TokenAdvantages(
             gamma=gamma,
             lam=1.0,
             whiten=whiten,
-            kl_coefficient=options.kl_coefficient if options.kl_in == "reward" else 0.0,
+            kl_coefficient=options.kl_coefficient if with_kl and options.kl_in == "reward" else 0.0,
             kl_estimator=options.kl_estimator,
             log_probs=old_column(options.ratio_over(self.run)),
         )

@@ -9,7 +9,7 @@ Zhao et al. 2025, arXiv:2507.20673, eq. 4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,9 @@ class GMPO(Algorithm):
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
         advantage = ops.group_normalized(batch["reward"], batch["group"])
-        loss = self.config.policy_loss(self.run, partial(ops.geometric_mean, clip=self.config.clip))
+        loss = replace(
+            self.config.policy_loss(self.run, partial(ops.geometric_mean, clip=self.config.clip)), pools_weights=True
+        )
         batch = batch.with_columns(advantage=advantage.numpy())
         updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
         return Metrics.merged(update.result() for update in updates)

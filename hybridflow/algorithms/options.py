@@ -7,52 +7,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from hybridflow import ops
+from hybridflow.algorithms.importance import ImportanceOptions
 from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
-from hybridflow.config.ranges import ABOVE_ONE, AT_LEAST_TWO, COUNT, NOT_NEGATIVE, POSITIVE
+from hybridflow.config.ranges import ABOVE_ONE, AT_LEAST_TWO, COUNT, NOT_NEGATIVE
 from hybridflow.errors import FieldError
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
-    from hybridflow.ops.correction import ImportanceCorrection
     from hybridflow.ops.surrogates import Surrogate
 
-DEFAULT_CAP = 2.0
-"""Of importance weights, where older weights sample."""
 Clip = tuple[Annotated[float, NOT_NEGATIVE], Annotated[float, NOT_NEGATIVE]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """The `Config` of an algorithm without options."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportanceOptions:
-    """To inherit from: weights between the engine's probabilities, which tokens were drawn with, and the trainer's."""
-
-    importance_cap: Annotated[float, POSITIVE] | Literal["auto"] | None = "auto"
-    """Weigh tokens by trainer's over engine's probability, at most this (truncated importance sampling, TIS); null for no
-    weights, or with a mask for no bound. auto is 2 where loop.max_staleness lets older weights sample, else null."""
-    importance_level: Literal["token", "sequence"] = "token"
-    """Whether each token has its own weight or a response has one."""
-    importance_mask: tuple[float, float] | None = None
-    """Tokens (or responses) whose weight is outside count nothing (masked importance sampling); null for none."""
-
-    def __post_init__(self) -> None:
-        if self.importance_mask is not None and self.importance_mask[0] >= self.importance_mask[1]:
-            low, high = self.importance_mask
-            raise ValueError(
-                f"importance_mask: found [{low:g}, {high:g}], outside of which is everything; the smaller one comes first"
-            )
-
-    def cap(self, run: RunConfig) -> float | None:
-        """`importance_cap` with auto resolved."""
-        resolved = DEFAULT_CAP if run.loop.max_staleness else None
-        return resolved if self.importance_cap == "auto" else self.importance_cap
-
-    def importance_correction(self, run: RunConfig) -> ImportanceCorrection | None:
-        """For a loss; None where neither a bound nor a mask is set."""
-        return ops.importance_correction(self.cap(run), self.importance_level, self.importance_mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +34,9 @@ class UpdateOptions(ImportanceOptions):
     rewrites_rewards: ClassVar[bool] = False
     """Whether a row's reward becomes another number before it is given to tokens, so that turns cannot have their own."""
 
+    old_log_probs: Literal["actor", "rollout"] = "actor"
+    """Denominator of the ratio: the actor's, computed before the updates only where a step has several or something needs
+    them, or as the engine returned them (saves that forward pass)."""
     prompts_per_update: Annotated[int, COUNT] | None = None
     """Prompts whose responses make one update; divides data.prompts_per_step. Null means all: one update per epoch."""
     epochs: Annotated[int, COUNT] = 1
@@ -90,17 +62,28 @@ class UpdateOptions(ImportanceOptions):
 
     def ratio_over(self, run: RunConfig) -> OldLogProbs:
         """Denominator of the ratio. Of a single update the present ones, or, where older weights may have sampled, the engine's
-        own: the ratio then is the importance weight. Of several updates, without a cap, or for a KL in the reward, those
-        computed before the first."""
+        own: the ratio then is the importance weight. Of several updates, without a cap, for a KL in the reward, or for what
+        concerns the step as a whole, those computed before the first."""
+        if self.old_log_probs == "rollout":
+            return "rollout_log_probs" if self.is_over_ratio else "current"
         if self.makes_one_update(run) and run.loop.max_staleness and self.cap(run) is not None:
-            return "rollout_log_probs" if self.has_ratio else "current"
+            return "rollout_log_probs" if self.is_over_ratio else "current"
         is_free = self.makes_one_update(run) and not run.loop.max_staleness and not self.penalises_reward
-        return "current" if is_free else "log_probs"
+        return "current" if is_free and not (self.rejections or self.importance_normalized) else "log_probs"
+
+    def corrects_before(self, run: RunConfig) -> bool:
+        """Whether importance weights and rejections are of the step as a whole, and computed before its updates."""
+        return bool(self.rejections or self.importance_normalized) and self.ratio_over(run) == "log_probs"
 
     def ratio_bound(self, run: RunConfig) -> float | None:
         """Where the ratio is over the engine's log-probabilities, an importance weight, the bound of such weights holds for
         it."""
         return self.cap(run) if self.ratio_over(run) == "rollout_log_probs" else None
+
+    @property
+    def is_over_ratio(self) -> bool:
+        """`has_ratio`, of the surrogate that is chosen."""
+        return self.has_ratio
 
     @property
     def penalises_reward(self) -> bool:
@@ -118,6 +101,8 @@ class UpdateOptions(ImportanceOptions):
         if self.rewrites_rewards and run.environment.is_set and run.environment.rewards == "turn":
             problem = "found turn, but this algorithm compares episodes. Set episode, or algorithm=reinforce_plus_plus or ppo"
             errors.append(FieldError("environment.rewards", problem, related=("algorithm.name",)))
+        if isinstance(self.importance_cap, float) and self.old_log_probs == "rollout" and self.is_over_ratio:
+            errors.append(FieldError("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             errors.append(
                 FieldError("algorithm.kl_estimator", "k1 has a gradient of zero on average in a loss. Use k2, k3 or k1+")
@@ -127,6 +112,7 @@ class UpdateOptions(ImportanceOptions):
     def policy_loss(self, run: RunConfig, surrogate: Surrogate, *, advantage: str = "advantage") -> ops.PolicyLoss:
         """The loss that these options describe around a surrogate, with one advantage per row or, in column `advantages`, one
         per token."""
+        correction, before = self.importance_correction(run), self.corrects_before(run)
         return ops.PolicyLoss(
             surrogate=surrogate,
             advantage=advantage,
@@ -136,7 +122,8 @@ class UpdateOptions(ImportanceOptions):
             old_log_probs=self.ratio_over(run),
             aggregation=self.loss_aggregation,
             max_tokens=self.loss_length or run.data.max_response_tokens,
-            correction=self.importance_correction(run),
+            correction=None if before else correction,
+            weight="importance_weights" if before and correction is not None and correction.is_weighing else None,
         )
 
 
@@ -148,9 +135,18 @@ class PolicyOptions(UpdateOptions):
     """The probability ratio is kept within [1 - low, 1 + high]."""
     dual_clip: Annotated[float, ABOVE_ONE] | None = None
     """Bound of the ratio where the advantage is negative; null for none."""
+    surrogate: Literal["clipped_ratio", "policy_gradient"] = "clipped_ratio"
+    """The clipped ratio times the advantage; or the advantage times the log-probability alone (REINFORCE), which with
+    `importance_cap` has the weight of its token."""
+
+    @property
+    def is_over_ratio(self) -> bool:
+        return self.surrogate == "clipped_ratio"
 
     def clipped(self, run: RunConfig) -> Surrogate:
         """The clipped surrogate; where the ratio is an importance weight, with the bound of such weights if no other is set."""
+        if not self.is_over_ratio:
+            return ops.policy_gradient
         return partial(ops.clipped, clip=self.clip, dual_clip=self.dual_clip or self.ratio_bound(run))
 
 

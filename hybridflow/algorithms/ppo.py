@@ -62,9 +62,6 @@ class Config(PolicyOptions):
     """Rows over which the adaptive coefficient reacts."""
     critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps at the start in which only the critic learns."""
-    old_log_probs: Literal["actor", "rollout"] = "actor"
-    """Denominator of the ratio: the actor's, computed before the updates only where a step has several or `kl_in: reward` needs
-    them, or as the engine returned them (saves that forward pass)."""
     value_loss_aggregation: Aggregation = "token_mean"
     """How the critic's token losses become one number."""
 
@@ -94,7 +91,7 @@ class PPO(Algorithm):
             pending.append(self.actor.log_probs.start(batch))
         if self.config.kl_in != "none":
             pending.append(self.reference.log_probs.start(batch))
-        batch = batch.join(*(call.result() for call in pending))
+        batch = self.corrected(batch.join(*(call.result() for call in pending)))
         batch = batch.join(self.critic.compute(batch, self.advantages()))
         calls = []
         for part in self.updates(batch):
@@ -108,8 +105,8 @@ class PPO(Algorithm):
         """Denominator of the ratio. The actor's are the current ones, and cost no pass, where the policy is updated once or, in
         the critic's warm-up, not at all; the KL in the reward is needed before."""
         old = self.config.ratio_over(self.run)
-        if self.config.old_log_probs == "rollout" or old == "rollout_log_probs":
-            return "rollout_log_probs"
+        if self.config.old_log_probs == "rollout" or old == "rollout_log_probs" or self.config.corrects_before(self.run):
+            return old
         is_settled = self.step <= self.config.critic_warmup_steps or old == "current"
         return "current" if is_settled and self.config.kl_in != "reward" else "log_probs"
 
@@ -158,8 +155,6 @@ class PPO(Algorithm):
         options = run.algorithm.options
         assert isinstance(options, Config)
         errors = options.errors(run)
-        if isinstance(options.importance_cap, float) and options.old_log_probs == "rollout":
-            errors.append(FieldError("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
         if options.kl_controller == "adaptive" and options.kl_in != "reward":
             errors.append(FieldError("algorithm.kl_controller", "adaptive steers the KL in the reward; set kl_in: reward"))
         return errors

@@ -52,9 +52,9 @@ class ReinforcePlusPlusBaseline(Algorithm):
         return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
-        batch = self.with_log_probs(self.with_length_penalty(batch))
+        batch = self.prepare(batch)
         deviation = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=False)
-        batch = self.with_returns(batch.with_columns(reward=deviation.numpy()), whiten=True)
+        batch = self.with_returns(batch.with_columns(reward=deviation.numpy()), whiten=True, with_kl=False)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
         updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
         return Metrics.merged(update.result() for update in updates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_mean_of_sums", "sequence_sum", "token_sum"]
@@ -15,3 +16,23 @@ of k2 (straight-through)."""
 
 OldLogProbs = Literal["log_probs", "rollout_log_probs", "current"]
 """Denominator of the probability ratio: as computed before the updates, as the engine returned them, or the present ones."""
+
+OfTokens = Literal["token_k1", "token_k2", "token_k3"]
+OfSums = Literal["sequence_sum_k1", "sequence_sum_k2", "sequence_sum_k3"]
+OfMeans = Literal["sequence_mean_k1", "sequence_mean_k2", "sequence_mean_k3"]
+OfLargest = Literal["sequence_max_k1", "sequence_max_k2", "sequence_max_k3"]
+Statistic = OfTokens | OfSums | OfMeans | OfLargest
+"""Distance of engine and trainer at a token, in nats, or its sum, mean or largest over a response: k1 = log(engine / trainer),
+k2 = k1^2 / 2, k3 = exp(-k1) - 1 + k1."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Tokens, or whole responses, that are taken out of a step for being too far from what the trainer would have sampled."""
+
+    statistic: Statistic
+    """What is compared with the bounds."""
+    most: float
+    """Above it they are out."""
+    least: float | None = None
+    """Below it they are out; null for no such bound."""

@@ -50,6 +50,8 @@ class VerlSet:
     _given: dict[str, tuple[Setting, int]] = field(default_factory=dict)
     _reads: list[str] = field(default_factory=list)
     _counted: set[str] = field(default_factory=set)
+    _asked: str = ""
+    """The key that was read last, given or not."""
 
     def add(self, setting: Setting, layer: int) -> None:
         """Take a key; a later one of the same name wins."""
@@ -62,6 +64,7 @@ class VerlSet:
 
     def __call__(self, key: str) -> object:
         """The value of `key`, or verl's default."""
+        self._asked = key
         self._reads += [name for name in self._given if f"{name}.".startswith(f"{key}.")]
         value = lookup(self.tree, key)
         if value is None and key in KEYS:
@@ -106,7 +109,7 @@ class VerlSet:
                 yield self._translated(ours, value, reads)
                 self._reads.clear()
         except (UntranslatableError, ValueError) as error:
-            name = next((name for name in reversed(self._reads) if name in own), next(iter(own)))
+            name = next((name for name in (*reversed(self._reads), self._asked) if name in own), min(own))
             self._refuse(name, str(error))
 
     def _of_key(self, key: Key) -> Iterator[Translated]:

@@ -8,6 +8,7 @@ from typing import Annotated, Protocol
 
 from hybridflow.config.pools import parse_pool
 from hybridflow.config.ranges import COUNT
+from hybridflow.config.verl_correction import correction
 from hybridflow.config.verl_values import (
     AGGREGATION,
     KL_ESTIMATOR,
@@ -22,7 +23,6 @@ from hybridflow.errors import PlacementError
 
 ACTOR, ROLLOUT, REF, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref", "model"))
 OVERLONG = "reward_model.reward_kwargs.overlong_buffer_cfg"
-CORRECTION = "algorithm.rollout_correction"
 Values = Iterator[tuple[str, object]]
 
 
@@ -66,14 +66,15 @@ WITHOUT_GROUPS = ("ppo", "remax", "reinforce_plus_plus")
 """Algorithms here that compare a response with no others to its prompt."""
 ALWAYS_BY_STD = ("gdpo", "dapo", "gspo", "cispo", "gmpo", "sapo", "kl_cov", "clip_cov")
 """Algorithms here that divide by the standard deviation of a group, whatever norm_adv_by_std_in_grpo says."""
-OWN_AGGREGATION = ("gspo", "sapo", "geo_mean")
-"""Losses that verl aggregates in their own way, whatever loss_agg_mode says."""
+OWN_AGGREGATION = ("sapo", "geo_mean")
+"""Losses that verl aggregates as the mean over rows of their means, whatever loss_agg_mode says."""
 
 
 def algorithm(given: Given) -> Values:
     """The algorithm whose advantages and whose loss are those of verl's two keys."""
     estimator, mode = str(given("algorithm.adv_estimator")), loss_mode(given)
-    name = OF_ESTIMATOR.get(estimator) if mode == "vanilla" else OF_LOSS.get(mode) if estimator == "grpo" else None
+    is_clipped = mode in ("vanilla", "gpg")  # gpg is the same without a ratio: see `loss`
+    name = OF_ESTIMATOR.get(estimator) if is_clipped else OF_LOSS.get(mode) if estimator.startswith("grpo") else None
     if estimator == mode == "gpg":
         yield "algorithm.name", "gpg"
         yield "algorithm.informative", "rewards"  # as in the authors' code, which verl's follows
@@ -86,7 +87,7 @@ def algorithm(given: Given) -> Values:
         name = "dapo" if name == "grpo" else name
         yield "algorithm.dynamic_sampling", is_filtered
     if name is None:
-        pairs = f"{', '.join(OF_ESTIMATOR)} with vanilla; grpo with {', '.join(OF_LOSS)}; gpg with gpg"
+        pairs = f"{', '.join(OF_ESTIMATOR)} with vanilla or gpg; grpo with {', '.join(OF_LOSS)}; gpg with gpg"
         problem = f"no algorithm here has the advantages of {estimator!r} and the loss {mode!r}; there are {pairs}"
         raise UntranslatableError(f"{problem}. Set algorithm to one of docs/algorithms.md, or to your own as module:Class")
     yield "algorithm.name", name
@@ -127,8 +128,15 @@ def loss(given: Given) -> Values:
     yield "algorithm.dual_clip", given(f"{ACTOR}.clip_ratio_c") if mode == "vanilla" else None
     critics = "critic.loss_agg_mode" if given.has("critic.loss_agg_mode") else f"{ACTOR}.loss_agg_mode"
     yield "algorithm.value_loss_aggregation", AGGREGATION(given(critics))
+    is_penalised = is_true(given(f"{ACTOR}.use_kl_loss")) or given(f"{ACTOR}.entropy_coeff") not in (None, 0)
+    aggregation = AGGREGATION(given(f"{ACTOR}.loss_agg_mode"))
     if mode not in OWN_AGGREGATION:
-        yield "algorithm.loss_aggregation", AGGREGATION(given(f"{ACTOR}.loss_agg_mode"))
+        yield "algorithm.loss_aggregation", aggregation
+    elif is_penalised and aggregation != "sequence_mean":
+        problem = f"{mode} is averaged by rows, but its KL and entropy by loss_agg_mode; here all have one way"
+        raise UntranslatableError(f"{problem}. Set {ACTOR}.loss_agg_mode=seq-mean-token-mean")
+    if mode == "gpg" and given.algorithm != "gpg":
+        yield "algorithm.surrogate", "policy_gradient"
     if mode in ("clip_cov", "kl_cov"):
         yield "algorithm.share", given(f"{policy_loss}.{mode}_ratio")
     if mode == "clip_cov":
@@ -144,7 +152,9 @@ def loss(given: Given) -> Values:
 
 
 def scale(given: Given) -> Values:
-    """Whether advantages are divided by the standard deviation of their group."""
+    """Whether advantages are divided by the standard deviation of their group; those of GPG never are."""
+    if given.algorithm == "gpg":
+        return
     by_std = is_true(given("algorithm.norm_adv_by_std_in_grpo"))
     if not by_std and given.algorithm in ALWAYS_BY_STD:
         raise UntranslatableError(
@@ -159,6 +169,9 @@ def kl(given: Given) -> Values:
     if in_reward and in_loss:
         advice = "Set algorithm.use_kl_in_reward or actor_rollout_ref.actor.use_kl_loss to False"
         raise UntranslatableError(f"use_kl_in_reward and use_kl_loss are both True, but the KL counts once. {advice}")
+    if in_reward and given.algorithm == "gdpo":
+        advice = "Set algorithm.use_kl_in_reward to False, or actor_rollout_ref.actor.use_kl_loss to True"
+        raise UntranslatableError(f"verl computes a KL in the reward for gdpo and does not use it. {advice}")
     yield "algorithm.kl_in", "reward" if in_reward else "loss" if in_loss else "none"
     if in_loss:
         yield "algorithm.kl_coefficient", given(f"{ACTOR}.kl_loss_coef")
@@ -170,26 +183,6 @@ def kl(given: Given) -> Values:
         if given("algorithm.kl_ctrl.type") == "adaptive":
             yield "algorithm.kl_target", given("algorithm.kl_ctrl.target_kl")
             yield "algorithm.kl_horizon", given("algorithm.kl_ctrl.horizon")
-
-
-def correction(given: Given) -> Values:
-    """Importance weights between engine and trainer, as weights (`is`) and as a mask (`rs`)."""
-    weights, mask = (given(f"{CORRECTION}.rollout_{part}") for part in ("is", "rs"))
-    levels = {"token": "token", "sequence": "sequence", "token_k1": "token", "seq_sum_k1": "sequence"}
-    known = choice("Set algorithm.importance_cap, importance_level and importance_mask", **levels)
-    if None not in (weights, mask) and known(weights) != known(mask):
-        raise UntranslatableError(f"rollout_is={weights} and rollout_rs={mask} have one level here. Set both to the same")
-    if weights is not None or mask is not None:
-        yield "algorithm.importance_level", known(mask if weights is None else weights)
-    if weights is not None:
-        yield "algorithm.importance_cap", given(f"{CORRECTION}.rollout_is_threshold")
-    if mask is not None:
-        # Later releases have both ends in one: 0.5_2.0.
-        below, _, above = str(given(f"{CORRECTION}.rollout_rs_threshold") or 2.0).rpartition("_")
-        low = given(f"{CORRECTION}.rollout_rs_threshold_lower") or below or 1 / float(above)
-        yield "algorithm.importance_mask", [float(str(low)), float(above)]
-    if is_true(given(f"{CORRECTION}.bypass_mode")):
-        yield "algorithm.old_log_probs", "rollout"
 
 
 def overlong_prompts(given: Given) -> Values:

@@ -65,6 +65,7 @@ AGGREGATION = choice(
     "Set algorithm.loss_aggregation",
     **{
         "token-mean": "token_mean",
+        "token-sum": "token_sum",
         "seq-mean-token-mean": "sequence_mean",
         "seq-mean-token-sum": "sequence_mean_of_sums",
         "seq-mean-token-sum-norm": "sequence_sum",

@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
 from hybridflow.ops.correction import ImportanceCorrection
 from hybridflow.ops.kl import kl_estimate
-from hybridflow.ops.reduce import TokenMetric
+from hybridflow.ops.reduce import TokenMetric, repeat_rows, row_means
 from hybridflow.ops.surrogates import PolicyTokens, Surrogate, clipped
 
 
@@ -98,6 +98,10 @@ class PolicyLoss:
     correction: ImportanceCorrection | None = None
     """Weights between the old log-probabilities and the engine's; None for none. Where the ratio is over the engine's, it is
     such a weight itself, and only the mask applies."""
+    weight: str | None = None
+    """Column with a weight for the surrogate of each token, without `correction`; None for 1."""
+    pools_weights: bool = False
+    """Whether the tokens of a row all have the geometric mean of their weights."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -105,6 +109,7 @@ class PolicyLoss:
         names += [self.old_log_probs] if self.old_log_probs != "current" else []
         names += ["reference_log_probs"] if self.kl_coefficient else []
         names += ["rollout_log_probs"] if self.correction else []
+        names += [self.weight] if self.weight else []
         return tuple(dict.fromkeys(names))
 
     @property
@@ -128,8 +133,10 @@ class PolicyLoss:
             correction_T, correction_metrics = self.correction.weights(
                 corrected_T, batch.columns["rollout_log_probs"], batch.lengths_B
             )
-            loss_T = loss_T * ((correction_T > 0) if is_in_ratio else correction_T)
+            loss_T = loss_T * ((correction_T > 0) if is_in_ratio else self._pooled(correction_T, batch.lengths_B))
             metrics |= correction_metrics
+        if self.weight is not None:
+            loss_T = loss_T * self._pooled(batch.columns[self.weight], batch.lengths_B)
         metrics["policy_loss"] = TokenMetric.mean(loss_T, weights_T)
         metrics["negative_log_prob"] = TokenMetric.mean(-log_probs_T)
         if batch.entropy_T is not None:
@@ -143,6 +150,12 @@ class PolicyLoss:
             metrics["kl_to_reference"] = TokenMetric.mean(kl_T)
         metrics["loss"] = TokenMetric.mean(loss_T, weights_T)
         return (loss_T * weights_T).sum(), metrics
+
+    def _pooled(self, weights_T: Tensor, lengths_B: Tensor) -> Tensor:
+        if not self.pools_weights:
+            return weights_T
+        mean_B = row_means((weights_T + 1e-10).log(), lengths_B)
+        return repeat_rows(mean_B.exp(), lengths_B, num_tokens=len(weights_T))
 
 
 @dataclass(frozen=True, kw_only=True)

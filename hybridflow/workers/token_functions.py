@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,6 +70,38 @@ class TokenAdvantages:
                 **of_rows,
                 **{name: _of_response(batch, Ragged(column.numpy(), sampled.offsets)) for name, column in columns.items()},
             }
+        )
+
+
+@dataclass(frozen=True)
+class CorrectTokens:
+    """Column `importance_weights` of all response tokens, and `loss_mask` with `loss_tokens` without those that are rejected.
+
+    Reads `log_probs` and `rollout_log_probs`. The mean that weights are divided by is that of all ranks' tokens or rows.
+    """
+
+    correction: ops.ImportanceCorrection
+
+    def __call__(self, batch: Batch, context: RankContext) -> Batch:
+        import torch
+
+        own = replace(self.correction, is_normalized=False)
+        response = batch.tokens("response")
+        sampled = sampled_tokens(batch, response)
+        lengths_B = torch.tensor(sampled.lengths)
+        given = _tensor(batch, "log_probs"), _tensor(batch, "rollout_log_probs"), lengths_B
+        weights_T, _ = replace(own, rejections=()).weights(*given)
+        if self.correction.is_normalized:
+            of_B = (lengths_B > 0).double() if own.level == "sequence" else lengths_B.double()
+            total = (ops.row_means(weights_T.double(), lengths_B) * of_B).sum()
+            total, count = _sum_over_ranks(torch.stack([total, of_B.sum()]), context)
+            weights_T = weights_T / (total / count.clamp(min=1.0) if total > 1e-8 * count else 1.0)
+        kept_T = own.kept(*given)
+        context.report(ops.to_metrics({f"actor/{name}": metric for name, metric in own.weights(*given)[1].items()}))
+        mask = _of_response(batch, Ragged(kept_T.numpy(), sampled.offsets))
+        columns = {"importance_weights": _of_response(batch, Ragged(weights_T.float().numpy(), sampled.offsets))}
+        return Batch.from_columns(
+            {**columns, "loss_mask": mask, "loss_tokens": Ragged(kept_T.numpy(), sampled.offsets).where(kept_T.numpy()).lengths}
         )
 
 

@@ -90,23 +90,23 @@ def test_no_text_depends_on_one_machine(folder: str):
 
 
 BUDGETS = {
-    "hybridflow": 34600,
-    "hybridflow/algorithms": 2330,
+    "hybridflow": 35250,
+    "hybridflow/algorithms": 2480,
     "hybridflow/checkpoint": 1540,
-    "hybridflow/config": 4210,
+    "hybridflow/config": 4380,
     "hybridflow/controller": 4540,
     "hybridflow/controller/stream.py": 250,
     "hybridflow/data": 2550,
     "hybridflow/environments": 2090,
     "hybridflow/models": 1350,
-    "hybridflow/ops": 1570,
+    "hybridflow/ops": 1690,
     "hybridflow/parallel": 460,
     "hybridflow/planner": 1090,
     "hybridflow/resharding": 1400,
     "hybridflow/rewards": 2220,
     "hybridflow/rollout": 2850,
     "hybridflow/trackers": 1420,
-    "hybridflow/workers": 3150,
+    "hybridflow/workers": 3200,
 }
 """Lines of each folder: what is there and 2 %. Raising one is a decision of its own, and says what it buys; where code went,
 the number follows down."""

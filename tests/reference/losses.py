@@ -41,3 +41,22 @@ def aggregate(losses: Rows, how: str, max_tokens: int) -> float:
         return math.fsum(every) / (len(every) if how == "token_mean" else 1)
     length = {"sequence_mean": len, "sequence_sum": lambda row: max_tokens, "sequence_mean_of_sums": lambda row: 1}[how]
     return math.fsum(math.fsum(row) / length(row) for row in losses) / len(losses)
+
+
+def distances(trainer: Sequence[float], engine: Sequence[float], statistic: str) -> list[float]:
+    """At each token of a row how far the two are apart: of the token, or of the row."""
+    level, _, kind = statistic.rpartition("_")
+    differences = [q - p for p, q in zip(trainer, engine, strict=True)]
+    each = {
+        "k1": list(differences),
+        "k2": [d * d / 2 for d in differences],
+        "k3": [math.exp(-d) - 1 + d for d in differences],
+    }[kind]
+    match level:
+        case "sequence_sum":
+            return [math.fsum(each)] * len(each)
+        case "sequence_mean":
+            return [math.fsum(each) / len(each)] * len(each) if each else []
+        case "sequence_max":
+            return [max(each)] * len(each) if each else []
+    return each

@@ -269,7 +269,7 @@ def test_an_option_of_ppo_is_carried_over(tmp_path: Path, override: str, name: s
         (
             "adv_estimator=grpo actor.policy_loss.loss_mode=gspo",
             "gspo",
-            {"dual_clip": None, "loss_aggregation": "sequence_mean"},
+            {"dual_clip": None, "loss_aggregation": "token_mean"},  # verl 0.9: by loss_agg_mode
         ),
         ("adv_estimator=grpo actor.policy_loss.loss_mode=geo_mean actor.clip_ratio_high=0.4", "gmpo", {"clip": (0.2, 0.4)}),
         ("adv_estimator=grpo actor.policy_loss.loss_mode=cispo actor.clip_ratio_low=10", "cispo", {"clip": (10.0, 0.2)}),
@@ -387,7 +387,6 @@ def test_a_tilde_takes_a_key_out_of_the_file(tmp_path: Path) -> None:
         ("actor_rollout_ref.rollout.multi_turn.function_tool_path=x.py", "write the functions as a ToolEnvironment"),
         ("model.partial_pretrain=org/name", "of verl's supervised trainer: set model.path and algorithm=sft"),
         ("reward_model.prime_model.loss_type=ce", "write it as an algorithm"),
-        ("algorithm.rollout_correction.rollout_rs=seq_mean_k1", "Set algorithm.importance_cap"),
         ("actor_rollout_ref.model.override_config.rope_theta=1", "edit config.json in a copy of the model's folder"),
         ("actor_rollout_ref.rollout.do_sample=False", "set it to True"),
         ("algorithm.kl_penalty=full algorithm.use_kl_in_reward=True", "found 'full'; allowed: kl, k1, mse"),

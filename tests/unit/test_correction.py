@@ -1,0 +1,137 @@
+"""Importance weights and rejections for tokens that the engine has sampled, of a microbatch and of a step."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from hybridflow import ops
+from hybridflow.batch import Batch, Ragged
+from hybridflow.config.choices import OfLargest, OfMeans, OfSums, OfTokens, Rejection, Statistic
+from hybridflow.workers.token_functions import CorrectTokens, CountLossTokens
+from tests.reference.losses import distances
+from tests.training_rows import context_of
+from tests.unit.test_algorithms_by_definition import LENGTHS, learn, rows_of
+
+STATISTICS: list[Statistic] = [name for kind in (OfTokens, OfSums, OfMeans, OfLargest) for name in get_args(kind)]
+
+
+def random_rows(seed: int, lengths: list[int], spread: float = 0.5) -> tuple[list[list[float]], list[list[float]]]:
+    rng = np.random.default_rng(seed)
+    trainer = [(-3.0 * rng.random(length)).tolist() for length in lengths]
+    return trainer, [[value + spread * rng.standard_normal() for value in row] for row in trainer]
+
+
+def flat(rows: list[list[float]]) -> torch.Tensor:
+    return torch.tensor([value for row in rows for value in row])
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_what_is_kept_is_within_the_bounds_of_the_definition(statistic: Statistic) -> None:
+    lengths = [3, 0, 1, 7, 5, 2]
+    trainer, engine = random_rows(len(statistic), lengths)
+    found = [distances(p, q, statistic) for p, q in zip(trainer, engine, strict=True)]
+    values = sorted({value for row in found for value in row})
+    least, most = ((values[place] + values[place + 1]) / 2 for place in (len(values) // 4, 2 * len(values) // 3))
+    correction = ops.ImportanceCorrection(rejections=(Rejection(statistic, most=most, least=least),))
+    kept_T = correction.kept(flat(trainer), flat(engine), torch.tensor(lengths))
+    assert kept_T.tolist() == [least <= value <= most for row in found for value in row]
+    assert 0 < kept_T.sum() < len(kept_T), "some are in, some are out"
+
+
+def test_a_token_stays_where_no_rejection_is_against_it() -> None:
+    trainer, engine = random_rows(3, [4, 6])
+    both = (Rejection("token_k2", most=0.2), Rejection("sequence_mean_k3", most=0.12))
+    given = flat(trainer), flat(engine), torch.tensor([4, 6])
+    each = [ops.ImportanceCorrection(rejections=(one,)).kept(*given) for one in both]
+    assert torch.equal(ops.ImportanceCorrection(rejections=both).kept(*given), each[0] & each[1])
+
+
+def test_probabilities_that_are_worlds_apart_reject_and_stay_finite() -> None:
+    trainer_T, engine_T = torch.tensor([-500.0, -0.1, -0.1]), torch.tensor([-0.1, -500.0, -0.1])
+    for statistic in STATISTICS:
+        correction = ops.ImportanceCorrection(cap=2.0, rejections=(Rejection(statistic, most=5.0, least=-5.0),))
+        weights_T, _ = correction.weights(trainer_T, engine_T, torch.tensor([1, 1, 1]))
+        assert weights_T.isfinite().all() and weights_T[2] == 1.0, statistic
+        assert weights_T[0] == 0.0, statistic
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_normalised_weights_have_a_mean_of_one(level: str) -> None:
+    lengths = [3, 1, 5]
+    trainer, engine = random_rows(1, lengths)
+    correction = ops.importance_correction(2.0, level, is_normalized=True)  # type: ignore[arg-type]
+    assert correction is not None
+    weights_T, _ = correction.weights(flat(trainer), flat(engine), torch.tensor(lengths))
+    means = weights_T if level == "token" else torch.tensor([row.mean() for row in weights_T.split(lengths)])
+    assert means.mean() == pytest.approx(1.0, rel=1e-6)
+
+
+def step_rows() -> Batch:
+    rows = rows_of(11)
+    return rows.join(Batch.from_columns({"log_probs": rows.tokens("old_given")}))
+
+
+def test_rejected_tokens_leave_the_loss_mask_and_weights_are_of_the_tokens_before() -> None:
+    rows = step_rows()
+    correction = ops.importance_correction(1.2, "sequence", rejections=(Rejection("token_k2", most=0.02),))
+    assert correction is not None
+    corrected = CorrectTokens(correction)(rows, context_of("actor"))
+    before, after = (batch.tokens("loss_mask").values.astype(bool) for batch in (rows, corrected))
+    assert not (after & ~before).any() and 0 < after.sum() < before.sum()
+    assert corrected["loss_tokens"].tolist() == [row.sum() for row in np.split(after, np.cumsum(LENGTHS)[:-1])]
+    old, engine = (rows.tokens(name).where(before) for name in ("log_probs", "rollout_log_probs"))
+    for row in range(len(rows)):
+        bounds = slice(old.offsets[row], old.offsets[row + 1])
+        total = math.fsum(old.values[bounds].astype(float) - engine.values[bounds].astype(float))
+        weights = corrected.tokens("importance_weights")
+        own = weights.values[weights.offsets[row] : weights.offsets[row + 1]]
+        sampled = before[weights.offsets[row] : weights.offsets[row + 1]]
+        assert own[sampled] == pytest.approx(min(math.exp(total), 1.2), rel=1e-5), row
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "gmpo", "reinforce_plus_plus_baseline", "gspo"])
+def test_a_step_with_rejections_is_that_of_rows_without_these_tokens(name: str) -> None:
+    rejection = Rejection("token_k1", most=0.2, least=-0.3)
+    rows = rows_of(12)
+    last = np.cumsum(LENGTHS) - 1
+    engine = rows.tokens("rollout_log_probs")
+    values = engine.values.copy()
+    values[last] = rows.tokens("old_given").values[last]  # the end of a row, where its reward is, stays
+    rows = rows.join(Batch.from_columns({"rollout_log_probs": Ragged(values, engine.offsets)}))
+    distance = values - rows.tokens("old_given").values
+    mask = rows.tokens("loss_mask").values & (distance <= 0.2) & (distance >= -0.3)
+    without = rows.join(Batch.from_columns({"loss_mask": Ragged(mask, engine.offsets)}))
+    without = without.join(CountLossTokens()(without, context_of("data")))
+    value, gradients = learn(name, rows, rejections=(rejection,))
+    expected, others = learn(name, without)
+    assert value == pytest.approx(expected, rel=1e-5) and mask.sum() < rows.tokens("loss_mask").values.sum()
+    for found, wanted in zip(gradients, others, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+
+
+def test_reinforce_over_the_engine_weighs_each_token_by_policy_over_engine() -> None:
+    rows = rows_of(13)
+    options = {"surrogate": "policy_gradient", "old_log_probs": "rollout", "kl_in": "none"}
+    plain, _ = learn("grpo", rows, **options)
+    same = rows.join(Batch.from_columns({"rollout_log_probs": rows.tokens("new_given")}))
+    assert learn("grpo", same, importance_cap=5.0, **options)[0] == pytest.approx(plain, rel=1e-6)
+    half = Ragged(rows.tokens("new_given").values + np.float32(math.log(2)), rows.tokens("new_given").offsets)
+    halved = rows.join(Batch.from_columns({"rollout_log_probs": half}))
+    assert learn("grpo", halved, importance_cap=5.0, **options)[0] == pytest.approx(0.5 * plain, rel=1e-5)
+
+
+def test_the_clipped_ratio_over_the_engine_leaves_out_rejected_tokens_and_no_others() -> None:
+    rows = rows_of(14)
+    over_engine = rows.join(Batch.from_columns({"old_given": rows.tokens("rollout_log_probs")}))
+    expected, _ = learn("grpo", over_engine)
+    value, _ = learn("grpo", rows, old_log_probs="rollout")
+    assert value == pytest.approx(expected, rel=1e-5)
+    few, left = learn("grpo", rows, old_log_probs="rollout", rejections=(Rejection("token_k2", most=0.02),), kl_in="none")
+    _, free = learn("grpo", rows, old_log_probs="rollout", kl_in="none")
+    changed = [(a, b) for x, y in zip(left, free, strict=True) for a, b in zip(x, y, strict=True) if a != b]
+    assert math.isfinite(few) and changed and all(a == 0.0 for a, _ in changed)
