@@ -45,6 +45,7 @@ SHOWN = (
     Number("entropy", ("actor/entropy",), ".3g"),
     Number("loss", ("actor/loss",), ".2g"),
     Number("tokens", ("response/tokens_mean",), ".0f"),
+    Number("turns", ("environment/turns",), ".2g"),
     Number("cut off", ("response/truncated",), ".0%", shows_zero=False),
     Number("grad", ("actor/grad_norm",), ".2g"),
     Number("explained", ("critic/explained_variance",), ".2f", lowest=-10),
@@ -154,7 +155,8 @@ def validation_line(metrics: Metrics) -> str:
     """What validation measured, or an empty string where there was none."""
     scores = Metrics({name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("validation/")})
     took = [f"took {_seconds(metrics['seconds/validation'])}"] if "seconds/validation" in metrics else []
-    texts = [*_rewards(scores), *_texts(SHOWN, scores)]
+    of_environment = Metrics({name: value for name, value in scores.items() if name.startswith("environment/")})
+    texts = [*_rewards(scores), *_own(of_environment), *_texts(SHOWN, scores)]
     return "  ".join([*texts, *took]) if texts else ""
 
 

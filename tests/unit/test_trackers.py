@@ -393,6 +393,17 @@ def test_the_line_of_a_validation_has_its_own_numbers_only():
     assert validation_line(Metrics(names)) == "reward 0.500  accuracy 0.250  tokens 7  took 1.5s"
 
 
+def test_the_line_of_a_validation_shows_what_the_environment_measured():
+    names = {
+        "validation/reward/mean": 0.5,
+        "validation/environment/histories": 1.0,
+        "validation/environment/turns": 3.25,
+        "validation/environment/solved": 0.375,
+        "environment/solved": 0.25,
+    }
+    assert validation_line(Metrics(names)) == "reward 0.500  solved 0.375  turns 3.2"
+
+
 def test_a_step_without_validation_has_no_line_for_it():
     assert validation_line(METRICS) == ""
 
