@@ -142,7 +142,8 @@ def why_unmatchable(ground_truth: object, data_source: str) -> str | None:
 
 def _with_statements(program: str, statements: Sequence[str]) -> Tests:
     secret = secrets.token_hex(8)
-    return Tests("\n".join([program, *statements, f"print({secret!r})", ""]), passed_text=secret)
+    # An empty line between: a program that ends with a backslash would make the first statement part of its last line.
+    return Tests("\n".join([program, "", *statements, f"print({secret!r})", ""]), passed_text=secret)
 
 
 def _read(value: object) -> object:

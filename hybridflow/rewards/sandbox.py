@@ -33,6 +33,8 @@ class Limits:
     memory_mib: int = 512
     """Of all processes together, and addresses of each."""
     max_processes: int = 16
+    max_threads: int = 128
+    """Of all processes together."""
     file_mib: int = 32
     """Of each file; all files together 64, where a folder in memory can be had."""
     output_kib: int = 256
@@ -114,6 +116,7 @@ def _job(program: str, inputs: Sequence[str], limits: Limits, folder: str) -> di
         "memory_bytes": limits.memory_mib << 20,
         "file_bytes": limits.file_mib << 20,
         "max_processes": limits.max_processes,
+        "max_threads": limits.max_threads,
         "output_bytes": limits.output_kib << 10,
     }
 

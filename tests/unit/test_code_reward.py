@@ -31,6 +31,18 @@ ADVERSE = {
     "endless sleep": "import time\ntime.sleep(1000)",
     "fork bomb": "import os\nwhile True: os.fork()",
     "threads without end": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(1000,)).start()",
+    "threads of little memory": (
+        "import threading, time\nthreading.stack_size(32768)\n"
+        "while True: threading.Thread(target=time.sleep, args=(1000,)).start()"
+    ),
+    "memory in files without a name": "import os\nwhile True: os.write(os.memfd_create('a'), b'x' * (30 << 20))",
+    "memory that is shared": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
+    "empty files without end": "n = 0\nwhile True:\n    open(str(n), 'w').close()\n    n += 1",
+    "a user namespace": "import ctypes\nassert ctypes.CDLL(None).syscall(56, 0x10000000 | 17, 0, 0, 0, 0) >= 0",
+    "a user namespace by clone3": (
+        "import ctypes, struct\nasked = struct.pack('11Q', 0x10000000, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0)\n"
+        "assert ctypes.CDLL(None).syscall(435, asked, 88) >= 0"
+    ),
     "10 GB": "b = bytearray(10 << 30)\nb[::4096] = b'x' * len(b[::4096])",
     "10 GB in parts": "parts = []\nwhile True: parts.append(bytearray(b'x' * (1 << 24)))",
     "1 GB by each child": "import os\nfor _ in range(8): os.fork()\nb = b'x' * (900 << 20)\nimport time\ntime.sleep(9)",
@@ -103,7 +115,8 @@ def test_children_do_not_outlive_a_call_that_is_given_up() -> None:
 
 
 def test_programs_may_compute_write_in_their_folder_and_import_packages() -> None:
-    program = "import numpy as np\nopen('a', 'w').write(str(np.ones(3).sum()))\nprint(open('a').read(), input())"
+    program = "import numpy as np, threading\nthreading.Thread(target=int).start()\nopen('a', 'w').write(str(np.ones(3).sum()))"
+    program += "\nprint(open('a').read(), input())"
     assert run(program, "said", Limits()).stdout == "3.0 said\n"
     assert run("import os\nprint(sorted(os.environ), os.listdir())").stdout.count("program.py") == 1
 
@@ -138,6 +151,11 @@ def test_every_form_of_tests_is_passed_by_the_right_program_and_not_by_a_wrong_o
 def test_a_program_that_leaves_before_its_tests_fails(leaves: str) -> None:
     for truth in ("assert False", {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}):
         assert scored(f"{ADD}\n{leaves}", truth)["overall"] == 0.0
+
+
+def test_a_program_cannot_take_its_test_into_a_line_of_its_own() -> None:
+    answer = given("```python\ndef add(a, b): return 0\nif False: pass; \\```", "assert add(1, 2) == 3")
+    assert asyncio.run(compute_score(answer))["overall"] == 0
 
 
 def test_a_share_of_the_tests_may_count() -> None:
