@@ -13,6 +13,8 @@ import httpx
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Answers after which the same question may be answered."""
 MOST_WAIT_S = 30.0
+MOST_BYTES = 16 << 20
+"""Of an answer."""
 
 
 class ServiceError(Exception):
@@ -26,7 +28,7 @@ class Service:
     url: str
     api_key: str | None = None
     timeout_s: float = 30.0
-    """For one attempt."""
+    """For one attempt, from the connection to the last byte."""
     max_retries: int = 4
     """Attempts after the first."""
     retry_wait_s: float = 0.5
@@ -43,15 +45,16 @@ class Service:
         for attempt in range(self.max_retries + 1):
             wait_s = self.retry_wait_s * 2**attempt * random.uniform(0.5, 1.5)
             try:
-                answer = await _client().post(self.url, json=question, headers=self._headers(), timeout=self.timeout_s)
+                async with asyncio.timeout(self.timeout_s):  # httpx's own begins anew with each byte
+                    answer = await self._answer(question)
                 if answer.status_code == 200:
                     return answer.json()
                 problem = f"it answered {answer.status_code}: {answer.text[:300]!r}"
                 if answer.status_code not in RETRIED:
                     raise ServiceError(f"{self.url}: {problem}")
                 wait_s = max(wait_s, _seconds(answer.headers.get("retry-after")))
-            except httpx.TimeoutException as error:
-                problem = f"no answer within {self.timeout_s:g} s ({type(error).__name__})"
+            except (TimeoutError, httpx.TimeoutException):
+                problem = f"no answer within {self.timeout_s:g} s"
             except httpx.HTTPError as error:
                 problem = f"{type(error).__name__}: {error}"
             except ValueError as error:
@@ -59,6 +62,18 @@ class Service:
             if attempt < self.max_retries:
                 await asyncio.sleep(min(wait_s, MOST_WAIT_S))
         raise ServiceError(f"{self.url}: {problem}, after {self.max_retries + 1} attempts")
+
+    async def _answer(self, question: Mapping[str, object]) -> httpx.Response:
+        """What one attempt gives, read to its end."""
+        body = bytearray()
+        async with _client().stream("POST", self.url, json=question, headers=self._headers(), timeout=self.timeout_s) as answer:
+            async for part in answer.aiter_bytes():
+                body += part
+                if len(body) > MOST_BYTES:
+                    raise ServiceError(f"{self.url}: its answer is longer than {MOST_BYTES >> 20} MiB")
+        return httpx.Response(
+            answer.status_code, headers={"retry-after": answer.headers.get("retry-after", "")}, content=bytes(body)
+        )
 
     def _headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}

@@ -55,6 +55,12 @@ class Stub(BaseHTTPRequestHandler):
         if kind == "hangup":
             self.connection.close()
             return
+        if kind in ("drip", "flood"):
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(1000):
+                self.wfile.write(b" " * (1 << 20 if kind == "flood" else 1))
+                time.sleep(0.1 if kind == "drip" else 0)
         status = int(argument) if kind == "status" else 200
         said = {"good": "Fine.\nScore: 8", "wrong": "I like it", "twice": "Score: 1 ... Score: 10"}.get(kind, "")
         answer: object = {"choices": [{"message": {"content": said}}], "score": 0.8, "data": [{"probs": [0.25]}]}
@@ -127,6 +133,8 @@ def test_a_judge_is_asked_until_it_answers(address: str, behaviour: str, num_ask
         ("status 429", 3, "answered 429.*after 3 attempts"),
         ("nothing", 3, r"no answer within 0\.5 s.*after 3 attempts"),
         ("hangup", 3, "after 3 attempts"),
+        ("drip", 3, r"no answer within 0\.5 s.*after 3 attempts"),
+        ("flood", 1, "longer than 1 MiB"),
         ("html", 3, "is no JSON.*after 3 attempts"),
         ("status 401", 1, "answered 401"),
         ("wrong", 1, "gave no number.*it said 'I like it'"),
@@ -134,8 +142,9 @@ def test_a_judge_is_asked_until_it_answers(address: str, behaviour: str, num_ask
     ],
 )
 def test_a_judge_that_gives_no_score_fails_the_response_with_its_cause(
-    address: str, behaviour: str, num_asked: int, cause: str
+    address: str, behaviour: str, num_asked: int, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hybridflow.rewards.service.MOST_BYTES", 1 << 20)
     failure = scored(address, behaviour)
     assert isinstance(failure, Failure)
     with pytest.raises(AssertionError, match=cause):
