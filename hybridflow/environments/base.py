@@ -33,6 +33,10 @@ Message = Mapping[str, object]
 
 NEW_HISTORY = "new_history"
 """In the info of `step`: its messages are the whole conversation from now on, in place of what was said before."""
+TAKEN = frozenset({"turns", "histories"})
+"""Metrics of every environment, which an info cannot name."""
+MOST_REWARD = 1e30
+"""Sums of rewards and their squares are taken in float32 and float64."""
 
 
 class Row(TypedDict):
@@ -85,10 +89,9 @@ def opening_of(result: object) -> Opening:
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"reset returned {_kind(result)}; expected (messages, info)")
     messages, info = result
-    tools = info.get("tools") if isinstance(info, Mapping) else None
     if not (found := _messages(messages, "reset")):
         raise ValueError("reset returned no messages; an episode begins with at least one")
-    return Opening(found, tuple(tools or ()))
+    return Opening(found, _tools(_info(info, "reset"), "reset"))
 
 
 def outcome_of(result: object) -> Outcome:
@@ -97,6 +100,10 @@ def outcome_of(result: object) -> Outcome:
     Raises:
         TypeError, ValueError: it is something else than (messages, reward, terminated, truncated, info), the reward is not
             finite, or the episode goes on without a message.
+
+    Example:
+        >>> outcome_of(([], 1, True, False, {"solved": 1})).metrics
+        {'solved': 1.0}
     """
     if not isinstance(result, tuple) or len(result) != 5:
         raise TypeError(f"step returned {_kind(result)}; expected (messages, reward, terminated, truncated, info)")
@@ -104,16 +111,23 @@ def outcome_of(result: object) -> Outcome:
     if reward is not None and (isinstance(reward, str) or not isinstance(reward, SupportsFloat)):
         raise TypeError(f"step returned the reward {reward!r:.80}; expected a number, or None for 0")
     number = 0.0 if reward is None else float(reward)
-    if not math.isfinite(number):
-        raise ValueError(f"step returned the reward {number}; it must be finite")
+    if not math.isfinite(number) or abs(number) > MOST_REWARD:
+        raise ValueError(f"step returned the reward {number}; it must be finite, and at most {MOST_REWARD:g}")
+    for name, said in (("terminated", terminated), ("truncated", truncated)):
+        if isinstance(said, str | Sequence | Mapping):
+            raise TypeError(f"step returned {_kind(said)} as {name}; expected True or False")
     found = _messages(messages, "step")
     if not found and not (terminated or truncated):
         raise ValueError("step returned no messages and neither terminated nor truncated: the policy has nothing to answer")
-    known = info if isinstance(info, Mapping) else {}
+    known = _info(info, "step")
     metrics = {
         str(key): float(value) for key, value in known.items() if isinstance(value, SupportsFloat) and key != NEW_HISTORY
     }
-    tools = tuple(known.get("tools") or ()) if known.get(NEW_HISTORY) else None
+    if taken := TAKEN.intersection(metrics):
+        raise ValueError(
+            f"the info of step has {sorted(taken)[0]!r}, which is a metric of every environment. Name it otherwise"
+        )
+    tools = _tools(known, "step") if known.get(NEW_HISTORY) else None
     return Outcome(found, number, bool(terminated), bool(truncated), metrics, tools)
 
 
@@ -123,7 +137,37 @@ def _messages(messages: object, method: str) -> tuple[Message, ...]:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise TypeError(f"{method} returned the message {message!r:.120}; expected a dict with role and content")
+        _check_content(message["content"], method)
     return tuple(dict(message) for message in messages)
+
+
+def _check_content(content: object, method: str) -> None:
+    """Text, None beside calls of tools, or OpenAI's list of parts that are text."""
+    parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": "" if content is None else content}]
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise TypeError(
+                f"{method} returned {_kind(content)} as the content of a message; expected text: nothing else is read"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = "which is no text: decode bytes with errors='replace'"
+            raise ValueError(f"{method} returned a content with {text[error.start]!a}, {problem}") from error
+
+
+def _info(info: object, method: str) -> Mapping[str, object]:
+    if info is None or isinstance(info, Mapping):
+        return info or {}
+    raise TypeError(f"{method} returned {_kind(info)} as info; expected a dict")
+
+
+def _tools(info: Mapping[str, object], method: str) -> tuple[Mapping[str, object], ...]:
+    tools = info.get("tools") or ()
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise TypeError(f"{method} returned {_kind(tools)} as the tools of its info; expected a list of JSON schemas")
+    return tuple(tools)
 
 
 def load_environment(config: EnvironmentConfig) -> Callable[[], object]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -134,8 +135,12 @@ class Episodes:
             result = MethodFailure("raised", traceback.format_exc())
         if os.getpid() != self.own:  # a method that forks returns twice: what the copy says is nobody's answer
             os._exit(0)
-        if ask.method != "close":
+        if ask.method == "close":
+            return
+        try:
             self.connection.send(MethodAnswer(ask.episode, result, is_stuck))
+        except (pickle.PicklingError, TypeError, AttributeError, RecursionError):  # nothing was sent: it is pickled before
+            self.connection.send(MethodAnswer(ask.episode, MethodFailure("raised", traceback.format_exc()), is_stuck))
 
     async def call(self, ask: Ask) -> Opening | Outcome:
         """The checked result of a method."""

@@ -17,6 +17,8 @@ from hybridflow.environments.base import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LEAST_BOUND = 100_000
+"""Characters that are always tokenised."""
 MARK = "theturnofthepolicystandshere"
 """Stands for what the policy said: nothing that a template would trim, split or look for."""
 
@@ -42,6 +44,17 @@ class TemplateTokens:
         self.options = dict(options or {})
         """Of the template: `data.chat_template_options`."""
         self.use_template = use_template and bool(tokenizer.chat_template)
+
+    def may_fit(self, messages: Sequence[Message], most_tokens: int) -> bool:
+        """False where messages have more characters than so many tokens could say: such a text is not tokenised, which takes a
+        second for each megabyte."""
+        num_characters = sum(len(str(message["content"])) for message in messages)
+        return num_characters <= max(LEAST_BOUND, most_tokens * self._longest)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()) -> tuple[str, list[int]]:
         """The text and tokens that end where the policy begins.

@@ -145,10 +145,12 @@ class EpisodesUnderWay(RowsUnderWay):
     def _open(self, episode: Episode, result: Result) -> None:
         assert isinstance(result, Opening)
         episode.said, episode.tools = list(result.messages), [dict(tool) for tool in result.tools]
-        episode.prompt_text, tokens = self.around.conversations.opening(result.messages, result.tools)
-        most = self.around.config.data.max_prompt_tokens
-        if len(tokens) > most:
-            problem = f"the messages of reset are {len(tokens)} tokens, more than data.max_prompt_tokens={most}"
+        most, tokens = self.around.config.data.max_prompt_tokens, None
+        if self.around.conversations.may_fit(result.messages, most):
+            episode.prompt_text, tokens = self.around.conversations.opening(result.messages, result.tools)
+        if tokens is None or len(tokens) > most:
+            found = "too long to be tokenised" if tokens is None else f"{len(tokens)} tokens"
+            problem = f"the messages of reset are {found}, more than data.max_prompt_tokens={most}"
             self._fail(episode, MethodFailure("raised", problem))
             return
         episode.prompt = np.array(tokens, np.int32)
@@ -181,8 +183,9 @@ class EpisodesUnderWay(RowsUnderWay):
             episode.said += result.messages
             self._finish(episode, "stop" if result.terminated else "length")
             return
-        added = self._added(episode, result)
-        if episode.num_tokens + len(added) >= episode.sampling.max_tokens:
+        left = episode.sampling.max_tokens - episode.num_tokens
+        added = self._added(episode, result) if self.around.conversations.may_fit(result.messages, left) else None
+        if added is None or len(added) >= left:
             self._finish(episode, "length")
             return
         if episode.script and episode.script.popleft().tokens.tolist() != added:

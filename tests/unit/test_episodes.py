@@ -50,6 +50,15 @@ class Odd:
             case "nothing": return None
             case "no messages": return [], 0.0, False, False, {}
             case "nan": return [], float("nan"), True, False, {}
+            case "large": return [], 1e300, True, False, {}
+            case "said yes": return [], 1.0, "False", False, {}
+            case "info": return [], 1.0, True, False, ["solved"]
+            case "taken name": return [], 1.0, True, False, {"turns": 7}
+            case "half a character": return [{"role": "user", "content": "\\ud800"}], 0.0, False, False, {}
+            case "picture": return [{"role": "user", "content": [{"type": "image", "image": "x"}]}], 0.0, False, False, {}
+            case "object": return [{"role": "user", "content": "on", "call": lambda: 1}], 0.0, False, False, {}
+            case "long": return [{"role": "user", "content": "x" * 30_000_000}], 1.0, False, False, {}
+            case "tools": return [{"role": "user", "content": "on"}], 0.0, False, False, {"new_history": True, "tools": "abc"}
             case "exit": os._exit(7)
             case "endless": return [{"role": "user", "content": "on"}], 0.0, False, False, {}
         return [], 1.0, True, False, {}
@@ -155,6 +164,36 @@ def test_what_an_environment_does_wrong_costs_its_own_episode_alone(start: Start
     endless = KINDS.index("endless")
     assert answered["environment/turns"][endless] == 4 and answered["truncated"][endless]
     assert len([line for line in caplog.messages if "an episode failed" in line]) == 1, "the first of a step is told"
+
+
+WRONG = {
+    "large": "it must be finite, and at most 1e+30",
+    "said yes": "as terminated; expected True or False",
+    "info": "as info; expected a dict",
+    "taken name": "'turns', which is a metric of every environment",
+    "half a character": "decode bytes with errors='replace'",
+    "picture": "as the content of a message; expected text",
+    "object": "pickle",
+    "tools": "expected a list of JSON schemas",
+}
+
+
+def test_results_of_the_wrong_kind_are_failures_of_their_episode(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    worker = start(MISBEHAVING, failure_reward=-0.5)
+    for kind, told in WRONG.items():
+        worker.begin_step(1, 1)
+        caplog.clear()
+        answered = worker.generate(episode_rows(["fine", kind]))
+        assert answered["episode_reward"].tolist() == [1.0, -0.5], kind
+        assert told in caplog.text
+
+
+def test_a_message_too_long_for_the_episode_ends_it_without_being_tokenised(start: Start) -> None:
+    worker = start(MISBEHAVING, max_turns=4)
+    started = time.monotonic()
+    answered = worker.generate(episode_rows(["fine", "long"]))
+    assert time.monotonic() - started < 15
+    assert answered["truncated"][1] and not answered["episode_failed"].any() and answered["environment/turns"][1] == 1
 
 
 @pytest.mark.parametrize("kind", ["hang", "spin"])
