@@ -116,15 +116,8 @@ class ConsoleTracker(Tracker):
         self.console.print(line)
 
     def _bar(self) -> Progress:
-        columns = (
-            TextColumn("steps"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        bar = Progress(*columns, console=self.console)
+        done = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = Progress(*done, TextColumn("left"), TimeRemainingColumn(), console=self.console)
         bar.add_task("steps", total=self.total_steps, completed=self.resume_step)
         bar.start()
         return bar
