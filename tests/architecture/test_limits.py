@@ -97,7 +97,7 @@ BUDGETS = {
     "hybridflow/controller": 4540,
     "hybridflow/controller/stream.py": 250,
     "hybridflow/data": 2550,
-    "hybridflow/environments": 2090,
+    "hybridflow/environments": 2150,
     "hybridflow/models": 1350,
     "hybridflow/ops": 1690,
     "hybridflow/parallel": 460,
