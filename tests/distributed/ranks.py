@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,19 @@ from hybridflow.parallel.mesh import init_process_group
 R = TypeVar("R")
 PRELOADED = ["torch", "transformers", "hybridflow.models.build", "hybridflow.checkpoint.sharded", "tests.training_rows"]
 """Imported once, in the process that ranks are forked from: imports take longer than most tests."""
+PRELOADED_WITH_VLLM = [*PRELOADED, "hybridflow.rollout.vllm_engine"]
+"""Where a test needs it: ten seconds for each process otherwise."""
+
+
+def start(num_processes: int, function: Callable[..., None], *args: object) -> None:
+    """Run `function(rank, *args)` in processes that are forked with their imports done; wait for them."""
+    mp.start_processes(function, args, nprocs=num_processes, start_method="forkserver")
 
 
 def on_ranks(num_ranks: int, function: Callable[..., R], *args: object) -> list[R]:
     """What `function(*args)` returns on each of `num_ranks` processes, which form one group. Both must pickle."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.set_forkserver_preload(PRELOADED)
-        mp.start_processes(_run, (num_ranks, folder, function, args), nprocs=num_ranks, start_method="forkserver")
+        start(num_ranks, _run, num_ranks, folder, function, args)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hybridflow.checkpoint.sharded import load_sharded, save_sharded
 from hybridflow.errors import CheckpointError
+from tests.distributed.ranks import start
 
 # Seven rows divide by neither two nor three ranks.
 WEIGHT = torch.arange(35, dtype=torch.float32).reshape(7, 5)
@@ -23,10 +22,7 @@ WEIGHT = torch.arange(35, dtype=torch.float32).reshape(7, 5)
 def on_ranks(num_ranks: int, function: Callable[[str], None], folder: Path) -> None:
     """Run `function(folder)` in `num_ranks` processes that share a gloo group."""
     meeting_point = folder.parent / f"{function.__name__}_{num_ranks}"
-    # The server imports torch once for all processes, which otherwise takes most of the test's time.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    args = (num_ranks, str(meeting_point), function, str(folder))
-    mp.start_processes(_on_rank, args=args, nprocs=num_ranks, start_method="forkserver")
+    start(num_ranks, _on_rank, num_ranks, str(meeting_point), function, str(folder))
 
 
 def _on_rank(rank: int, num_ranks: int, meeting_point: str, function: Callable[[str], None], folder: str) -> None:

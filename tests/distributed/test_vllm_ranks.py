@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hybridflow.parallel.layout import Layout
 from hybridflow.rollout.base import Sampling
 from hybridflow.rollout.lockstep import lockstep
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.torch_engine import TorchEngine
+from tests.distributed.ranks import start
 from tests.toy import make_tiny_model
 from tests.unit.test_engine_contract import going_on, prompts, requests, spec_of, tokens_of, weights_of
 
@@ -71,4 +71,4 @@ def _check_interrupts(thread: EngineThread, *, late: bool) -> None:
 def test_two_ranks_generate_what_one_does(tensor: int, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "old", hidden_size=128)
     make_tiny_model(tmp_path / "new", hidden_size=128, seed=1)
-    mp.spawn(_rank, args=(tensor, str(tmp_path)), nprocs=2)
+    start(2, _rank, tensor, str(tmp_path))

@@ -12,7 +12,6 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -26,6 +25,7 @@ from hybridflow.resharding.verify import Place
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.rollout import RolloutWorker
+from tests.distributed.ranks import start
 from tests.reference.reshard_schedule import schedule
 from tests.reference.weight_layouts import FsdpLayout, GenerationLayout, TensorSpec, TrainingLayout, chunk_box
 from tests.toy import make_tiny_model
@@ -102,15 +102,9 @@ def assert_holds(engine: FakeEngine, tensors: dict[str, torch.Tensor]) -> None:
         assert torch.equal(engine.weights[name], tensor.bfloat16()), name
 
 
-def start(function: Callable[..., None], arguments: tuple[object, ...], *, num_processes: int) -> None:
-    """Run `function(rank, *arguments)` in processes forked from one that has imported torch already; wait for them."""
-    mp.set_forkserver_preload([__name__])
-    mp.start_processes(function, arguments, nprocs=num_processes, start_method="forkserver")
-
-
 def on_ranks(num_ranks: int, function: Callable[[int, int], None], folder: Path) -> None:
     """Run `function(rank, num_ranks)` in processes that share a gloo group."""
-    start(_on_rank, (num_ranks, str(folder / "meet"), function), num_processes=num_ranks)
+    start(num_ranks, _on_rank, num_ranks, str(folder / "meet"), function)
 
 
 def _on_rank(rank: int, num_ranks: int, meeting_point: str, function: Callable[[int, int], None]) -> None:
@@ -371,5 +365,4 @@ def _trainer_or_receiver(rank: int, num_trainers: int, num_receivers: int, folde
 
 @pytest.mark.parametrize(("num_trainers", "num_receivers"), [(1, 1), (2, 2), (2, 4)])
 def test_weights_reach_the_engines_of_another_pool(tmp_path: Path, num_trainers: int, num_receivers: int):
-    arguments = (num_trainers, num_receivers, str(tmp_path))
-    start(_trainer_or_receiver, arguments, num_processes=num_trainers + num_receivers)
+    start(num_trainers + num_receivers, _trainer_or_receiver, num_trainers, num_receivers, str(tmp_path))
