@@ -81,11 +81,37 @@ class SyncReport:
 class ColocatedSync:
     """Trainer and engine in the same process on every rank of one pool."""
 
-    def __init__(self, settings: SyncSettings, group: dist.ProcessGroup | None):
-        self.settings, self.group = settings, group
-        self.plan: Plan | None = None
-        """How the weights travel; known after the first sync."""
-        self.shard, self.part = 0, 0
+    def __init__(self, settings: SyncSettings, group: dist.ProcessGroup | None, tensors: NamedTensors, target: Engine):
+        """Agrees on the plan with the other ranks, and makes the buffers. Every rank of the group does this."""
+        self.settings, self.group, self.shard, num_shards = settings, group, 0, 1
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
+        parts = [_part_read(target, shapes, settings)]
+        if group is not None and any(isinstance(tensor, DTensor) for _, tensor in tensors):
+            self.shard, num_shards = group.rank(), group.size()
+            parts *= num_shards
+            dist.all_gather_object(parts, parts[0], group=group)
+        self.plan = plan = settings.plan(shapes, parts, num_shards)
+        self.part = plan.part_of[self.shard]
+        self.bytes_missing = plan.bytes_missing(self.part, self.shard)
+        equal = plan.num_parts == 1
+        self.assembler = Assembler(plan, self.part, equal_lengths=equal, device=settings.device)
+        others = [part for part in range(plan.num_parts) if part != self.part]
+        lengths = [
+            [plan.segment(bucket, self.shard, part).num_elements for part in others] for bucket in range(len(plan.buckets))
+        ]
+        self.outgoing = flat_runs(lengths, turns=2, dtype=plan.dtype, device=settings.device)
+        self.buffer_bytes = self.assembler.buffer_bytes + storage_bytes(self.outgoing)
+        for bucket, runs in enumerate(self.outgoing):  # of its own part, a rank packs straight into what it receives
+            runs.insert(self.part, self.assembler.received[bucket][self.shard])
+        self.packer = Packer(plan, self.shard, self.outgoing, takes_checksums=settings.verify)
+        self.verifier = Verifier(plan, self.part, target.named_parameters(), device=settings.device, place=settings.place)
+        unreadable = [self.verifier.unreadable]
+        if group is not None:
+            unreadable *= group.size()
+            dist.all_gather_object(unreadable, self.verifier.unreadable, group=group)
+        self.unreadable = tuple(sorted({name for names in unreadable for name in names}))
+        """Weights that some rank's engine cannot show: all ranks must decide alike what follows from it."""
+        self.loads = settings.loads(plan, self.verifier, target)
 
     def sync(self, tensors: NamedTensors, target: Engine) -> SyncReport:
         """Give the engine the trainer's current weights. Every rank of the group calls this.
@@ -93,8 +119,6 @@ class ColocatedSync:
         Raises:
             WeightMismatchError: what the engine holds afterwards differs from what was trained.
         """
-        if self.plan is None:
-            self.plan = self._prepare(tensors, target)
         timeline = Timeline(self.settings.device)
         if self.packer.checksums is not None:
             self.packer.checksums.begin()
@@ -120,47 +144,12 @@ class ColocatedSync:
             seconds=timeline.seconds(),
         )
 
-    def _prepare(self, tensors: NamedTensors, target: Engine) -> Plan:
-        """Agree on the plan with the other ranks, and make the buffers."""
-        settings, num_shards = self.settings, 1
-        shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
-        parts = [_part_read(target, shapes, settings)]
-        if self.group is not None and any(isinstance(tensor, DTensor) for _, tensor in tensors):
-            self.shard, num_shards = self.group.rank(), self.group.size()
-            parts *= num_shards
-            dist.all_gather_object(parts, parts[0], group=self.group)
-        plan = settings.plan(shapes, parts, num_shards)
-        self.part = plan.part_of[self.shard]
-        self.bytes_missing = plan.bytes_missing(self.part, self.shard)
-        equal = plan.num_parts == 1
-        self.assembler = Assembler(plan, self.part, equal_lengths=equal, device=settings.device)
-        others = [part for part in range(plan.num_parts) if part != self.part]
-        lengths = [
-            [plan.segment(bucket, self.shard, part).num_elements for part in others] for bucket in range(len(plan.buckets))
-        ]
-        self.outgoing = flat_runs(lengths, turns=2, dtype=plan.dtype, device=settings.device)
-        self.buffer_bytes = self.assembler.buffer_bytes + storage_bytes(self.outgoing)
-        for bucket, runs in enumerate(self.outgoing):  # of its own part, a rank packs straight into what it receives
-            runs.insert(self.part, self.assembler.received[bucket][self.shard])
-        self.packer = Packer(plan, self.shard, self.outgoing, takes_checksums=settings.verify)
-        self.verifier = Verifier(plan, self.part, target.named_parameters(), device=settings.device, place=settings.place)
-        unreadable = [self.verifier.unreadable]
-        if self.group is not None:
-            unreadable *= self.group.size()
-            dist.all_gather_object(unreadable, self.verifier.unreadable, group=self.group)
-        self.unreadable = tuple(sorted({name for names in unreadable for name in names}))
-        """Weights that some rank's engine cannot show: all ranks must decide alike what follows from it."""
-        self.loads = settings.loads(plan, self.verifier, target)
-        return plan
-
     def _is_ready(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether the engine can copy straight from the trained tensors: one rank, one dtype, one device."""
-        assert self.plan is not None
         as_loaded = DTYPES[self.settings.dtype], self.settings.device
         return self.plan.num_shards == 1 and all((tensor.dtype, tensor.device) == as_loaded for tensor in tensors)
 
     def _as_they_are(self, tensors: Mapping[str, torch.Tensor], timeline: Timeline) -> Iterator[tuple[str, torch.Tensor]]:
-        assert self.plan is not None
         for entry in self.plan.entries:
             whole, _ = self.packer.rows(entry, tensors[entry.name])
             held = whole[entry.boxes[self.part].slices]
@@ -194,33 +183,27 @@ class WeightSender:
     """One trainer rank of a pool whose weights go to another pool. Each rank sends its own rows to all receivers, so
     nothing is gathered on this side and the load is spread over all trainers."""
 
-    def __init__(self, settings: SyncSettings, store: TransferStore, *, rank: int, num_ranks: int):
-        self.settings, self.store, self.rank, self.num_ranks = settings, store, rank, num_ranks
-        self.packer: Packer | None = None
-        self.outgoing: list[list[torch.Tensor]] = []
-        self.groups: list[dist.ProcessGroup] = []
-        """By part: this rank and the receivers that read it."""
-
-    def connect(self, tensors: NamedTensors) -> Packer:
-        """Publish names and shapes, learn what the receivers read, and join the groups of this rank with them."""
+    def __init__(self, settings: SyncSettings, store: TransferStore, tensors: NamedTensors, *, rank: int, num_ranks: int):
+        """Publishes names and shapes, learns what the receivers read, and joins the groups of this rank with them."""
         is_sharded = any(isinstance(tensor, DTensor) for _, tensor in tensors)
-        assert is_sharded or self.num_ranks == 1, "several ranks send, but hold whole tensors"
+        assert is_sharded or num_ranks == 1, "several ranks send, but hold whole tensors"
+        self.settings = settings
         shapes = [(name, tuple(tensor.shape)) for name, tensor in tensors]
-        if self.rank == 0:
-            self.store.put("weights", json.dumps({"shapes": shapes, "num_shards": self.num_ranks}))
-        plan = self.settings.plan(shapes, _parts_from(self.store), self.num_ranks)
-        for part in range(plan.num_parts):
-            self.groups.append(self.store.group(f"shard{self.rank}part{part}", 0, 1 + plan.part_of.count(part)))
+        if rank == 0:
+            store.put("weights", json.dumps({"shapes": shapes, "num_shards": num_ranks}))
+        plan = settings.plan(shapes, _parts_from(store), num_ranks)
+        self.groups = [store.group(f"shard{rank}part{part}", 0, 1 + plan.part_of.count(part)) for part in range(plan.num_parts)]
+        """By part: this rank and the receivers that read it."""
         segments = [
-            [plan.segment(bucket, self.rank, part).num_elements for part in range(plan.num_parts)]
+            [plan.segment(bucket, rank, part).num_elements for part in range(plan.num_parts)]
             for bucket in range(len(plan.buckets))
         ]
-        self.outgoing = flat_runs(segments, turns=2, dtype=plan.dtype, device=self.settings.device)
-        return Packer(plan, self.rank, self.outgoing, takes_checksums=self.settings.verify)
+        self.outgoing = flat_runs(segments, turns=2, dtype=plan.dtype, device=settings.device)
+        self.packer = Packer(plan, rank, self.outgoing, takes_checksums=settings.verify)
 
     def send(self, tensors: NamedTensors) -> SyncReport:
         """Send the current weights. Every rank of the pool calls this while every receiver receives."""
-        packer = self.packer = self.packer or self.connect(tensors)
+        packer = self.packer
         if packer.checksums is not None:
             packer.checksums.begin()
         timeline = Timeline(self.settings.device)
@@ -247,34 +230,27 @@ class WeightSender:
 class WeightReceiver:
     """One rank of a pool that generates with weights that another pool trains."""
 
-    def __init__(self, settings: SyncSettings, store: TransferStore, *, rank: int, num_ranks: int):
-        self.settings, self.store, self.rank = settings, store, rank
+    def __init__(self, settings: SyncSettings, store: TransferStore, target: Engine, *, rank: int, num_ranks: int):
+        """Learns names and shapes, says what the engine reads of them, and joins a group with each sender."""
+        self.settings = settings
         if rank == 0:
             store.put("num_receivers", str(num_ranks))
-        self.plan: Plan | None = None
-        self.groups: list[dist.ProcessGroup] = []
-        """By shard: the trainer rank and the receivers that read what this one reads."""
-
-    def connect(self, target: Engine) -> Plan:
-        """Learn names and shapes, say what the engine reads of them, and join a group with each sender."""
-        weights = json.loads(self.store.get("weights"))
+        weights = json.loads(store.get("weights"))
         shapes = [(name, tuple(shape)) for name, shape in weights["shapes"]]
-        own = _part_read(target, shapes, self.settings)
+        own = _part_read(target, shapes, settings)
         boxes = {name: [box.start, box.stop] for name, box in own.items()}
-        self.store.put(f"part_of_receiver{self.rank}", json.dumps(boxes))
-        plan = self.settings.plan(shapes, _parts_from(self.store), weights["num_shards"])
-        part = plan.part_of[self.rank]
+        store.put(f"part_of_receiver{rank}", json.dumps(boxes))
+        self.plan = plan = settings.plan(shapes, _parts_from(store), weights["num_shards"])
+        part = plan.part_of[rank]
         self.bytes_missing = plan.bytes_missing(part, None)
-        alike = [rank for rank, other in enumerate(plan.part_of) if other == part]
+        alike = [other for other, its_part in enumerate(plan.part_of) if its_part == part]
         self.groups = [
-            self.store.group(f"shard{shard}part{part}", 1 + alike.index(self.rank), 1 + len(alike))
-            for shard in range(plan.num_shards)
+            store.group(f"shard{shard}part{part}", 1 + alike.index(rank), 1 + len(alike)) for shard in range(plan.num_shards)
         ]
-        self.assembler = Assembler(plan, part, equal_lengths=False, device=self.settings.device)
-        held = target.named_parameters()
-        self.verifier = Verifier(plan, part, held, device=self.settings.device, place=self.settings.place)
+        """By shard: the trainer rank and the receivers that read what this one reads."""
+        self.assembler = Assembler(plan, part, equal_lengths=False, device=settings.device)
+        self.verifier = Verifier(plan, part, target.named_parameters(), device=settings.device, place=settings.place)
         self.loads = Loads(len(plan.buckets), None)
-        return plan
 
     def receive(self, target: Engine) -> SyncReport:
         """Give the engine what the senders send.
@@ -282,8 +258,6 @@ class WeightReceiver:
         Raises:
             WeightMismatchError: what the engine holds afterwards differs from what was trained.
         """
-        if self.plan is None:
-            self.plan = self.connect(target)
         if self.settings.verify:
             self.verifier.begin()
         timeline = Timeline(self.settings.device)

@@ -52,6 +52,8 @@ class RolloutSync:
         self.probe_difference: float | None = None
         """What the last probe found, in nats. No metric, since a resumed run probes again and has no metrics of its own."""
         self.colocated: ColocatedSync | None = None
+        self.store: TransferStore | None = None
+        """Where the actors' pool is met."""
         self.receiver: WeightReceiver | None = None
 
     def from_peer(self) -> Metrics:
@@ -86,18 +88,13 @@ class RolloutSync:
 
     def _sync(self, actor: HoldsWeights, engine: Engine) -> SyncReport:
         if self.colocated is None:
-            self.colocated = ColocatedSync(sync_settings(self.config, self.context), self.context.group)
+            settings = sync_settings(self.config, self.context)
+            self.colocated = ColocatedSync(settings, self.context.group, actor.named_tensors(), engine)
         return self.colocated.sync(actor.named_tensors(), engine)
 
     def open(self, address: str) -> None:
         """Meet the actors' pool at `host:port`."""
-        store = join_transfer(address, device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
-        self.receiver = WeightReceiver(
-            sync_settings(self.config, self.context),
-            store,
-            rank=self.context.rank,
-            num_ranks=self.context.layout.num_ranks,
-        )
+        self.store = join_transfer(address, device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
 
     def receive(self) -> Metrics:
         """Take the weights that the actors send meanwhile.
@@ -105,8 +102,11 @@ class RolloutSync:
         Raises:
             WeightMismatchError: the engine holds something else afterwards.
         """
-        assert self.receiver is not None, "open_transfer comes before receive_weights"
+        assert self.store is not None, "open_transfer comes before receive_weights"
         with self.engine.paused() as engine:
+            if self.receiver is None:
+                settings, num_ranks = sync_settings(self.config, self.context), self.context.layout.num_ranks
+                self.receiver = WeightReceiver(settings, self.store, engine, rank=self.context.rank, num_ranks=num_ranks)
             report = self.receiver.receive(engine)
         self.unreadable = report.unreadable
         return as_metrics(report)
@@ -128,19 +128,17 @@ class ActorSync:
 
     def open(self, address: str, receiver: str) -> None:
         """Meet the pool of the engines of a role at `host:port`."""
-        store = self.stores.get(receiver) or join_transfer(
-            address, device=self.context.device, timeout_s=self.config.run.peer_timeout_s
-        )
-        self.senders[receiver] = WeightSender(
-            sync_settings(self.config, self.context),
-            store,
-            rank=self.context.rank,
-            num_ranks=self.context.layout.num_ranks,
-        )
+        if receiver not in self.stores:
+            device, timeout_s = self.context.device, self.config.run.peer_timeout_s
+            self.stores[receiver] = join_transfer(address, device=device, timeout_s=timeout_s)
 
     def send(self, tensors: Sequence[tuple[str, torch.Tensor]], receiver: str) -> Metrics:
         """Send these weights to every rank of a role that receives."""
-        assert receiver in self.senders, "open_transfer comes before send_weights"
+        if receiver not in self.senders:
+            assert receiver in self.stores, "open_transfer comes before send_weights"
+            settings, num_ranks = sync_settings(self.config, self.context), self.context.layout.num_ranks
+            store, rank = self.stores[receiver], self.context.rank
+            self.senders[receiver] = WeightSender(settings, store, tensors, rank=rank, num_ranks=num_ranks)
         return as_metrics(self.senders[receiver].send(tensors), prefix="sync/send_")
 
 

@@ -20,7 +20,8 @@ from hybridflow.errors import WeightMismatchError
 from hybridflow.parallel.addresses import own_host
 from hybridflow.resharding.layout import Box
 from hybridflow.resharding.links import host_transfer, join_transfer
-from hybridflow.resharding.transfer import ColocatedSync, SyncSettings, WeightReceiver, WeightSender
+from hybridflow.resharding.pack import NamedTensors
+from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings, WeightReceiver, WeightSender
 from hybridflow.resharding.verify import Place
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.base import RankContext, Worker
@@ -115,8 +116,16 @@ def _on_rank(rank: int, num_ranks: int, meeting_point: str, function: Callable[[
     dist.destroy_process_group()
 
 
+def synced(
+    settings: SyncSettings, tensors: NamedTensors, engine: FakeEngine, kind: type[ColocatedSync] = ColocatedSync
+) -> SyncReport:
+    """The first sync of all ranks."""
+    return kind(settings, dist.group.WORLD, tensors, engine).sync(tensors, engine)
+
+
 def sync_uneven_twice(rank: int, num_ranks: int) -> None:
-    sync, engine = ColocatedSync(settings(rank), dist.group.WORLD), FakeEngine(UNEVEN)
+    engine = FakeEngine(UNEVEN)
+    sync = ColocatedSync(settings(rank), dist.group.WORLD, sharded(whole_tensors(UNEVEN, 0), num_ranks), engine)
     for seed in (0, 1):
         tensors = whole_tensors(UNEVEN, seed)
         sync.sync(sharded(tensors, num_ranks), engine)
@@ -124,9 +133,8 @@ def sync_uneven_twice(rank: int, num_ranks: int) -> None:
 
 
 def sync_even_and_count(rank: int, num_ranks: int) -> None:
-    sync, engine = ColocatedSync(settings(rank), dist.group.WORLD), FakeEngine(EVEN)
-    tensors = whole_tensors(EVEN, 0)
-    report = sync.sync(sharded(tensors, num_ranks), engine)
+    engine, tensors = FakeEngine(EVEN), whole_tensors(EVEN, 0)
+    report = synced(settings(rank), sharded(tensors, num_ranks), engine)
     assert_holds(engine, tensors)
     specs = [TensorSpec(name, shape, itemsize=2) for name, shape in EVEN.items()]
     generation = GenerationLayout(training=TrainingLayout(tensor=num_ranks))
@@ -135,8 +143,8 @@ def sync_even_and_count(rank: int, num_ranks: int) -> None:
 
 def sync_with_a_forgetful_second_rank(rank: int, num_ranks: int) -> None:
     engine = FakeEngine(UNEVEN, forgets="q" if rank == 1 else "")
-    sync = ColocatedSync(settings(rank), dist.group.WORLD)
     tensors = sharded(whole_tensors(UNEVEN, 0), num_ranks)
+    sync = ColocatedSync(settings(rank), dist.group.WORLD, tensors, engine)
     if rank != 1:
         sync.sync(tensors, engine)
         return
@@ -152,8 +160,8 @@ class Hidden(FakeEngine):
 
 
 def sync_with_a_second_rank_that_hides_a_weight(rank: int, num_ranks: int) -> None:
-    sync = ColocatedSync(settings(rank), dist.group.WORLD)
     engine = (Hidden if rank == 1 else FakeEngine)(UNEVEN)
+    sync = ColocatedSync(settings(rank), dist.group.WORLD, sharded(whole_tensors(UNEVEN, 0), num_ranks), engine)
     for seed in (0, 1):
         tensors = whole_tensors(UNEVEN, seed)
         assert sync.sync(sharded(tensors, num_ranks), engine).unreadable == ("q",), "all ranks probe, or none"
@@ -180,8 +188,8 @@ class Halves:
 
 
 def sync_to_tensor_parallel_engines(rank: int, num_ranks: int, *, tensor_rank_of: list[int]) -> None:
-    sync = ColocatedSync(settings(rank, is_sharded=True), dist.group.WORLD)
-    engine = TensorParallelEngine(EVEN, tensor_rank_of[rank])
+    engine, of_tensor_ranks = TensorParallelEngine(EVEN, tensor_rank_of[rank]), settings(rank, is_sharded=True)
+    sync = ColocatedSync(of_tensor_ranks, dist.group.WORLD, sharded(whole_tensors(EVEN, 0), num_ranks), engine)
     for seed in (0, 1):
         tensors = whole_tensors(EVEN, seed)
         report = sync.sync(sharded(tensors, num_ranks), engine)
@@ -192,12 +200,13 @@ def sync_to_tensor_parallel_engines(rank: int, num_ranks: int, *, tensor_rank_of
         assert report.bytes_received == report.bytes_missing == predicted
     wrong = TensorParallelEngine(EVEN, tensor_rank_of[rank], doubles="down")
     with pytest.raises(WeightMismatchError, match=r"1 of 4 tensors differ .*: down"):
-        ColocatedSync(settings(rank, is_sharded=True), dist.group.WORLD).sync(sharded(tensors, num_ranks), wrong)
+        synced(of_tensor_ranks, sharded(tensors, num_ranks), wrong)
 
 
 def sync_uneven_to_tensor_parallel_engines(rank: int, num_ranks: int) -> None:
     shapes = UNEVEN | {"down": (3, 11)}
-    sync, engine = ColocatedSync(settings(rank, is_sharded=True), dist.group.WORLD), TensorParallelEngine(shapes, rank % 2)
+    engine, first = TensorParallelEngine(shapes, rank % 2), sharded(whole_tensors(shapes, 0), num_ranks)
+    sync = ColocatedSync(settings(rank, is_sharded=True), dist.group.WORLD, first, engine)
     for seed in (0, 1):
         tensors = whole_tensors(shapes, seed)
         sync.sync(sharded(tensors, num_ranks), engine)
@@ -223,7 +232,7 @@ def sync_what_a_rank_altered_on_the_way(rank: int, num_ranks: int) -> None:
                 self.packer.pack = pack
 
     with pytest.raises(WeightMismatchError, match=rf"1 of 6 tensors .* rollout rank {rank}: large"):
-        Altering(settings(rank), dist.group.WORLD).sync(sharded(whole_tensors(UNEVEN, 0), num_ranks), FakeEngine(UNEVEN))
+        synced(settings(rank), sharded(whole_tensors(UNEVEN, 0), num_ranks), FakeEngine(UNEVEN), kind=Altering)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -318,7 +327,8 @@ def _train(rank: int, num_trainers: int, folder: str) -> None:
         address.with_suffix(".tmp").rename(address)
     else:
         store = join_transfer(_wait_for(address), device=CPU, timeout_s=60)
-    sender = WeightSender(settings(rank), store, rank=rank, num_ranks=num_trainers)
+    first = sharded(whole_tensors(SENT, 0), num_trainers)
+    sender = WeightSender(settings(rank), store, first, rank=rank, num_ranks=num_trainers)
     for seed in range(NUM_SYNCS):
         sender.send(sharded(whole_tensors(SENT, seed), num_trainers))
     _wait_for(Path(folder, "received"))  # the rendezvous lives here
@@ -330,8 +340,8 @@ def _generate(rank: int, num_receivers: int, folder: str) -> None:
     """A rollout rank, which knows nothing of the weights beforehand; the last sync meets a forgetful engine."""
     store = join_transfer(_wait_for(Path(folder, "address")), device=CPU, timeout_s=60)
     is_sharded = num_receivers > 2  # two engines of two tensor ranks
-    receiver = WeightReceiver(settings(rank, is_sharded=is_sharded), store, rank=rank, num_ranks=num_receivers)
     engine = TensorParallelEngine(SENT, rank % 2) if is_sharded else FakeEngine(SENT)
+    receiver = WeightReceiver(settings(rank, is_sharded=is_sharded), store, engine, rank=rank, num_ranks=num_receivers)
     for seed in range(NUM_SYNCS - 1):
         report = receiver.receive(engine)
         expected = whole_tensors(SENT, seed)

@@ -16,7 +16,7 @@ from hybridflow.errors import WeightMismatchError
 from hybridflow.resharding.recorded import Loads
 from hybridflow.resharding.transfer import ColocatedSync, SyncSettings
 from hybridflow.resharding.verify import Verifier
-from tests.unit.test_resharding_sync import CUT, FakeEngine, TensorRank, settings, trained
+from tests.unit.test_resharding_sync import CUT, FakeEngine, TensorRank, settings, synced, trained
 
 
 class CopyRecording(TorchDispatchMode):
@@ -50,10 +50,9 @@ class CopyRecording(TorchDispatchMode):
 
 
 class RecordedSync(ColocatedSync):
-    def _prepare(self, tensors, target):
-        plan = super()._prepare(tensors, target)
-        self.loads = Loads(len(plan.buckets), CopyRecording)
-        return plan
+    def __init__(self, settings, engine):
+        super().__init__(settings, None, trained(), engine)
+        self.loads = Loads(len(self.plan.buckets), CopyRecording)
 
 
 class CountingEngine(FakeEngine):
@@ -76,23 +75,26 @@ NUM_SYNCS = 4
 
 
 def test_replayed_loads_bring_the_trained_weights_without_the_engines_own_loading():
-    engine, sync = CountingEngine(), RecordedSync(settings("bfloat16"), group=None)
+    engine = CountingEngine()
+    sync = RecordedSync(settings("bfloat16"), engine)
     for seed in range(NUM_SYNCS):
         sync.sync(trained(seed), engine)
         assert all(torch.equal(engine.weights[name], tensor.bfloat16()) for name, tensor in trained(seed)), seed
     assert (engine.num_loads, engine.num_forgotten) == (2, 2)
-    assert sync.plan is not None and len(sync.plan.buckets) > 2, "buffers were used several times"
+    assert len(sync.plan.buckets) > 2, "buffers were used several times"
 
 
 def test_windows_are_recorded_too():
-    engine, sync = TensorRank(), RecordedSync(CUT, group=None)
+    engine = TensorRank()
+    sync = RecordedSync(CUT, engine)
     for seed in range(NUM_SYNCS):
         sync.sync(trained(seed), engine)
         assert torch.equal(engine.weights["down"], dict(trained(seed))["down"].bfloat16()[:, 8:])
 
 
 def test_loads_are_recorded_anew_where_the_engines_weights_have_moved():
-    engine, sync = CountingEngine(), RecordedSync(settings("bfloat16"), group=None)
+    engine = CountingEngine()
+    sync = RecordedSync(settings("bfloat16"), engine)
     for seed in range(NUM_SYNCS):
         sync.sync(trained(seed), engine)
     engine.weights["q"] = torch.zeros_like(engine.weights["q"])
@@ -121,7 +123,8 @@ def test_an_engine_whose_loading_does_more_than_launch_copies_is_never_recorded(
             looks(tensor)
             super().take(name, tensor)
 
-    engine, sync = Looking(), RecordedSync(settings("bfloat16"), group=None)
+    engine = Looking()
+    sync = RecordedSync(settings("bfloat16"), engine)
     for seed in range(NUM_SYNCS):
         sync.sync(trained(seed), engine)
         assert all(torch.equal(engine.weights[name], tensor.bfloat16()) for name, tensor in trained(seed)), seed
@@ -137,7 +140,8 @@ def test_an_error_while_recording_is_raised_and_what_was_recorded_before_it_is_f
                 raise KeyError(name)
             super().take(name, tensor)
 
-    engine, sync = Failing(), RecordedSync(settings("bfloat16"), group=None)
+    engine = Failing()
+    sync = RecordedSync(settings("bfloat16"), engine)
     sync.sync(trained(0), engine)
     with pytest.raises(KeyError, match=fails_at):
         sync.sync(trained(1), engine)
@@ -169,21 +173,23 @@ def test_forgetting_prefixes_is_a_part_of_its_own_where_the_engine_only_launches
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
     engine, name = SlowToForget(dtype), str(dtype).removeprefix("torch.")
-    on_cpu = ColocatedSync(settings(name), group=None).sync(trained(), engine)
+    on_cpu = synced(settings(name), trained(), engine)
     assert "reset" not in on_cpu.seconds and on_cpu.seconds["load"] >= FORGETS_S, "it may have packed weights meanwhile"
     monkeypatch.setattr(SyncSettings, "only_launches", lambda self, target: target.can_replay_loads)
-    report = ColocatedSync(settings(name), group=None).sync(trained(), engine)
+    report = synced(settings(name), trained(), engine)
     assert report.seconds["reset"] >= FORGETS_S > report.seconds["load"]
 
 
 def test_forgetting_prefixes_after_a_replay_is_a_part_of_its_own():
-    engine, sync = SlowToForget(), RecordedSync(settings("bfloat16"), group=None)
+    engine = SlowToForget()
+    sync = RecordedSync(settings("bfloat16"), engine)
     report = [sync.sync(trained(seed), engine) for seed in range(NUM_SYNCS)][-1]
     assert report.seconds["reset"] >= FORGETS_S > report.seconds["load"]
 
 
 def test_a_replay_that_misses_a_bucket_is_caught():
-    engine, sync = CountingEngine(), RecordedSync(settings("bfloat16"), group=None)
+    engine = CountingEngine()
+    sync = RecordedSync(settings("bfloat16"), engine)
     for seed in range(NUM_SYNCS):
         sync.sync(trained(seed), engine)
     sync.loads.recordings = [SimpleNamespace(replay=lambda: None) for _ in sync.loads.recordings]
@@ -204,11 +210,9 @@ def test_a_replay_that_misses_a_bucket_is_caught():
 )
 def test_what_is_recorded(device: str, can_replay: bool, unreadable: bool, num_shards: int, expected: bool):
     engine = FakeEngine(torch.bfloat16)
-    sync = ColocatedSync(settings("bfloat16"), group=None)
+    sync = ColocatedSync(settings("bfloat16"), None, trained(), engine)
     sync.sync(trained(), engine)
-    plan = sync.plan
-    assert plan is not None
-    plan = dataclasses.replace(plan, num_shards=num_shards)
+    plan = dataclasses.replace(sync.plan, num_shards=num_shards)
     held = [pair for pair in engine.named_parameters() if not unreadable or pair[0] != "q"]
     verifier = Verifier(plan, 0, held, device=torch.device("cpu"), place=CUT.place)
     on_device = SyncSettings(dtype="bfloat16", bucket_bytes=256, verify=True, device=torch.device(device), place=CUT.place)

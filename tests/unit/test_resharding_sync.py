@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybridflow.errors import WeightMismatchError
-from hybridflow.resharding.transfer import ColocatedSync, SyncSettings
+from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings
 from hybridflow.resharding.verify import Place
 
 CPU = torch.device("cpu")
@@ -46,10 +46,15 @@ def settings(dtype: str = "float32", *, verify: bool = True, bucket_bytes: int =
     return SyncSettings(dtype=dtype, bucket_bytes=bucket_bytes, verify=verify, device=CPU, place=Place("rollout", 0))
 
 
+def synced(how: SyncSettings, tensors: list[tuple[str, torch.Tensor]], engine: FakeEngine) -> SyncReport:
+    """A first sync."""
+    return ColocatedSync(how, None, tensors, engine).sync(tensors, engine)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_engine_ends_with_the_trained_weights_in_its_dtype(dtype: str):
     engine = FakeEngine(getattr(torch, dtype))
-    sync = ColocatedSync(settings(dtype), group=None)
+    sync = ColocatedSync(settings(dtype), None, trained(), engine)
     for seed in (0, 1):
         tensors = trained(seed)
         report = sync.sync(tensors, engine)
@@ -59,7 +64,7 @@ def test_the_engine_ends_with_the_trained_weights_in_its_dtype(dtype: str):
 
 def test_the_engine_does_not_share_memory_with_the_trainer():
     engine, tensors = FakeEngine(), trained()
-    ColocatedSync(settings(), group=None).sync(tensors, engine)
+    synced(settings(), tensors, engine)
     before = engine.weights["q"].clone()
     dict(tensors)["q"].add_(1.0)
     assert torch.equal(engine.weights["q"], before)
@@ -68,7 +73,7 @@ def test_the_engine_does_not_share_memory_with_the_trainer():
 def test_trained_tensors_are_left_alone():
     tensors = trained()
     before = [tensor.clone() for _, tensor in tensors]
-    ColocatedSync(settings("bfloat16"), group=None).sync(tensors, FakeEngine(torch.bfloat16))
+    synced(settings("bfloat16"), tensors, FakeEngine(torch.bfloat16))
     assert all(torch.equal(tensor, old) for (_, tensor), old in zip(tensors, before, strict=True))
 
 
@@ -80,7 +85,7 @@ def test_a_skipped_tensor_is_caught(dtype: str):
                 super().take(name, tensor)
 
     with pytest.raises(WeightMismatchError, match=r"1 of 6 tensors differ .* rollout rank 0: down"):
-        ColocatedSync(settings(dtype), group=None).sync(trained(), Forgetful(getattr(torch, dtype)))
+        synced(settings(dtype), trained(), Forgetful(getattr(torch, dtype)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -90,7 +95,7 @@ def test_a_transposed_square_tensor_is_caught(dtype: str):
             super().take(name, tensor.T if name == "q" else tensor)
 
     with pytest.raises(WeightMismatchError, match="rank 0: q"):
-        ColocatedSync(settings(dtype), group=None).sync(trained(), Transposing(getattr(torch, dtype)))
+        synced(settings(dtype), trained(), Transposing(getattr(torch, dtype)))
 
 
 def test_a_skipped_bucket_is_caught():
@@ -101,10 +106,10 @@ def test_a_skipped_bucket_is_caught():
                 self.assembler.received[bucket][0].zero_()
             return under_way
 
-    sync = SkippingSecond(settings("bfloat16"), group=None)
+    engine = FakeEngine(torch.bfloat16)
+    sync = SkippingSecond(settings("bfloat16"), None, trained(), engine)
     with pytest.raises(WeightMismatchError) as caught:
-        sync.sync(trained(), FakeEngine(torch.bfloat16))
-    assert sync.plan is not None
+        sync.sync(trained(), engine)
     assert all(entry.name in str(caught.value) for entry in sync.plan.buckets[1])
 
 
@@ -114,7 +119,8 @@ def test_weights_left_from_the_last_sync_are_caught():
             if not any(tensor.any() for tensor in self.weights.values()):
                 super().load_weights(weights)
 
-    engine, sync = Frozen(), ColocatedSync(settings(), group=None)
+    engine = Frozen()
+    sync = ColocatedSync(settings(), None, trained(), engine)
     sync.sync(trained(0), engine)
     with pytest.raises(WeightMismatchError, match="6 of 6"):
         sync.sync(trained(1), engine)
@@ -125,7 +131,7 @@ def test_the_check_can_be_turned_off():
         def take(self, name: str, tensor: torch.Tensor) -> None:
             pass
 
-    report = ColocatedSync(settings(verify=False), group=None).sync(trained(), Forgetful())
+    report = synced(settings(verify=False), trained(), Forgetful())
     assert "checksum" not in report.seconds
     assert report.unreadable == ()
 
@@ -135,7 +141,7 @@ def test_weights_that_an_engine_cannot_show_are_reported():
         def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
             return ((name, tensor) for name, tensor in self.weights.items() if name != "q")
 
-    report = ColocatedSync(settings(), group=None).sync(trained(), Repacking())
+    report = synced(settings(), trained(), Repacking())
     assert report.unreadable == ("q",)
 
 
@@ -152,7 +158,7 @@ def test_an_engine_that_never_asks_for_a_tensor_it_cannot_show_is_caught(dtype: 
             return ((name, tensor) for name, tensor in self.weights.items() if name != "odd")
 
     with pytest.raises(WeightMismatchError, match=r"did not arrive .* odd"):
-        ColocatedSync(settings(dtype), group=None).sync(trained(), Impatient(getattr(torch, dtype)))
+        synced(settings(dtype), trained(), Impatient(getattr(torch, dtype)))
 
 
 class TensorRank(FakeEngine):
@@ -174,7 +180,7 @@ CUT = SyncSettings(dtype="bfloat16", bucket_bytes=256, verify=True, device=CPU, 
 
 def test_an_engine_that_cuts_weights_is_given_its_part_and_compared_by_it():
     engine = TensorRank()
-    report = ColocatedSync(CUT, group=None).sync(trained(), engine)
+    report = synced(CUT, trained(), engine)
     assert report.unreadable == ()
     assert torch.equal(engine.weights["down"], dict(trained())["down"].bfloat16()[:, 8:])
 
@@ -185,7 +191,7 @@ def test_an_engine_that_cuts_weights_is_given_its_part_and_compared_by_it():
                 self.weights[name].mul_(2)
 
     with pytest.raises(WeightMismatchError, match=r"2 of 6 tensors differ .* rollout rank 3: q, down"):
-        ColocatedSync(CUT, group=None).sync(trained(), Wrong())
+        synced(CUT, trained(), Wrong())
 
 
 def test_buckets_are_handed_out_one_ahead():
@@ -202,8 +208,8 @@ def test_buckets_are_handed_out_one_ahead():
             order.append(name)
 
     # 160-byte buckets of bfloat16: embed alone (320), q (128) + norm (16) + bias (6, padded to 16), down (256), odd (70).
-    sync = Watching(settings("bfloat16", verify=False, bucket_bytes=160), group=None)
-    sync.sync(trained(), Noting(torch.bfloat16))
+    engine = Noting(torch.bfloat16)
+    Watching(settings("bfloat16", verify=False, bucket_bytes=160), None, trained(), engine).sync(trained(), engine)
     assert order == [
         "start 0", "start 1", "embed",
         "start 2", "q", "norm", "bias",
