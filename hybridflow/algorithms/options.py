@@ -174,7 +174,7 @@ class GroupOptions(UpdateOptions):
 
 
 def check_prompts_per_update(run: RunConfig, prompts_per_update: int | None) -> list[FieldError]:
-    """Mistakes where a step's prompts cannot be cut into updates of `prompts_per_update` prompts; None is all of them."""
+    """Mistakes where a step's prompts cannot be split into updates of `prompts_per_update` prompts; None is all of them."""
     prompts_per_step = run.data.prompts_per_step
     if prompts_per_update is None or prompts_per_step % prompts_per_update == 0:
         return []

@@ -254,7 +254,7 @@ def _write_weights(
 
 
 def _portions(sizes: Mapping[tuple[str, ...], int]) -> Iterator[list[str]]:
-    """The names in order, cut where the next group would exceed `FILE_BYTES`."""
+    """The names in order, split where the next group would exceed `FILE_BYTES`."""
     names: list[str] = []
     total = 0
     for group, size in sizes.items():

@@ -1,7 +1,7 @@
 """A role's state on disk, written by all its ranks together and read by any number of ranks.
 
 A thin layer over torch.distributed.checkpoint: each rank writes the pieces that it holds, one `.metadata` file says
-where every piece of every tensor is, and reading cuts the tensors anew for whatever layout asks.
+where every piece of every tensor is, and reading shards the tensors anew for whatever layout asks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The size of a pool, as written in `placement.pools`, and the slots that this machine has for pools."""
+"""The size of a pool, as written in `placement.pools`, and the CPU slots that this machine has for pools."""
 
 from __future__ import annotations
 

@@ -208,5 +208,5 @@ RULES: tuple[Rule, ...] = (
     rules_placement.validation_has_engines_of_its_own,
     rules_placement.roles_have_workers,
     rules_placement.ranks_divide,
-    rules_placement.slots_suffice,
+    rules_placement.ranks_fit_this_machine,
 )

@@ -91,12 +91,12 @@ def options_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldE
 
 
 def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
-    """The engine can be cut over as many ranks as asked, and on a CPU this machine has the memory of their caches."""
+    """The engine can be sharded over as many ranks as asked, and on a CPU this machine has the memory of their caches."""
     rollout, engine = config.rollout, config.rollout.engine
     if "rollout" not in roles:
         return
     if engine in WHOLE and rollout.tensor_parallel > 1:
-        problem = f"found {rollout.tensor_parallel}, but the {engine} engine does not cut weights"
+        problem = f"found {rollout.tensor_parallel}, but the {engine} engine does not shard weights"
         advice = "Use 1, or rollout.engine=vllm"
         yield FieldError("rollout.tensor_parallel", f"{problem}. {advice}", related=("rollout.engine",))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -108,14 +108,14 @@ def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[
 
 
 def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
-    """The engine can give the log-probabilities that training computes: at the temperature, and before any cut."""
+    """The engine can give the log-probabilities that training computes: at the temperature, and before tokens are filtered."""
     rollout = config.rollout
     if rollout.engine not in LOG_PROBS_AFTER_CUTS or "rollout" not in roles:
         return
     mode = rollout.engine_options.get("logprobs_mode", "processed_logprobs")
-    cuts = {"top_p": (rollout.top_p < 1, 1), "top_k": (rollout.top_k > 0, 0), "min_p": (rollout.min_p > 0, 0)}
-    for name, (is_cut, whole) in cuts.items():
-        if is_cut and mode == "processed_logprobs":
+    filters = {"top_p": (rollout.top_p < 1, 1), "top_k": (rollout.top_k > 0, 0), "min_p": (rollout.min_p > 0, 0)}
+    for name, (is_on, whole) in filters.items():
+        if is_on and mode == "processed_logprobs":
             found = f"found {getattr(rollout, name)}"
             problem = f"{found}, and {rollout.engine} would give log-probabilities of the tokens left; training's are of all"
             advice = f"Set it to {whole}; or, at temperature 1, set rollout.engine_options.logprobs_mode=raw_logprobs"

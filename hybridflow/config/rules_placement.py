@@ -1,4 +1,4 @@
-"""Rules about pools, roles, ranks, and the slots of this machine."""
+"""Rules about pools, roles, ranks, and what this machine has for them."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def ranks_divide(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]
                 yield FieldError(key, f"{problem}. Use {divisors(ranks)}.", related=about)
 
 
-def slots_suffice(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
-    """A cluster that is started here has a slot for every rank. One that is joined is asked when the run starts."""
+def ranks_fit_this_machine(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+    """A cluster that is started here has what every rank needs. One that is joined is asked when the run starts."""
     if joins_a_cluster(config):
         return
     used = _used_pools(config, roles)
@@ -116,15 +116,15 @@ def _enough_gpus(sizes: Mapping[str, PoolSize]) -> Iterator[FieldError]:
 
 
 def _enough_cpu_slots(sizes: Mapping[str, PoolSize], asked: int | None) -> Iterator[FieldError]:
-    needed, num_slots = sum(size.num_ranks for size in sizes.values()), cpu_slots_of_this_machine(asked)
-    if needed <= num_slots:
+    needed, num_cpu_slots = sum(size.num_ranks for size in sizes.values()), cpu_slots_of_this_machine(asked)
+    if needed <= num_cpu_slots:
         return
     parts = " + ".join(str(size.num_ranks) for size in sizes.values())
     total = f"{parts} = {needed}" if len(sizes) > 1 else str(needed)
     source = "this machine has" if asked is None else "placement.cpu_slots gives"
-    problem = f"{_listed(sizes)} need {total} CPU slots, one for each rank; {source} {num_slots}"
+    problem = f"{_listed(sizes)} need {total} CPU slots, one for each rank; {source} {num_cpu_slots}"
     largest = max(sizes, key=lambda name: sizes[name].num_ranks)
-    left = sizes[largest].num_ranks - (needed - num_slots)
+    left = sizes[largest].num_ranks - (needed - num_cpu_slots)
     smaller = f"placement.pools.{largest}={PoolSize(1, left, sizes[largest].is_cpu)}" if left >= 1 else "pools of fewer ranks"
     advice = f"Set {smaller}, or placement.cpu_slots={needed}, with which ranks share cores"
     about = ("placement.cpu_slots", "placement.roles", "run.ray_address")

@@ -58,16 +58,15 @@ def places(config: Config, roles: tuple[str, ...]) -> dict[str, RolePlace]:
 
 
 def placement_lines(config: Config, roles: tuple[str, ...]) -> list[str]:
-    """One line per role: which class runs on which pool, with how many ranks, cut how."""
+    """One line per role: which class runs on which pool, with how many ranks, sharded how."""
     lines = []
     for place in places(config, roles).values():
         layout = place.worker_class.layout_of(config, place.size.num_ranks)
-        slot = (
-            "CPU slot" if place.size.is_cpu or config.run.device == "cpu" else "GPU" if config.run.device == "cuda" else "slot"
-        )
+        is_on_cpu = place.size.is_cpu or config.run.device == "cpu"
+        unit = "CPU slot" if is_on_cpu else "GPU" if config.run.device == "cuda" else "rank"
         sizes = {"data": layout.data, "sequence": layout.sequence, "tensor": layout.tensor}
         axes = "".join(f", {axis} parallel {size}" for axis, size in sizes.items() if size > 1)
-        shape = f"{place.size.nodes} node(s) x {place.size.ranks_per_node} {slot}(s)"
+        shape = f"{place.size.nodes} node(s) x {place.size.ranks_per_node} {unit}(s)"
         lines.append(f"{place.role:>10} on pool '{place.pool}': {shape}{axes} [{place.worker_class.__name__}]")
     return lines
 
@@ -87,7 +86,7 @@ def start_pool(
     user_files: Sequence[str] = (),
     imports: Sequence[str] = (),
 ) -> tuple[Pool, PlacementGroup]:
-    """Reserve the pool's slots and start a process on each.
+    """Reserve a CPU, and where ranks have one a GPU, for each rank of the pool, and start its process.
 
     Raises:
         PlacementError: the cluster does not have them.

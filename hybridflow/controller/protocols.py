@@ -74,8 +74,8 @@ class RankZero(Protocol):
 
 
 class SplitByDataRank(Protocol):
-    """Rows of the first batch argument go to data ranks, balanced by tokens; further batches are cut alike. Rows with the same
-    number in a column `pair` go to the same one.
+    """Rows of the first batch argument go to data ranks, balanced by tokens; further batches are split alike. Rows with the
+    same number in a column `pair` go to the same one.
 
     Ranks of one data rank (its tensor and sequence ranks) get the same rows. A rank may get none. Batches come back in
     the order of the rows that went out, whatever rank computed them; metrics are merged.
@@ -95,10 +95,10 @@ class SplitByDataRank(Protocol):
 
     @staticmethod
     def _select(arguments: Arguments, part: npt.NDArray[np.int32]) -> Arguments:
-        def cut(value: object) -> object:
+        def split(value: object) -> object:
             return value.select(part) if isinstance(value, Batch) else value
 
-        return Arguments(tuple(map(cut, arguments.args)), {name: cut(value) for name, value in arguments.kwargs.items()})
+        return Arguments(tuple(map(split, arguments.args)), {name: split(value) for name, value in arguments.kwargs.items()})
 
     def collect(self, results: Sequence[object]) -> object:
         leading = [results[rank] for rank in self.answering]

@@ -63,8 +63,8 @@ def _in_runs(part_of: Rows, lengths: Lengths) -> Rows:
     return in_runs
 
 
-def token_budget_parts(lengths: Lengths, max_tokens: int, *, min_parts: int = 1) -> list[Rows]:
-    """Few parts of at most `max_tokens` tokens each, balanced among themselves; a longer row is a part of its own.
+def token_budget_parts(lengths: Lengths, budget_tokens: int, *, min_parts: int = 1) -> list[Rows]:
+    """Few parts of at most `budget_tokens` tokens each, balanced among themselves; a longer row is a part of its own.
 
     At least `min_parts` are returned, some of them empty where rows are too few: ranks that must go through the same number
     of microbatches agree on the largest number first. Deterministic; 10,000 rows take some 20 ms.
@@ -72,20 +72,20 @@ def token_budget_parts(lengths: Lengths, max_tokens: int, *, min_parts: int = 1)
     >>> [part.tolist() for part in token_budget_parts(np.array([5, 90, 3, 3, 8]), 10)]  # 90, 8, 5 and 6 tokens
     [[1], [4], [0], [2, 3]]
     """
-    assert max_tokens >= 1, f"a part cannot have {max_tokens} tokens"
-    alone = [np.array([row], np.int32) for row in np.flatnonzero(lengths > max_tokens)]
-    rest = np.flatnonzero(lengths <= max_tokens)
-    packed = _best_fit(lengths[rest], max_tokens)
+    assert budget_tokens >= 1, f"a part cannot have {budget_tokens} tokens"
+    alone = [np.array([row], np.int32) for row in np.flatnonzero(lengths > budget_tokens)]
+    rest = np.flatnonzero(lengths <= budget_tokens)
+    packed = _best_fit(lengths[rest], budget_tokens)
     num_parts = max(len(packed), min_parts - len(alone))
     if num_parts <= 0:
         return alone
     balanced = balanced_parts(lengths[rest], num_parts)
-    if max(int(lengths[rest[part]].sum()) for part in balanced) > max_tokens:
+    if max(int(lengths[rest[part]].sum()) for part in balanced) > budget_tokens:
         balanced = packed + [np.empty(0, np.int32)] * (num_parts - len(packed))
     return alone + [rest[part].astype(np.int32) for part in balanced]
 
 
-def _best_fit(lengths: Lengths, max_tokens: int) -> list[Rows]:
+def _best_fit(lengths: Lengths, budget_tokens: int) -> list[Rows]:
     """Longest row first, each into the fullest part that still has room: few parts, not balanced."""
     parts: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, part), sorted
@@ -94,7 +94,7 @@ def _best_fit(lengths: Lengths, max_tokens: int) -> list[Rows]:
         at = bisect.bisect_left(room, (tokens, 0))
         if at == len(room):
             parts.append([row])
-            bisect.insort(room, (max_tokens - tokens, len(parts) - 1))
+            bisect.insort(room, (budget_tokens - tokens, len(parts) - 1))
             continue
         left, part = room.pop(at)
         parts[part].append(row)

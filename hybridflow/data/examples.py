@@ -108,8 +108,8 @@ class ExamplesSummary:
 
     def __str__(self) -> str:
         files = "1 file" if self.num_files == 1 else f"{self.num_files} files"
-        cut = f"; {self.num_truncated:,} responses are cut at data.max_response_tokens" if self.num_truncated else ""
-        return f"{self.num_kept:,} of {self.num_rows:,} rows of {files}, with {self.num_learned:,} tokens to learn{cut}"
+        over = f"; {self.num_truncated:,} responses are truncated at data.max_response_tokens" if self.num_truncated else ""
+        return f"{self.num_kept:,} of {self.num_rows:,} rows of {files}, with {self.num_learned:,} tokens to learn{over}"
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def marked(template: Template, messages: Sequence[Message], *, first: int = 0) -
 def _by_segments(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> Marked:
     ids: list[int] = []
     mask: list[bool] = []
-    cuts = sorted({0, len(text), *(cut for span in spans for cut in span)})
-    for start, stop in itertools.pairwise(cuts):
+    bounds = sorted({0, len(text), *(bound for span in spans for bound in span)})
+    for start, stop in itertools.pairwise(bounds):
         found = cast(list[int], tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"])
         ids += found
         mask += [any(first <= start < last for first, last in spans)] * len(found)

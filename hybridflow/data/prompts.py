@@ -69,8 +69,8 @@ class PromptSummary:
     num_overlong: int
     """Rows over `data.max_prompt_tokens`: dropped, or truncated."""
     num_kept: int
-    max_tokens: int
-    """`data.max_prompt_tokens`."""
+    max_prompt_tokens: int
+    """As of `data`."""
     shortest_tokens: int
     """Before dropping and truncating, as is `longest_tokens`."""
     longest_tokens: int
@@ -82,7 +82,7 @@ class PromptSummary:
         fate = "dropped" if self.num_kept < self.num_rows else "truncated"
         return (
             f"{self.num_kept:,} prompts from {files}; {self.num_overlong:,} of {self.num_rows:,} rows over "
-            f"data.max_prompt_tokens={self.max_tokens} were {fate}, the longest has {self.longest_tokens:,} tokens"
+            f"data.max_prompt_tokens={self.max_prompt_tokens} were {fate}, the longest has {self.longest_tokens:,} tokens"
         )
 
 
@@ -177,7 +177,7 @@ def _nothing_left(summary: PromptSummary) -> str:
     if not summary.num_rows:
         return "the files have no rows"
     return (
-        f"0 of {summary.num_rows} prompts are within data.max_prompt_tokens={summary.max_tokens}; "
+        f"0 of {summary.num_rows} prompts are within data.max_prompt_tokens={summary.max_prompt_tokens}; "
         f"the shortest has {summary.shortest_tokens} tokens. Raise data.max_prompt_tokens, or set "
         "data.overlong_prompts=truncate_left"
     )
@@ -198,7 +198,7 @@ def _limits(stored: StoredColumn, num_rows: int) -> npt.NDArray[np.int64] | None
     return limits
 
 
-def _assemble(chunks: Sequence[Sequence[Chunk]], stored: Sequence[str], max_tokens: int) -> Prompts:
+def _assemble(chunks: Sequence[Sequence[Chunk]], stored: Sequence[str], max_prompt_tokens: int) -> Prompts:
     """One table from the chunks of each file."""
     flat = list(chain(*chunks))
     starts = np.cumsum([0, *(chunk.num_rows for chunk in flat)])
@@ -207,7 +207,7 @@ def _assemble(chunks: Sequence[Sequence[Chunk]], stored: Sequence[str], max_toke
         num_rows=int(starts[-1]),
         num_overlong=sum(chunk.num_overlong for chunk in flat),
         num_kept=sum(map(len, flat)),
-        max_tokens=max_tokens,
+        max_prompt_tokens=max_prompt_tokens,
         shortest_tokens=min((chunk.shortest_tokens for chunk in flat), default=0),
         longest_tokens=max((chunk.longest_tokens for chunk in flat), default=0),
     )

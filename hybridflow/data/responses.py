@@ -65,8 +65,8 @@ class Responses:
     def columns(self, rows: npt.NDArray[np.int64]) -> dict[str, Array | ShardColumn]:
         """The prompts' columns, and response, response_text, response_tokens and truncated.
 
-        A response ends with what ends turns in the chat template, else with the end of sequence, once; unless it was cut at
-        `max_response_tokens`.
+        A response ends with what ends turns in the chat template, else with the end of sequence, once; unless it was truncated
+        at `max_response_tokens`.
 
         Raises:
             DataError: a response is null.

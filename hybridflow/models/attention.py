@@ -88,8 +88,8 @@ def _attention_of(kernel_for: Callable[[torch.Tensor], Kernel]) -> Callable[...,
 
 
 def _refuse_what_would_be_ignored(spans: RowSpans, sliding_window: int | None, others: dict[str, object]) -> None:
-    assert sliding_window is None or spans.max_tokens <= sliding_window, (
-        f"a row has {spans.max_tokens} tokens and a layer attends to the last {sliding_window} only, which packed attention "
+    assert sliding_window is None or spans.max_seqlen <= sliding_window, (
+        f"a row has {spans.max_seqlen} tokens and a layer attends to the last {sliding_window} only, which packed attention "
         "does not do; load_causal_lm refuses such models"
     )
     for name in ("softcap", "s_aux"):
@@ -141,7 +141,7 @@ def _torch_varlen(
     repeats = query_THD.shape[1] // key_THD.shape[1]
     if repeats > 1:
         key_THD, value_THD = key_THD.repeat_interleave(repeats, dim=1), value_THD.repeat_interleave(repeats, dim=1)
-    starts, longest = spans.cu_seqlens_B1, spans.max_tokens
+    starts, longest = spans.cu_seqlens_B1, spans.max_seqlen
     attended = varlen_attn(query_THD, key_THD, value_THD, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
     assert isinstance(attended, torch.Tensor), "varlen_attn gives more than the output only where asked to"
     return attended
@@ -152,7 +152,7 @@ def _flash_varlen(
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    starts, longest = spans.cu_seqlens_B1, spans.max_tokens
+    starts, longest = spans.cu_seqlens_B1, spans.max_seqlen
     attended: torch.Tensor = flash_attn_varlen_func(
         query_THD, key_THD, value_THD, starts, starts, longest, longest, softmax_scale=scale, causal=True
     )

@@ -1,4 +1,4 @@
-"""From a folder to a model that is cut over the ranks of its role and ready to compute."""
+"""From a folder to a model that is sharded over the ranks of its role and ready to compute."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class CheckpointNames:
 
     @cached_property
     def differ(self) -> bool:
-        """Whether any weight has another name, or is cut."""
+        """Whether any weight has another name, or is split."""
         names = [name for name, _ in self.model.named_parameters()]
         return any(self.group_of(name) != name for name in names)
 

@@ -45,14 +45,14 @@ class Padding:
 class RowSpans:
     """Where rows begin and end in the packed sequence; what packed attention needs to know.
 
-    Example: rows of 3, 1 and 2 tokens have `cu_seqlens_B1` [0, 3, 4, 6], `lengths_B` [3, 1, 2] and `max_tokens` 3.
+    Example: rows of 3, 1 and 2 tokens have `cu_seqlens_B1` [0, 3, 4, 6], `lengths_B` [3, 1, 2] and `max_seqlen` 3.
     """
 
     cu_seqlens_B1: torch.Tensor
     """Cumulative lengths, from 0 to T: shape [B + 1], int32, on the model's device."""
     lengths_B: Indices
     """Tokens of each row, on the host."""
-    max_tokens: int
+    max_seqlen: int
     """Of the longest row."""
 
     @staticmethod
@@ -131,7 +131,7 @@ def pack(
     Of the response tokens those are trained, that is predicted, where `mask` (one entry for each, all rows end to end) is
     true; all of them without. The others are context for those behind them and nothing else.
 
-    With `sequence_size` above 1 the sequence is cut into as many equal runs of tokens, of which that of `sequence_rank` is
+    With `sequence_size` above 1 the sequence is split into as many equal runs of tokens, of which that of `sequence_rank` is
     returned; a last row of padding makes the length divisible.
 
     Example: prompts [[1, 2], [4]] with responses [[3], [5, 6]] on one rank give
@@ -164,16 +164,16 @@ def pack(
     positions_T = np.arange(len(tokens_T)) - np.repeat(starts_B, lengths_B)
 
     rank_tokens = len(tokens_T) // sequence_size
-    cuts = np.searchsorted(trained_at - 1, np.arange(sequence_size + 1) * rank_tokens)
+    bounds = np.searchsorted(trained_at - 1, np.arange(sequence_size + 1) * rank_tokens)
     tokens = slice(sequence_rank * rank_tokens, (sequence_rank + 1) * rank_tokens)
-    predicting = trained_at[cuts[sequence_rank] : cuts[sequence_rank + 1]] - 1
+    predicting = trained_at[bounds[sequence_rank] : bounds[sequence_rank + 1]] - 1
     return Packed(
         input_ids_1T=to_device(tokens_T[tokens], device)[None],
         position_ids_1T=to_device(positions_T[tokens], device)[None],
         spans=RowSpans.of_lengths(lengths_B, device),
         predicting_R=to_device(predicting - tokens.start, device),
         targets_R=to_device(tokens_T[predicting + 1], device),
-        rank_sizes=tuple(np.diff(cuts).tolist()),
+        rank_sizes=tuple(np.diff(bounds).tolist()),
     )
 
 
@@ -185,14 +185,14 @@ def at_last_tokens(packed: Packed, num_rows: int, *, sequence_rank: int = 0, seq
     """
     last_B = np.cumsum(packed.spans.lengths_B)[:num_rows] - 1
     rank_tokens = packed.input_ids_1T.shape[1]
-    cuts = np.searchsorted(last_B, np.arange(sequence_size + 1) * rank_tokens)
-    own = last_B[cuts[sequence_rank] : cuts[sequence_rank + 1]] - sequence_rank * rank_tokens
+    bounds = np.searchsorted(last_B, np.arange(sequence_size + 1) * rank_tokens)
+    own = last_B[bounds[sequence_rank] : bounds[sequence_rank + 1]] - sequence_rank * rank_tokens
     device = packed.input_ids_1T.device
     return replace(
         packed,
         predicting_R=to_device(own, device),
         targets_R=to_device(np.zeros(len(own), np.int64), device),
-        rank_sizes=tuple(np.diff(cuts).tolist()),
+        rank_sizes=tuple(np.diff(bounds).tolist()),
     )
 
 

@@ -1,1 +1,1 @@
-"""How a model is cut over ranks: layouts, device meshes, FSDP2, tensor and sequence parallelism."""
+"""How a model is sharded over ranks: layouts, device meshes, FSDP2, tensor and sequence parallelism."""

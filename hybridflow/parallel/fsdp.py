@@ -1,4 +1,4 @@
-"""FSDP2: parameters cut over all ranks, gathered layer by layer, gradients summed in float32.
+"""FSDP2: parameters sharded over all ranks, gathered layer by layer, gradients summed in float32.
 
 The master weights of a trained model are float32; `compute_dtype` is what layers see.
 """
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How a model is cut."""
+    """How a model is sharded."""
 
     mesh: DeviceMesh
     """One axis: all ranks that hold a share."""

@@ -1,4 +1,4 @@
-"""A layout: how a model and its rows are cut over the ranks of a pool. Pure Python."""
+"""A layout: how a model and its rows are sharded over the ranks of a pool. Pure Python."""
 
 from __future__ import annotations
 

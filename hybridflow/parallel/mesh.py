@@ -64,7 +64,7 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     Every rank must call this for the same layouts in the same order.
     """
     ensure_process_group(torch.device(device_type))
-    assert layout.tensor == 1, "training does not cut weight matrices over a tensor axis"
+    assert layout.tensor == 1, "training does not shard weight matrices over a tensor axis"
     found = dist.get_world_size()
     assert layout.num_ranks == found, f"the layout is of {layout.num_ranks} ranks, the process group of {found}"
     return init_device_mesh(device_type, (layout.data, layout.sequence), mesh_dim_names=("data", "sequence"))

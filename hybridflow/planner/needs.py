@@ -243,7 +243,7 @@ def _sync_needs(config: Config, pool: PoolInfo) -> SyncNeeds | None:
     if not sides:
         return None
     size, tensor = pool.sizes[sides[0]], config.rollout.tensor_parallel
-    # Embeddings are the largest tensor, and cut over an engine's ranks; a tensor above the limit has a bucket of its own.
+    # Embeddings are the largest tensor, and sharded over an engine's ranks; a tensor above the limit has a bucket of its own.
     largest = -(-size.vocabulary // tensor) * size.hidden * _engine_bytes(config)
     return SyncNeeds(
         bucket=max(config.rollout.sync_bucket_mib * 2**20, largest),

@@ -1,7 +1,7 @@
 """What one model takes of a GPU, from its sizes alone. Bytes, on one rank.
 
 The rules follow the code: float32 master weights and AdamW moments (models/build.py, workers/training.py), copies in the
-compute dtype and gradients summed over microbatches before they are cut (parallel/fsdp.py), logits in chunks
+compute dtype and gradients summed over microbatches before they are sharded (parallel/fsdp.py), logits in chunks
 (ops/log_probs.py).
 docs/memory.md compares them with measured peaks.
 """
@@ -22,8 +22,8 @@ GATHERED_LAYERS = 3
 """Layers of which FSDP2 holds a copy at once: the one that computes, and the next one as it arrives and as it is unpacked."""
 
 REDUCED_LAYERS = 2
-"""Layers whose whole gradients exist at once where they are cut with each microbatch: FSDP2 sums those of one over ranks while
-the next one computes its own."""
+"""Layers whose whole gradients exist at once where they are sharded with each microbatch: FSDP2 sums those of one over ranks
+while the next one computes its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class ModelNeeds:
         return self.trained_parameters * MOMENTS_BYTES // self.num_ranks
 
     def gradients(self, *, are_sharded: bool) -> int:
-        """Summed over microbatches in float32; cut over ranks with the last one only, or layer by layer with each."""
+        """Summed over microbatches in float32; sharded over ranks with the last one only, or layer by layer with each."""
         whole = self.trained_parameters * MASTER_BYTES
         if not are_sharded:
             return whole
@@ -154,7 +154,7 @@ class ModelNeeds:
             beginning = size.num_layers * self.tokens * number * size.hidden + max(layer + gradients_of_layer, output_layer)
         else:
             beginning = size.num_layers * layer + max(gradients_of_layer, output_layer)
-        # In the end the gradients of what lies outside the layers, embeddings and head, are copied to be cut over ranks.
+        # In the end the gradients of what lies outside the layers, embeddings and head, are copied to be sharded over ranks.
         outside = 0 if self.has_adapters else self.parameters - size.layers_parameters
         ending = outside * MASTER_BYTES * (self.num_ranks + 1) // self.num_ranks
         return self.gathered + max(beginning, ending)

@@ -87,7 +87,7 @@ class Packer:
     def _box_of_rows(self, entry: Entry, tensor: torch.Tensor, local: torch.Tensor) -> Box:
         if not isinstance(tensor, DTensor):
             return Box.whole(entry.shape)
-        assert all(placement == Shard(0) for placement in tensor.placements), f"{entry.name} is cut as {tensor.placements}"
+        assert all(placement == Shard(0) for placement in tensor.placements), f"{entry.name} is sharded as {tensor.placements}"
         box = shard_box(entry.shape, self.plan.num_shards, self.shard) or Box.whole(entry.shape).between(0, 0, 0)
         assert tuple(local.shape) == box.shape, f"{entry.name}: shard {self.shard} is {tuple(local.shape)}, not {box.shape}"
         return box

@@ -1,6 +1,6 @@
 """Tensors of which a rank has only the part that its engine reads.
 
-Engines take whole tensors and cut them themselves. What they read is found out once, by a dry-run load on tensors that take
+Engines take whole tensors and shard them themselves. What they read is found out once, by a dry-run load on tensors that take
 no memory; from then on only that part is sent, in a `PartialTensor` that has the shape of the whole.
 """
 

@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length", "interrupted"]
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are chosen. The log-probabilities returned are those of the distribution after temperature and before
-    top-p, top-k and min-p cut it, which is what training computes."""
+    top-p, top-k and min-p filter it, which is what training computes."""
 
     temperature: float = 1.0
     """Divides the logits; 0 is greedy."""
@@ -219,7 +219,7 @@ class Engine(ABC):
         """Replace the weights by full tensors under their Hugging Face names, and forget cached prefixes.
 
         Tensors may be views of a buffer that is reused once the iterator advances. Of those that an engine with tensor
-        parallelism cuts by one slice, later loads may hold that slice only (resharding/partial_tensor.py).
+        parallelism shards by one slice, later loads may hold that slice only (resharding/partial_tensor.py).
 
         Raises:
             EngineError: requests are unfinished; a weight is unknown or has another shape; or some were not given.

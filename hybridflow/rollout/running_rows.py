@@ -45,12 +45,12 @@ class Moves:
 class RunningRows:
     """The table. Every method works on whole columns: hundreds of rows cost little more than one."""
 
-    def __init__(self, num_slots: int, max_tokens: int, *, end_ids: Sequence[int], detokenize: Detokenize):
+    def __init__(self, num_slots: int, max_model_tokens: int, *, end_ids: Sequence[int], detokenize: Detokenize):
         self.end_ids, self.detokenize = tuple(end_ids), detokenize
         self.count = 0
         self.table = np.zeros(num_slots, ROW)
-        self.tokens = np.zeros((num_slots, max_tokens), np.int32)
-        self.log_probs = np.zeros((num_slots, max_tokens), np.float32)
+        self.tokens = np.zeros((num_slots, max_model_tokens), np.int32)
+        self.log_probs = np.zeros((num_slots, max_model_tokens), np.float32)
         self.stop_ids = np.full((num_slots, max(1, len(end_ids))), -1, np.int64)
         self.requests: npt.NDArray[np.object_] = np.empty(num_slots, object)
         self.stop_strings: npt.NDArray[np.object_] = np.empty(num_slots, object)

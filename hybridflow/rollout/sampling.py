@@ -1,4 +1,4 @@
-"""How engines sample tokens: cuts, one uniform number per token, inverse of the cumulative distribution.
+"""How engines sample tokens: filters, one uniform number per token, inverse of the cumulative distribution.
 
 Legend: B rows, V vocabulary. Random numbers are a pure function of (seed of the request, number of the token), so a
 response does not depend on its neighbours.
@@ -33,7 +33,7 @@ class SamplingColumns:
 
 
 def choose(logits_BV: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each row, and its log-probability in nats after temperature and before the cuts.
+    """One token for each row, and its log-probability in nats after temperature and before the filters.
 
     Returns int64 and float32 tensors of shape [B]. Arithmetic is float32 whatever the dtype of the logits.
     """
@@ -94,9 +94,9 @@ def _num_in_block(num_tokens: int) -> int:
 
 
 def filter_probs(probs_BV: torch.Tensor, columns: SamplingColumns) -> torch.Tensor:
-    """Probabilities with zeros where min-p, then top-k, then top-p drop a token, in the order that vLLM cuts.
+    """Probabilities with zeros where min-p, then top-k, then top-p drop a token, in the order of vLLM's filters.
 
-    Each cut works on what the one before it left; the result is not normalised.
+    Each filter works on what the one before it left; the result is not normalised.
     """
     if bool((columns.min_p > 0).any()):
         least_B1 = columns.min_p[:, None] * probs_BV.amax(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """Generation with SGLang through its public `Engine`: the only file that imports sglang.
 
 SGLang computes in processes of its own, which it starts. Its log-probabilities are those after temperature and before
-the cuts, as our contract wants them, unless SGLANG_RETURN_ORIGINAL_LOGPROB is set.
+the filters, as our contract wants them, unless SGLANG_RETURN_ORIGINAL_LOGPROB is set.
 """
 
 from __future__ import annotations

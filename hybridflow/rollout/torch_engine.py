@@ -265,6 +265,6 @@ class TorchEngine(Engine):
 
 
 def _check(spec: EngineSpec) -> None:
-    assert spec.layout.tensor == 1, "the torch engine does not cut weights; config/rules_engine checks this"
+    assert spec.layout.tensor == 1, "the torch engine does not shard weights; config/rules_engine checks this"
     if spec.options:
         raise EngineError(f"the torch engine takes no rollout.engine_options; found {', '.join(spec.options)}")

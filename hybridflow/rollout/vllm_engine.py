@@ -91,8 +91,8 @@ class VllmEngine(Engine):
         sampling = request.sampling
         if not sampling.log_probs or sampling.temperature == 0:
             return
-        has_cut = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
-        if has_cut and self.logprobs_mode == "processed_logprobs":
+        is_filtered = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+        if is_filtered and self.logprobs_mode == "processed_logprobs":
             raise EngineError(
                 "vLLM gives log-probabilities of what top_p, top_k and min_p leave, but training computes them before. Set "
                 "rollout.top_p=1, top_k=0 and min_p=0; or, at rollout.temperature=1, "

@@ -324,7 +324,7 @@ def _read_back(module: LinearBase | ParallelLMHead, dtype: torch.dtype) -> torch
     Every product has one term that is not zero, so the numbers come back exactly.
     """
     if isinstance(module, LinearBase):
-        # A layer that is not cut over ranks has no size of its part.
+        # A layer that is not sharded over ranks has no size of its part.
         num_in = vars(module).get("input_size_per_partition", module.input_size)
         num_out = sum(module.output_partition_sizes)
     else:

@@ -27,7 +27,7 @@ class RankContext:
     rank: int
     """Within the pool, from 0."""
     layout: Layout
-    """How this role cuts its model and rows over the ranks of the pool."""
+    """How this role shards its model and rows over the ranks of the pool."""
     device: torch.device
     group: ProcessGroup | None = None
     """All ranks of the pool; None where torch.distributed is not initialised (one rank without training)."""

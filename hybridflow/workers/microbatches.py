@@ -1,4 +1,4 @@
-"""A rank's rows cut into microbatches of a token budget, as many on every rank.
+"""A rank's rows split into microbatches of a token budget, as many on every rank.
 
 FSDP gathers weights with every rank taking part, so all ranks go through the same number of microbatches; a rank that
 runs out of rows goes through a dummy row that has no response. R trained response tokens, B rows.
@@ -71,9 +71,9 @@ class Microbatches:
         """Prompt and response tokens of the rows that this rank, or those that share its rows, work on."""
         budget = tokens_per_microbatch * context.layout.sequence
         pairs = batch["pair"] if "pair" in batch.per_row else None
-        parts = divided(tokens_B, partial(token_budget_parts, max_tokens=budget), groups=pairs)
+        parts = divided(tokens_B, partial(token_budget_parts, budget_tokens=budget), groups=pairs)
         num_parts, self.counts = self._agree(len(parts))
-        at_least = partial(token_budget_parts, max_tokens=budget, min_parts=num_parts)
+        at_least = partial(token_budget_parts, budget_tokens=budget, min_parts=num_parts)
         self.parts = parts if len(parts) == num_parts else divided(tokens_B, at_least, groups=pairs)
 
     def _trained(self) -> Ragged:
@@ -109,7 +109,7 @@ class Microbatches:
             trained = self.trained.take(rows) if len(rows) else response
             mask = self._mask(rows) if len(rows) else None
             if mask is not None and self.history_starts is not None:
-                prompt, response, mask = cut_at_histories(prompt, response, mask, self.history_starts.take(rows))
+                prompt, response, mask = split_at_histories(prompt, response, mask, self.history_starts.take(rows))
             packed = pack(
                 prompt,
                 response,
@@ -164,7 +164,7 @@ class Microbatches:
         return in_order if self.mask is None else in_order.spread(self.mask.values.astype(np.bool_), self.response.offsets)
 
 
-def cut_at_histories(prompt: Ragged, response: Ragged, mask: Mask, starts: Ragged) -> tuple[Ragged, Ragged, Mask]:
+def split_at_histories(prompt: Ragged, response: Ragged, mask: Mask, starts: Ragged) -> tuple[Ragged, Ragged, Mask]:
     """Rows of which each sees one history: where a response has others (numbers of its tokens, of which none was sampled), the
     rest of it is a row behind, whose prompt is its first token. Trained tokens stay in their order.
 

@@ -1,4 +1,4 @@
-"""The base of the roles that have a model: how its rows are cut over ranks, and what training keeps."""
+"""The base of the roles that have a model: how its rows are sharded over ranks, and what training keeps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ModelWorker(Worker):
-    """A share of a model. Rows are cut over the data axis, the tokens of a row over `model.sequence_parallel` ranks."""
+    """A share of a model. Rows are sharded over the data axis, the tokens of a row over `model.sequence_parallel` ranks."""
 
     trained: TrainingCore | None = None
     """The model with its optimizer, set by `__init__` where it is trained."""

@@ -92,7 +92,7 @@ def about_log_probs(overrides: list[str]) -> list[str]:
 def test_engines_that_do_not_cut_weights_are_asked_for_one_rank(tmp_path: Path, engine: str) -> None:
     settings = [f"rollout.engine={engine}", "rollout.tensor_parallel=2", "placement.pools.main=1x2", "placement.cpu_slots=4"]
     (found,) = about("rollout.tensor_parallel", [*right_run(tmp_path), *settings])
-    assert found.endswith(f"found 2, but the {engine} engine does not cut weights. Use 1, or rollout.engine=vllm")
+    assert found.endswith(f"found 2, but the {engine} engine does not shard weights. Use 1, or rollout.engine=vllm")
 
 
 def test_a_cache_larger_than_the_memory_of_this_machine_is_a_mistake_without_gpus(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_each_row_is_its_prompt_followed_by_its_response() -> None:
     assert packed.input_ids_1T.tolist() == [[1, 2, 4, 3, 5, 6]]
     assert packed.position_ids_1T.tolist() == [[0, 1, 2, 0, 1, 2]]
     assert packed.spans.cu_seqlens_B1.tolist() == [0, 3, 6]
-    assert packed.spans.max_tokens == 3
+    assert packed.spans.max_seqlen == 3
 
 
 def test_a_response_token_is_predicted_one_position_before_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hybridflow.batch import Ragged
 from hybridflow.errors import EpisodeError
 from hybridflow.workers.actor import ActorWorker
-from hybridflow.workers.microbatches import cut_at_histories
+from hybridflow.workers.microbatches import split_at_histories
 from hybridflow.workers.rollout import RolloutWorker
 from tests.toy import make_tiny_tokenizer
 from tests.training_rows import context_of, training_config
@@ -97,7 +97,7 @@ def test_what_follows_a_new_history_is_sampled_and_learned_from_without_the_old_
 def test_a_history_begins_a_row_of_its_own_in_attention() -> None:
     prompt, response = Ragged.from_rows([[1, 2], [9]], np.int32), Ragged.from_rows([[3, 4, 5, 6], [7, 8]], np.int32)
     mask, starts = np.array([True, True, False, True, False, True]), Ragged.from_rows([[2], []], np.int64)
-    prompts, responses, masks = cut_at_histories(prompt, response, mask, starts)
+    prompts, responses, masks = split_at_histories(prompt, response, mask, starts)
     assert [row.tolist() for row in prompts] == [[1, 2], [5], [9]]
     assert [row.tolist() for row in responses] == [[3, 4], [6], [7, 8]]
     assert masks.tolist() == [True, True, True, False, True]
