@@ -58,6 +58,7 @@ PACKAGES = {
     ("trackers.names", "tensorboard"): ("tensorboard", "pip install tensorboard, or leave it out of trackers.names"),
 }
 """The optional package that a value of a key needs, and what to do where it is not installed."""
+TEMPLATE_ARGUMENTS = frozenset({"conversation", "messages", "tokenize", "add_generation_prompt"})
 
 
 def check(config: Config, algorithm: AlgorithmClass | None, *, asks_hub: bool = False) -> list[FieldReport]:
@@ -121,6 +122,13 @@ def held_out_rows_are_measured(config: Config, algorithm: AlgorithmClass) -> Ite
         problem = f"{config.algorithm.name} learns from prompts, and has no measure of held-out rows"
         advice = "Validate on prompts with data.validation_files"
         yield FieldError("data.held_out_files", f"{problem}. {advice}", related=("algorithm.name",))
+
+
+def template_variables_are_free(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
+    """Options of the chat template are its variables, not arguments with which it is called here."""
+    for name in TEMPLATE_ARGUMENTS & config.data.chat_template_options.keys():
+        problem = "is no variable of a chat template: it is called with this by whoever needs its text. Leave it out"
+        yield FieldError(f"data.chat_template_options.{name}", problem)
 
 
 def names_are_known(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -191,6 +199,7 @@ RULES: tuple[Rule, ...] = (
     learning_rates_are_reached,
     weights_outlast_their_decay,
     several_answers_differ,
+    template_variables_are_free,
     generation_runs_ahead_of_rewards,
     rules_engine.options_are_known,
     rules_engine.engines_fit_their_ranks,

@@ -107,9 +107,10 @@ def template_options(row: Row) -> dict[str, object]:
         BadRowError: the text is not JSON.
     """
     options: dict[str, object] = {}
-    given = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
-    if isinstance(given, Mapping):
-        options.update({str(name): value for name, value in given.items() if value is not None})
+    column = row.get("chat_template_kwargs")
+    given = _from_json(column, "chat_template_kwargs")
+    if isinstance(given, Mapping):  # of a struct, Parquet has every entry in every row; a null in JSON text was written
+        options.update({str(name): value for name, value in given.items() if value is not None or isinstance(column, str)})
     if tools := _from_json(row.get("tools"), "tools"):
         options["tools"] = [_from_json(tool, "tools") for tool in tools] if isinstance(tools, list) else [tools]
     return options

@@ -169,7 +169,7 @@ def _class_of(entry: Mapping[str, Any], path: str) -> Any:
 
 def _schema_of(tool: Any) -> dict[str, Any]:
     schema = tool.get_openai_tool_schema() if callable(getattr(tool, "get_openai_tool_schema", None)) else tool.tool_schema
-    return dict(schema if isinstance(schema, Mapping) else schema.model_dump(exclude_unset=True, exclude_none=True))
+    return dict(schema if isinstance(schema, Mapping) else schema.model_dump(exclude_unset=True))
 
 
 def _text_of(response: Any) -> str:

@@ -138,6 +138,14 @@ def test_options_of_the_template_and_tools_reach_it():
     assert tokenizer.decode(example.prompt).startswith("sumcalm<bos>user")
 
 
+@pytest.mark.parametrize(("given", "mood"), [('{"mood": null}', ""), ({"mood": None}, "wild"), ("null", "wild")])
+def test_a_null_that_a_row_wrote_goes_before_the_configuration_and_one_that_parquet_filled_in_not(given: object, mood: str):
+    tokenizer = tokenizer_of("{{ mood or '' }}" + CHATML)
+    row = {"messages": CHAT, "chat_template_kwargs": given}
+    (example,) = Conversations(tokenizer, DataConfig(chat_template_options={"mood": "wild"}))(row)
+    assert tokenizer.decode(example.prompt).startswith(f"{mood}<bos>user")
+
+
 PAIR_TEXT = {"prompt": "1+1", "chosen": "2", "rejected": "3"}
 ANSWERS = {"chosen": [{"role": "assistant", "content": "2"}], "rejected": [{"role": "assistant", "content": "3"}]}
 

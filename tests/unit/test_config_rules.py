@@ -56,6 +56,12 @@ def test_a_number_out_of_range_is_answered_with_the_range(tmp_path: Path, overri
     assert f" of {allowed}" in only_mistake(tmp_path, override)
 
 
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "conversation", "messages"])
+def test_an_argument_of_the_call_of_a_chat_template_is_no_option_of_it(tmp_path: Path, name: str) -> None:
+    found = only_mistake(tmp_path, f"data.chat_template_options={{enable_thinking: false, {name}: true}}")
+    assert f"data.chat_template_options.{name}: is no variable of a chat template" in found
+
+
 def test_tensor_parallel_divides_the_ranks_of_its_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     overrides = [

@@ -167,6 +167,31 @@ def test_a_schema_that_a_tool_makes_of_verls_classes_is_plain_and_its_call_is_to
     assert [contents(answer) for answer in answers] == [[f"3 + 4? kg {number} {episode.number}"] for number in (1, 2)]
 
 
+NULLS = """
+from pydantic import BaseModel
+
+class Function(BaseModel):
+    name: str
+    default: str | None = "x"
+    enum: list[str] | None = None
+
+class Schema(BaseModel):
+    function: Function
+
+class Find:
+    def __init__(self, config, tool_schema):
+        self.tool_schema = Schema(function=Function(name="find", default=None))
+"""
+
+
+def test_a_null_in_a_tools_schema_is_kept_and_what_it_leaves_out_is_not_added(files: Path) -> None:
+    (files / "find.py").write_text(NULLS)
+    (files / "one.yaml").write_text(f"tools:\n{entry('find.py:Find', 'find')}")
+    episode = VerlEpisode(tool_config_path=str(files / "one.yaml"))
+    (schema,) = asyncio.run(episode.reset(row()))[1]["tools"]
+    assert schema == {"function": {"name": "find", "default": None}}
+
+
 @pytest.mark.parametrize(
     ("side", "text"),
     [("left", "quackqua...(truncated)"), ("right", "(truncated)...ackquack"), ("middle", "quac...(truncated)...uack")],
