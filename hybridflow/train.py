@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from hybridflow.api import TrainModule
 from hybridflow.config.command_line import parse
-from hybridflow.config.describe import resolved_yaml
-from hybridflow.config.load import load_config
+from hybridflow.config.load import load_config, resolved_yaml
 from hybridflow.config.schema import Config
 from hybridflow.controller.boundary import ended_by, leave
 

@@ -6,7 +6,7 @@ import difflib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,12 @@ def to_yaml(value: Mapping[str, object], *, flow: bool = False) -> str:
     """`value` as YAML that this file reads back unchanged; `flow` for one line."""
     text = OmegaConf.to_yaml(OmegaConf.create({key: _escaped(element) for key, element in value.items()}))
     return yaml.safe_dump(yaml.safe_load(text), default_flow_style=True, width=10000, sort_keys=False) if flow else text
+
+
+def resolved_yaml(config: Config) -> str:
+    """Every key of `config` with its value, as YAML that `load_config` reads back to an equal `Config`."""
+    tree = asdict(config)
+    return to_yaml(tree | {"algorithm": {"name": config.algorithm.name, **(tree["algorithm"]["options"] or {})}})
 
 
 def build_config(builder: Builder, values: Mapping[str, object], algorithm: AlgorithmClass | None) -> Config:

@@ -20,7 +20,7 @@ from typing import TextIO
 from hybridflow.checkpoint import advice
 from hybridflow.checkpoint.lineage import in_the_way
 from hybridflow.checkpoint.store import CheckpointStore
-from hybridflow.config.describe import resolved_yaml
+from hybridflow.config.load import resolved_yaml
 from hybridflow.config.schema import Config
 from hybridflow.controller.cluster import is_in_copied_folder
 from hybridflow.disk import UNSUPPORTED, flush, free_bytes, size_of, write_durably

@@ -7,7 +7,7 @@ import pytest
 from tests.architecture import limits
 
 PACKAGE = limits.sources("hybridflow")
-EVERYTHING = limits.sources("hybridflow", "examples", "benchmarks", "tests")
+EVERYTHING = limits.sources("hybridflow", "examples", "benchmarks", "tests", "docs")
 TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".cfg", ".txt", ".sh", ""}
 TEXT_FOLDERS = ("hybridflow", "examples", "benchmarks", "tests", "configs", "docs", ".ci")
 

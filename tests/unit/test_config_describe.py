@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.config.describe import FILE, MADE_BELOW, documentation, field_docs, resolved_yaml
-from hybridflow.config.load import load_config
+from docs.tables import FILE, FROM_VERL, MADE_BELOW, documentation, field_docs, verls_keys
+from hybridflow.config.load import load_config, resolved_yaml
 from hybridflow.config.schema import Config
 from tests.unit.config_cases import right_run
 
@@ -36,5 +36,6 @@ def test_every_field_is_explained() -> None:
 
 
 def test_the_documentation_is_current() -> None:
-    text = FILE.read_text(encoding="utf-8")
-    assert MADE_BELOW in text and text == documentation(text), "run: python -m hybridflow.config.describe"
+    for path, made in ((FILE, documentation), (FROM_VERL, verls_keys)):
+        text = path.read_text(encoding="utf-8")
+        assert MADE_BELOW in text and text == made(text), "run: python -m docs.tables"

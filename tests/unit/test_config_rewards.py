@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.config.describe import resolved_yaml
-from hybridflow.config.load import load_config
+from hybridflow.config.load import load_config, resolved_yaml
 from hybridflow.config.schema import RewardTerm
 from tests.unit.config_cases import mistakes_of, right_run
 

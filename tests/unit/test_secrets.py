@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.config.describe import resolved_yaml
-from hybridflow.config.load import load_config
+from hybridflow.config.load import load_config, resolved_yaml
 from hybridflow.config.schema import Config
 from hybridflow.config.secrets import as_written
 from tests.unit.config_cases import right_run

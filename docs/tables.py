@@ -1,7 +1,7 @@
-"""The resolved configuration as YAML; the tables of `docs/configuration.md`, made from the strings under the fields; and that
-of `docs/from_verl.md`, made from verl_keys.txt.
+"""The tables of `docs/configuration.md`, made from the strings under the fields, and of `docs/from_verl.md`, made from
+verl_keys.txt.
 
-`python -m hybridflow.config.describe` writes the tables below the line that says so; what stands above is written by hand.
+`python -m docs.tables` writes them below the line that says so; what stands above is written by hand.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
@@ -21,15 +21,9 @@ from hybridflow.config.build import default_of, wanted
 from hybridflow.config.load import load_algorithm, to_yaml
 from hybridflow.config.schema import Config
 
-FILE = Path(__file__).parents[2] / "docs/configuration.md"
+FILE = Path(__file__).with_name("configuration.md")
 FROM_VERL = FILE.with_name("from_verl.md")
-MADE_BELOW = "<!-- What follows is made by `python -m hybridflow.config.describe`; do not edit. -->\n"
-
-
-def resolved_yaml(config: Config) -> str:
-    """Every key of `config` with its value, as YAML that `load_config` reads back to an equal `Config`."""
-    tree = asdict(config)
-    return to_yaml(tree | {"algorithm": {"name": config.algorithm.name, **(tree["algorithm"]["options"] or {})}})
+MADE_BELOW = "<!-- What follows is made by `python -m docs.tables`; do not edit. -->\n"
 
 
 def documentation(text: str) -> str:
