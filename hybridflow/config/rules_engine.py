@@ -66,7 +66,7 @@ WHOLE = ("torch", "sglang")
 """Engines that do not share a model among ranks."""
 CACHED_IN_CPU_MEMORY = ("vllm",)
 """Engines that take `rollout.cpu_cache_gib` where there is no GPU."""
-LOG_PROBS_AFTER_CUTS = ("vllm",)
+LOG_PROBS_AFTER_FILTERS = ("vllm",)
 """Engines whose log-probabilities are, unless told otherwise, of the tokens that top_p, top_k and min_p leave."""
 
 
@@ -110,7 +110,7 @@ def engines_fit_their_ranks(config: Config, roles: tuple[str, ...]) -> Iterator[
 def log_probs_are_of_all_tokens(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
     """The engine can give the log-probabilities that training computes: at the temperature, and before tokens are filtered."""
     rollout = config.rollout
-    if rollout.engine not in LOG_PROBS_AFTER_CUTS or "rollout" not in roles:
+    if rollout.engine not in LOG_PROBS_AFTER_FILTERS or "rollout" not in roles:
         return
     mode = rollout.engine_options.get("logprobs_mode", "processed_logprobs")
     filters = {"top_p": (rollout.top_p < 1, 1), "top_k": (rollout.top_k > 0, 0), "min_p": (rollout.min_p > 0, 0)}

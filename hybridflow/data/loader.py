@@ -207,14 +207,9 @@ def prompt_seed(run_seed: int, step: int, prompt: int, *, occurrence: int = 0) -
 
 
 def _check_weights(weights: Sequence[float], sizes: Sequence[int]) -> None:
-    if not weights:
-        return
-    if len(weights) != len(sizes):
-        raise DataError(f"data.train_weights has {len(weights)} numbers for {len(sizes)} files; give one for each, or none")
-    if min(weights) <= 0:
-        raise DataError(f"data.train_weights must be above 0, found {min(weights)}; leave a file out that is not wanted")
+    assert len(weights) in (0, len(sizes)), "as many weights as files: config/rules checks this"
     for index, size in enumerate(sizes):
-        if not size:
+        if weights and not size:
             raise DataError(f"file {index} of data.train_files has no prompts left, but data.train_weights gives it a share")
 
 

@@ -152,8 +152,6 @@ def read_prompts(
     Raises:
         DataError: a file or column is missing or malformed, or no prompt is left.
     """
-    if not files:
-        raise DataError(f"{key} names no files; give at least one Parquet file")
     opened = [open_parquet(path, columns, key=key) for path in files]
     reader = ChunkReader(tokenizer, data, columns)
     room = max_prompts

@@ -44,7 +44,7 @@ class TorchEngine(Engine):
 
     def __init__(self, spec: EngineSpec):
         super().__init__(spec)
-        _check(spec)
+        assert spec.layout.tensor == 1, "the torch engine does not shard weights; config/rules_engine checks this"
         register()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         with explained(spec.model, "a model that the torch engine can generate with"):
@@ -262,9 +262,3 @@ class TorchEngine(Engine):
         self.cache.layers.clear()
         if self.spec.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _check(spec: EngineSpec) -> None:
-    assert spec.layout.tensor == 1, "the torch engine does not shard weights; config/rules_engine checks this"
-    if spec.options:
-        raise EngineError(f"the torch engine takes no rollout.engine_options; found {', '.join(spec.options)}")

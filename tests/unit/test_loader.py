@@ -102,14 +102,6 @@ def test_a_small_file_with_weight_starts_over_by_itself() -> None:
     assert Counter(row for row in order if row >= 1000) == {1000: 2, 1001: 2, 1002: 2, 1003: 2}
 
 
-@pytest.mark.parametrize(
-    ("weights", "problem"), [((1.0,), "1 numbers for 2 files"), ((1.0, 0.0), "above 0"), ((1.0, -1.0), "above 0")]
-)
-def test_weights_that_make_no_sense_are_refused(weights: Sequence[float], problem: str) -> None:
-    with pytest.raises(DataError, match=problem):
-        loader(5, 5, weights=weights)
-
-
 def test_a_file_with_a_share_and_no_prompts_is_refused() -> None:
     with pytest.raises(DataError, match=r"file 1 of data.train_files has no prompts left"):
         loader(5, 0, weights=(1, 1))
