@@ -14,6 +14,7 @@ DEVELOPMENT = [
     "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",
     "pandas>=2",
+    "torchao>=0.15,<1",
     "types-PyYAML",
 ]
 
@@ -50,6 +51,7 @@ setup(
         "sglang": ["sglang>=0.5,<0.6"],
         "flash-attn": ["flash-attn>=2.7,<3"],
         "lora": ["peft>=0.17,<1"],
+        "float8": ["torchao>=0.15,<1"],
         "hub": ["datasets>=3,<6"],
         "wandb": ["wandb>=0.31,<1"],
         # MLflow with its database, without its server.

@@ -157,6 +157,12 @@ def packages_are_installed(config: Config, roles: tuple[str, ...]) -> Iterator[F
         is_unused = key == "rollout.engine" and "rollout" not in roles
         if is_asked and not is_unused and not is_installed(package):
             yield FieldError(key, f"{name!r} needs the package {package!r}, which is not installed: {advice}", is_local=True)
+    if config.model.float8 and config.model.lora_rank:
+        problem = "adapters are too narrow for float8 to gain. Set model.lora_rank=0 or model.float8=false"
+        yield FieldError("model.lora_rank", problem, related=("model.float8",))
+    if config.model.float8 and not is_installed("torchao"):
+        advice = "pip install 'hybridflow[float8]', or set model.float8=false"
+        yield FieldError("model.float8", f"it needs the package 'torchao', which is not installed: {advice}", is_local=True)
     if config.model.lora_rank and not is_installed("peft"):
         advice = "pip install 'hybridflow[lora]', or set model.lora_rank=0"
         problem = f"adapters need the package 'peft', which is not installed: {advice}"

@@ -115,6 +115,8 @@ class ModelConfig:
     """Of matrix products in training; auto is bfloat16 on CUDA and float32 on CPU. Master weights are always float32."""
     attention: Literal["auto", "flash_attn", "torch"] = "auto"
     """Packed attention; auto takes flash-attn where it is installed and the device is CUDA."""
+    float8: bool = False
+    """Multiply in float8 (torchao) in the layers of training models: faster with billions of parameters, from Hopper on."""
     gradient_checkpointing: Switch = "auto"
     """Recompute activations in the backward pass instead of keeping them; auto for each model whose activations do not fit."""
     compile: Switch = "auto"
@@ -129,8 +131,7 @@ class ModelConfig:
     lora_alpha: Annotated[float, POSITIVE] = 32.0
     """LoRA scale: the update is multiplied by alpha / rank."""
     lora_targets: tuple[str, ...] = ("all-linear",)
-    """Names of the layers that get adapters, of class torch.nn.Linear each; all-linear alone means all but the output layer,
-    which cannot have any."""
+    """Names of the layers, each a torch.nn.Linear, that get adapters; all-linear: all but the output layer, which cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hybridflow.models import self_test
+from hybridflow.models import float8, self_test
 from hybridflow.models.heads import ValueModel
 from hybridflow.models.load import ModelSource, load_causal_lm
 from hybridflow.models.lora import FACTOR, Adapters, add_adapters, merged_weights, plain_name
@@ -34,6 +34,8 @@ class ModelSpec:
     compute_dtype: torch.dtype
     chunk_tokens: int
     """Tokens whose logits exist at once."""
+    float8: bool = False
+    """Decoder layers multiply in float8."""
     gradient_checkpointing: bool = False
     compile: bool = False
     adapters: Adapters | None = None
@@ -50,7 +52,7 @@ def build_policy(spec: ModelSpec) -> PolicyModel:
     kernels = compiled_kernels() if spec.compile else EAGER
     model = PolicyModel(causal_lm, chunk_tokens=spec.chunk_tokens, kernels=kernels, sequence_group=ranks)
     fsdp.shard(model, decoder_layers(model), sharding=_sharding(spec))
-    self_test.check(model, path=spec.source.path, device=spec.device, dtype=spec.compute_dtype)
+    self_test.check(model, path=spec.source.path, device=spec.device, dtype=_coarsest(spec))
     return model
 
 
@@ -61,8 +63,13 @@ def build_value_model(spec: ModelSpec) -> ValueModel:
     if dist.get_rank() == 0:  # the others take their shares from it
         model.value_head.take_from(spec.source.path)
     fsdp.shard(model, decoder_layers(model), in_float32=[model.value_head], sharding=_sharding(spec))
-    self_test.check(model, path=spec.source.path, device=spec.device, dtype=spec.compute_dtype)
+    self_test.check(model, path=spec.source.path, device=spec.device, dtype=_coarsest(spec))
     return model
+
+
+def _coarsest(spec: ModelSpec) -> torch.dtype:
+    """What the self-test has to expect: packed with others a token may fall on the other side of a rounding to float8."""
+    return torch.bfloat16 if spec.float8 else spec.compute_dtype
 
 
 def _load(spec: ModelSpec, *, is_policy: bool = True) -> PreTrainedModel:
@@ -71,6 +78,8 @@ def _load(spec: ModelSpec, *, is_policy: bool = True) -> PreTrainedModel:
     causal_lm = load_causal_lm(spec.source, is_skeleton=dist.get_rank() != 0, is_policy=is_policy)
     if spec.adapters is not None:
         add_adapters(causal_lm, spec.adapters)
+    if spec.float8:
+        float8.convert(decoder_layers(causal_lm), spec.device)
     if spec.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.compile:

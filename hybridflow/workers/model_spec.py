@@ -56,6 +56,7 @@ def _spec(config: Config, context: RankContext, path: str | None, dtype: torch.d
         device=context.device,
         compute_dtype=compute_dtype(config, context.device),
         chunk_tokens=chunk_tokens,
+        float8=config.model.float8,
         gradient_checkpointing=is_checkpointed,
         compile=is_compiled,
         adapters=adapters,
