@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data = dataclasses.replace(DataConfig(), **lengths)
             report = check_file(file, tokenizer=tokenizer, data=data, rule=options.reward)
             sys.stdout.writelines(f"{file}: {line}\n" for line in report.lines())
-            is_clean = is_clean and not report.problems
+            is_clean = is_clean and not report.problems and report.num_rows > 0
     except HybridflowError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -125,8 +125,9 @@ def _chat(row: Row) -> None:
 
 def _prompt(row: Row, *, rule: str = "none") -> None:
     check_prompt(row["prompt"])
+    template_options(row)
     truth = row.get("reward_model")
-    if isinstance(truth, dict) and truth.get("ground_truth") is None:
+    if "reward_model" in row and (truth is None or (isinstance(truth, dict) and truth.get("ground_truth") is None)):
         raise BadRowError("column 'reward_model' has no ground_truth")
     if "data_source" in row and not row["data_source"]:
         raise BadRowError("column 'data_source' is null or empty")

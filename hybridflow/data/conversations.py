@@ -104,12 +104,14 @@ def template_options(row: Row) -> dict[str, object]:
     """What a row gives its chat template: `tools`, and the entries of `chat_template_kwargs`; either may be JSON text.
 
     Raises:
-        BadRowError: the text is not JSON.
+        BadRowError: the text is not JSON, or of another kind.
     """
     options: dict[str, object] = {}
     column = row.get("chat_template_kwargs")
     given = _from_json(column, "chat_template_kwargs")
-    if isinstance(given, Mapping):  # of a struct, Parquet has every entry in every row; a null in JSON text was written
+    if given is not None and not isinstance(given, Mapping):
+        raise BadRowError(f"column 'chat_template_kwargs' holds {given!r:.80}; expected names and values")
+    if given is not None:  # of a struct, Parquet has every entry in every row; a null in JSON text was written
         options.update({str(name): value for name, value in given.items() if value is not None or isinstance(column, str)})
     if tools := _from_json(row.get("tools"), "tools"):
         options["tools"] = [_from_json(tool, "tools") for tool in tools] if isinstance(tools, list) else [tools]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -102,6 +103,8 @@ def checked_pair(row: Row) -> None:
         raise BadRowError(f"column 'prompt' is {'null' if prompt is None else 'empty'}")
     if chosen == rejected:
         raise UselessRowError("'chosen' and 'rejected' are the same")
+    if not math.isfinite(cast("float | None", row.get("margin")) or 0.0):
+        raise BadRowError(f"column 'margin' holds {row['margin']}; expected a finite number")
     template_options(row)
     if isinstance(chosen, list):
         _conversations(row)
@@ -122,6 +125,8 @@ def _conversations(row: Row) -> tuple[list[list[Message]], int]:
     for name, messages in zip(("chosen", "rejected"), whole, strict=True):
         if not any(message["role"] == "assistant" for message in messages[num_shared:]):
             raise BadRowError(f"column {name!r} has no assistant turn of its own")
+        if messages[-1]["role"] != "assistant":
+            raise BadRowError(f"column {name!r} ends with a turn of role {messages[-1]['role']!r}, not with what is judged")
     return whole, num_shared
 
 

@@ -77,6 +77,33 @@ def test_every_bad_pair_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_what_would_spoil_a_step_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pair = {"prompt": "1+1", "chosen": "2", "rejected": "3"}
+    rows = [
+        {**pair, "margin": 0.5},
+        {**pair, "margin": None},
+        {**pair, "margin": float("nan")},
+        {**pair, "margin": float("inf")},
+    ]
+    found = said(capsys, written(tmp_path, rows))[1]
+    bad = [f"row {row}: column 'margin' holds {held}; expected a finite number" for row, held in ((2, "nan"), (3, "inf"))]
+    assert found == [*bad, "preferences: 2 of 4 rows can be used"]
+    user = {"role": "user", "content": "1+1"}
+    rows = [{"chosen": [user, TURN, user], "rejected": [user, {**TURN, "content": "3"}]}]
+    assert "row 0: column 'chosen' ends with a turn of role 'user'" in said(capsys, written(tmp_path, rows))[1][0]
+    rows = [{**GOOD, "chat_template_kwargs": "[1]"}, {**GOOD, "reward_model": None, "chat_template_kwargs": None}]
+    assert said(capsys, written(tmp_path, rows))[1][:2] == [
+        "row 0: column 'chat_template_kwargs' holds [1]; expected names and values",
+        "row 1: column 'reward_model' has no ground_truth",
+    ]
+
+
+def test_a_file_without_rows_is_not_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = written(tmp_path, [GOOD])
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    assert said(capsys, path) == (1, ["prompts: 0 of 0 rows can be used"])
+
+
 def test_with_a_tokenizer_lengths_and_templates_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = make_tiny_model(tmp_path / "model")
     rows = [{"messages": [{"role": "user", "content": "1" * 40}, TURN]}, {"messages": [{"role": "user", "content": "1"}, TURN]}]
