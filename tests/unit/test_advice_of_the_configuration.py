@@ -67,7 +67,7 @@ def alternatives(message: str, given: Sequence[str]) -> list[list[str]]:
         found += [[f"{name}={value}"] for name, value in re.findall(r"[Ss]et ([a-z_]+): (\w+)", sentence)]
         for start in ("Set it to ", "Use one of ", "Use ", "Set "):
             if sentence.startswith(start) and "=" not in sentence.split(",")[0]:
-                values = re.split(r", or |, | or ", sentence.removeprefix(start).rstrip("."))
+                values = re.split(r", or |, | or ", re.split(r",? or \w+=", sentence)[0].removeprefix(start).rstrip("."))
                 found += [[f"{key}={value}"] for value in values if re.fullmatch(r"[\w+'.-]+", value) and value != "it"]
                 break
         if "eave it out" in sentence:
