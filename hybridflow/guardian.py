@@ -27,10 +27,23 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MAX_OUTPUT_BYTES = 2**16
 OUTPUT_PERIOD_S = 60.0
 """In which a process may write so much; what is more is dropped, and that is said once."""
+MAX_TRACE_CHARACTERS = 4000
+"""Of what is said of an error in code of a user, which goes to the log: its message may be a whole tensor."""
 LOAD_TIMEOUT_S = 300.0
 """For the code of a user to be loaded, which may import large packages from a slow disk."""
 ENDING_S = 5.0
 """For what was killed to end. A process in the kernel may not."""
+
+
+def shortened(text: str) -> str:
+    """Beginning and end of a long text.
+
+    Example:
+        >>> shortened("short"), len(shortened("x" * 10**8)) < 5000
+        ('short', True)
+    """
+    half = MAX_TRACE_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]}\n... {len(text) - 2 * half:,} characters ...\n{text[-half:]}"
 
 
 def start_guarded(module: str, connection: Connection) -> subprocess.Popen[bytes]:

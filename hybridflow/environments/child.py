@@ -23,6 +23,7 @@ from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments.base import Message, Opening, Outcome, Row, load_environment, opening_of, outcome_of
 from hybridflow.environments.threads import on_thread
 from hybridflow.errors import HybridflowError
+from hybridflow.guardian import shortened
 from hybridflow.orphan import end_with_parent
 
 MAX_THREADS = 64
@@ -132,7 +133,7 @@ class Episodes:
             allowed = f"environment.timeout_s={self.config.timeout_s:g}"
             result = MethodFailure("timed out", f"{ask.method} has not returned within {allowed}")
         except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError):
-            result = MethodFailure("raised", traceback.format_exc())
+            result = MethodFailure("raised", shortened(traceback.format_exc()))
         if os.getpid() != self.own:  # a method that forks returns twice: what the copy says is nobody's answer
             os._exit(0)
         if ask.method == "close":
@@ -187,7 +188,7 @@ def main() -> None:
         connection.send(NotLoaded(str(error)))
         return
     except Exception:
-        connection.send(NotLoaded(f"the environment does not load:\n{traceback.format_exc()}"))
+        connection.send(NotLoaded(f"the environment does not load:\n{shortened(traceback.format_exc())}"))
         return
     connection.send(Loaded())
 

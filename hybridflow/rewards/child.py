@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from hybridflow.errors import HybridflowError, RewardError
+from hybridflow.guardian import shortened
 from hybridflow.orphan import end_with_parent
 from hybridflow.rewards.call import Kind, RewardInput
 from hybridflow.rewards.results import Failure, Score
@@ -48,7 +49,7 @@ def main() -> None:
         connection.send(Stop(str(error)))
         return
     except Exception:
-        connection.send(Stop(f"the reward function does not load:\n{traceback.format_exc()}"))
+        connection.send(Stop(f"the reward function does not load:\n{shortened(traceback.format_exc())}"))
         return
     connection.send(Ready(scorer.name, scorer.kind, scorer.concurrency if scorer.is_async else 1))
     own = os.getpid()

@@ -11,12 +11,11 @@ from typing import Literal, Protocol, SupportsFloat, cast, runtime_checkable
 import numpy as np
 
 from hybridflow.errors import RewardError
+from hybridflow.guardian import shortened
 
 MAIN_KEYS = ("overall", "score")
 TAKEN_METRICS = ("mean", "std", "failed")
 """What `reward/...` says of the reward itself; see controller/batch_metrics.py."""
-MAX_CHARACTERS = 4000
-"""Of what is said of a failure: whatever a function raises goes to the log."""
 CALLING = ("rewards/scorer.py", "rewards/call.py", "rewards/results.py", "concurrent/futures/_base.py", "asyncio/timeouts.py")
 """Files between the pool and the function that is called."""
 
@@ -58,9 +57,7 @@ def trace_of(error: BaseException) -> str:
     rest = error.__traceback__
     while rest is not None and rest.tb_frame.f_code.co_filename.endswith(CALLING):
         rest = rest.tb_next
-    text = "".join(traceback.format_exception(type(error), error, rest))
-    half = MAX_CHARACTERS // 2
-    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+    return shortened("".join(traceback.format_exception(type(error), error, rest)))
 
 
 def as_list(results: object, num_inputs: int) -> Sequence[object]:

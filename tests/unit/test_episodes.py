@@ -44,6 +44,7 @@ class Odd:
     def step(self, message):
         match self.kind:
             case "raise": raise ZeroDivisionError("in the third room")
+            case "long": raise ValueError("x" * 10**7)
             case "hang": time.sleep(3600)
             case "spin":
                 while True: pass
@@ -211,6 +212,12 @@ def test_a_process_that_ends_takes_only_the_calls_with_it_that_it_was_in(start: 
     failed = worker.generate(episode_rows(["exit", "fine", "fine"]))["episode_failed"]
     assert failed[0]
     assert not worker.generate(episode_rows(["fine"] * 4))["episode_failed"].any()
+
+
+def test_what_is_said_of_a_failure_is_bounded(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    assert start(MISBEHAVING).generate(episode_rows(["long", "fine"]))["episode_failed"].tolist() == [True, False]
+    (said,) = [line for line in caplog.messages if "an episode failed" in line]
+    assert len(said) < 6000 and 'raise ValueError("x" * 10**7)' in said
 
 
 def test_where_all_fail_the_run_ends_and_says_why(start: Start) -> None:
