@@ -57,8 +57,8 @@ def tokenizer_at(path: str, *, key: str = "model.tokenizer", trust_remote_code: 
     _check_folder(path, key)
     try:
         return loaded(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise ModelError(f"{key}={path!r}: the tokenizer does not load: {error}") from error
+    except Exception as error:  # what damaged or foreign files end in is open
+        raise ModelError(f"{key}={path!r}: the tokenizer does not load: {type(error).__name__}: {error}") from error
 
 
 def _check_folder(path: str, key: str) -> None:
@@ -118,22 +118,20 @@ def prompt_texts(
     Raises:
         RowError: the chat template refuses a conversation.
     """
-    from jinja2 import TemplateError
 
     def render(some: list[list[Message]], given: Mapping[str, object]) -> list[str]:
         return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True, **given)
 
-    refusals = (TemplateError, TypeError, ValueError, KeyError)
     each = options or [{}] * len(conversations)
     try:
         if all(given == each[0] for given in each):
             return render(conversations, each[0] if each else {})
         return [render([conversation], given)[0] for conversation, given in zip(conversations, each, strict=True)]
-    except refusals as first_error:
+    except Exception as first_error:  # a template may end in anything
         for row, (conversation, given) in enumerate(zip(conversations, each, strict=True)):
             try:
                 render([conversation], given)
-            except refusals as error:
+            except Exception as error:
                 problem = f"the tokenizer's chat template refuses the prompt ({error}): {conversation!s:.500}"
                 raise RowError(row, problem) from error
         raise DataError(f"the tokenizer's chat template fails: {first_error}") from first_error

@@ -76,7 +76,10 @@ class Preferences:
             is_rendered = is_templated(tokenizer, has_messages=has_messages, use=self.data.apply_chat_template)
             messages = checked_messages(prompt, "prompt") if has_messages else [{"role": "user", "content": prompt}]
             template = Template(self.tokenizer, options)
-            text = template.render(messages, add_generation_prompt=True) if is_rendered else str(prompt)
+            try:
+                text = template.render(messages, add_generation_prompt=True) if is_rendered else str(prompt)
+            except Exception as error:  # a template may end in anything
+                raise BadRowError(f"the chat template refuses the prompt: {error}") from error
         (ids,) = encode(cast(Tokenizer, self.tokenizer), [text], add_special_tokens=not is_rendered)
         return [self._answered(ids, text, response) for response in (chosen, rejected)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -20,6 +21,8 @@ logger = logging.getLogger("hybridflow")
 
 LoadingInfo = Mapping[str, Collection[Any]]
 MAX_NAMED = 3
+WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+"""safetensors' names of integers."""
 RANDOM_SETTINGS = ("dropout", "layerdrop", "pdrop")
 """What settings have in their names by which training would leave out parts at random."""
 
@@ -92,6 +95,7 @@ def _with_weights(source: ModelSource, config: PretrainedConfig, *, is_policy: b
     layers = [name for name, module in model.named_modules() if module is output_layer(model)]
     left_out = {f"{layer}.{name}" for layer in layers for name, _ in output_layer(model).named_parameters()}
     check_complete(source.path, found, may_miss=set() if is_policy else left_out)
+    check_numbers(source.path, model)
     if unused := sorted(found["unexpected_keys"]):
         logger.warning("%r: %d weight(s) have no place in the model: %s", source.path, len(unused), _some(unused))
     return model
@@ -109,6 +113,22 @@ def check_complete(path: str, found: LoadingInfo, *, may_miss: Collection[str] =
     if missing := sorted(set(found["missing_keys"]) - set(may_miss)):
         problem = f"{path!r} lacks {len(missing)} weight(s) of its config.json, which would be random: {_some(missing)}"
         raise ModelError(f"{problem}. Was it saved or copied completely?")
+
+
+def check_numbers(path: str, model: PreTrainedModel) -> None:
+    """Refuse a folder whose weights are integers, which transformers takes as they are: what they stand for says a scale that
+    its configuration does not name.
+
+    Raises:
+        ModelError: at least one is.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            names = [name for name in opened.keys() if name in parameters]  # noqa: SIM118 (no dict)
+            if whole := [name for name in names if opened.get_slice(name).get_dtype() in WHOLE]:
+                problem = f"{path!r} holds {len(whole)} weight(s) as integers: {_some(whole)}"
+                raise ModelError(f"{problem}. Its config.json names no quantization; give the model in floating point")
 
 
 def _some(names: list[str]) -> str:

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from hybridflow.data.chat import tokenizer_at
 from hybridflow.errors import EngineError
 from hybridflow.models import self_test
-from hybridflow.models.load import LoadingInfo, check_complete, explained, length_limit
+from hybridflow.models.load import LoadingInfo, check_complete, check_numbers, explained, length_limit
 from hybridflow.rollout.base import Engine, EngineSpec, Request, Response, Sampling
 from hybridflow.rollout.expected_weights import ExpectedWeights
 from hybridflow.rollout.running_rows import RunningRows, Slots
@@ -58,6 +58,7 @@ class TorchEngine(Engine):
             )
         self.model, found = cast("tuple[PreTrainedModel, LoadingInfo]", loaded)
         check_complete(spec.model, found)
+        check_numbers(spec.model, self.model)
         module: torch.nn.Module = self.model
         module.to(spec.device).eval().requires_grad_(False)
         tokenizer = tokenizer_at(spec.tokenizer or spec.model, trust_remote_code=spec.trust_remote_code)
