@@ -17,7 +17,7 @@ from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
-from hybridflow.config.ranges import AT_LEAST_TWO
+from hybridflow.config.ranges import COUNT
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Config(GroupOptions, PolicyOptions):
     """Options of OPO."""
 
-    responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 8
+    responses_per_prompt: Annotated[int, COUNT] = 8
     """Responses generated to each prompt: the group whose weighted mean is the baseline."""
 
 

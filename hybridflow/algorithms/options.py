@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from hybridflow import ops
 from hybridflow.algorithms.importance import ImportanceOptions
 from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
-from hybridflow.config.ranges import ABOVE_ONE, AT_LEAST_TWO, COUNT, NOT_NEGATIVE
+from hybridflow.config.ranges import ABOVE_ONE, COUNT, NOT_NEGATIVE
 from hybridflow.errors import FieldError
 
 if TYPE_CHECKING:
@@ -154,8 +154,9 @@ class PolicyOptions(UpdateOptions):
 class GroupOptions(UpdateOptions):
     """To inherit from, beside `PolicyOptions` where the ratio is clipped: several responses to each prompt."""
 
-    responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 8
-    """Responses generated to each prompt: the group that each is compared with."""
+    responses_per_prompt: Annotated[int, COUNT] = 8
+    """Responses generated to each prompt: the group that each is compared with. One alone keeps its reward, as with no
+    baseline."""
     dynamic_sampling: bool = False
     """Refuse prompts whose responses all have the same reward (DAPO, arXiv:2503.14476, eq. 11)."""
     max_rounds: Annotated[int, COUNT] = 10
@@ -165,6 +166,13 @@ class GroupOptions(UpdateOptions):
     fifth of them."""
     overlong_penalty: Annotated[float, NOT_NEGATIVE] = 0.0
     """Taken from the reward of a response that is as long as may be (DAPO, eq. 13); 0 for none."""
+
+    def errors(self, run: RunConfig) -> list[FieldError]:
+        errors = super().errors(run)
+        if self.dynamic_sampling and self.responses_per_prompt == 1:
+            problem = "refuses groups of equal rewards, and a group of one is one. Set algorithm.responses_per_prompt=8"
+            errors.append(FieldError("algorithm.dynamic_sampling", problem, related=("algorithm.responses_per_prompt",)))
+        return errors
 
     def length_penalty(self, run: RunConfig, tokens_B: Any) -> Any:  # arrays of numbers, one per row
         """What to add to rewards, 0 or below."""

@@ -18,7 +18,7 @@ from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import Aggregation, KLEstimator
-from hybridflow.config.ranges import AT_LEAST_TWO, NOT_NEGATIVE
+from hybridflow.config.ranges import COUNT, NOT_NEGATIVE
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Config(GroupOptions, PolicyOptions):
     """Options of RLOO."""
 
-    responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 4
+    responses_per_prompt: Annotated[int, COUNT] = 4
     """Responses generated to each prompt; the mean reward of the others is the baseline."""
     kl_in: Literal["reward", "loss", "none"] = "reward"
     """Where the KL to the reference counts: in the reward, in the loss, or nowhere (no reference is loaded)."""

@@ -10,7 +10,7 @@ from hybridflow.config import verl_keys
 from hybridflow.config.build import found, keys_of, suggestion
 from hybridflow.config.schema import RENAMED, AlgorithmConfig, Config
 from hybridflow.config.tree import Setting, insert, lookup, merged
-from hybridflow.config.verl import OF_THE_MACHINE, PAGE, Translated, VerlSet
+from hybridflow.config.verl import OF_A_FORK, OF_THE_MACHINE, PAGE, Translated, VerlSet
 from hybridflow.config.verl_values import is_off
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
 
@@ -140,11 +140,11 @@ class Settings:
         """False for what is no key of ours or verl's, which is told, and for verl's gamma where there is none here."""
         section, _, option = setting.key.partition(".")
         is_known = setting.key in KNOWN_KEYS or setting.key in CHOICES or any(setting.key.startswith(f"{m}.") for m in MAPPINGS)
-        if is_known or (section == "algorithm" and option in options) or section not in SECTIONS:
+        if is_known or (section == "algorithm" and option in options):
             return True
         if setting.key not in BOTH and not is_off(setting.value):
             near = suggestion(setting.key, KNOWN_KEYS, verl_keys.stands_for())
-            problem = f"is neither a key of ours nor one of verl's that is known here{near} {PAGE} lists verl's"
+            problem = f"is neither a key of ours nor one of verl's that is known here{near} {PAGE} lists verl's. {OF_A_FORK}"
             self.reports.append(FieldError(setting.key, problem, setting.place))
         return False
 

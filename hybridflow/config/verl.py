@@ -13,7 +13,8 @@ from hybridflow.config.verl_values import CONVERSIONS, UntranslatableError, is_o
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
 
 PAGE = "docs/from_verl.md"
-UNKNOWN = "verl's key is not known here. {}See " + PAGE + " for all that are; `~KEY` on the command line takes it out of a file"
+OF_A_FORK = "A fork of verl may read it; here nothing does: take it out, or write that (docs/writing_an_algorithm.md)"
+UNKNOWN = "verl's key is not known here. {}See " + PAGE + " for all that are; `~KEY` takes it out of a file. " + OF_A_FORK
 MAY_LACK = {"clip", "dual_clip", "gamma", "gae_lambda", "value_clip", "value_loss_aggregation", "loss_length"}
 MAY_LACK |= {"kl_target", "kl_horizon", "informative"}
 """Options that verl, too, leaves alone where the algorithm has no use for them."""

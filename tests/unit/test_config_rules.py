@@ -436,9 +436,12 @@ def test_an_option_of_an_algorithm_out_of_range_is_a_mistake(tmp_path: Path, ove
     assert only_mistake(tmp_path, override).startswith(f"{override.partition('=')[0]}: {expected}")
 
 
-def test_a_group_of_grpo_has_two_responses_at_least(tmp_path: Path) -> None:
-    found = only_mistake(tmp_path, "algorithm=grpo", "algorithm.responses_per_prompt=1")
+def test_a_group_of_one_is_refused_where_it_has_nothing_to_say(tmp_path: Path) -> None:
+    alone = "algorithm.responses_per_prompt=1"
+    found = only_mistake(tmp_path, "algorithm=grpo_pass_at_k", alone)
     assert found == "algorithm.responses_per_prompt: found 1 (integer); needed: an integer of at least 2"
+    assert "a group of one is one" in only_mistake(tmp_path, "algorithm=grpo", alone, "algorithm.dynamic_sampling=true")
+    assert mistakes_of([*right_run(tmp_path), "algorithm=rloo", alone]) == []  # its reward, without a baseline
 
 
 def test_an_estimator_whose_gradient_is_zero_on_average_is_refused_in_the_loss(tmp_path: Path) -> None:
