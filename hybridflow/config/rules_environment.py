@@ -45,7 +45,7 @@ def environment_can_be_found(config: Config, roles: tuple[str, ...]) -> Iterator
 
 
 def episodes_can_be_generated(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
-    """The algorithm generates, by engines of one rank each, and calls of tools can be read."""
+    """The algorithm generates, and calls of tools can be read."""
     environment = config.environment
     if environment.tool_format not in TOOL_FORMATS:
         near = nearest(environment.tool_format, TOOL_FORMATS) or "."
@@ -57,6 +57,3 @@ def episodes_can_be_generated(config: Config, roles: tuple[str, ...]) -> Iterato
         problem = f"{config.algorithm.name} generates nothing, so that an environment has nothing to answer. Leave it out"
         key = "environment.path" if environment.path is not None else "environment.name"
         yield FieldError(key, problem, related=("algorithm.name",))
-    if config.rollout.tensor_parallel > 1:
-        problem = f"found {config.rollout.tensor_parallel}: episodes need engines of one rank each. Set it to 1"
-        yield FieldError("rollout.tensor_parallel", problem, related=("environment.path", "environment.name"))

@@ -32,6 +32,10 @@ class Decision:
     """Those that the engine has been given then; where an interrupt comes, those that it stops."""
     num_interrupts: int
     is_closing: bool
+    num_pauses: int = 0
+    """Those that have begun: the engine is idle, and belongs to whoever asked for them."""
+    fresh: Sequence[Sequence[Request]] = ()
+    """The submissions among them that this rank has not been given before, for ranks that have none of their own."""
 
 
 Agree = Callable[[Decision], Decision]
@@ -41,9 +45,10 @@ Agree = Callable[[Decision], Decision]
 class EngineThread:
     """Owns an engine. Every request that was submitted ends in a response or an error, whatever happens to the thread."""
 
-    def __init__(self, engine: Engine, *, agree: Agree | None = None):
-        """`agree` is for ranks that share an engine (rollout/lockstep.py)."""
-        self._engine, self._agree = engine, agree
+    def __init__(self, engine: Engine, *, agree: Agree | None = None, follows: bool = False):
+        """`agree` is for ranks that share an engine (rollout/lockstep.py). One that `follows` is given no requests by its own
+        process, but steps its part of the engine with those of the first rank."""
+        self._engine, self._agree, self._follows = engine, agree, follows
         self._ids = count()
         self._changed = threading.Condition()
         self._submitted: deque[Submitted] = deque()
@@ -51,7 +56,7 @@ class EngineThread:
         """What was submitted after a pause was asked for."""
         self._unanswered: dict[int, tuple[int, Future[Response]]] = {}
         self._failure: BaseException | None = None
-        self._num_pauses = 0
+        self._num_pauses_asked, self._num_pauses_begun, self._num_pauses_ended = 0, 0, 0
         self._num_taken = 0
         """Submissions that the engine has been given, or that an interrupt has stopped before."""
         self._num_interrupts_asked = 0
@@ -77,7 +82,7 @@ class EngineThread:
         futures: list[Future[Response]] = [Future() for _ in requests]
         with self._changed:
             self._raise_failure()
-            (self._held_back if self._num_pauses else self._submitted).append(list(zip(requests, futures, strict=True)))
+            (self._held_back if self._is_paused else self._submitted).append(list(zip(requests, futures, strict=True)))
             self._changed.notify_all()
         return futures
 
@@ -121,14 +126,16 @@ class EngineThread:
         What was submitted before is answered first, what is submitted later waits.
         """
         with self._changed:
-            self._num_pauses += 1
+            self._num_pauses_asked += 1
+            number = self._num_pauses_asked
+            self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: not (self._unanswered or self._submitted) or self._failure is not None)
+                self._changed.wait_for(lambda: self._num_pauses_begun >= number or self._failure is not None or self._is_closed)
                 self._raise_failure()
                 yield self._engine
             finally:
-                self._num_pauses -= 1
-                if not self._num_pauses:
+                self._num_pauses_ended += 1
+                if not self._is_paused:
                     self._submitted.extend(self._held_back)
                     self._held_back.clear()
                 self._changed.notify_all()
@@ -140,6 +147,14 @@ class EngineThread:
             self._changed.notify_all()
         self._thread.join()
         self._engine.close()
+
+    @property
+    def _is_pause_over(self) -> bool:
+        return self._num_pauses_ended >= self._num_pauses_begun
+
+    @property
+    def _is_paused(self) -> bool:
+        return self._num_pauses_asked > self._num_pauses_ended
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -172,24 +187,32 @@ class EngineThread:
         """Wait until there is something to do, and say what; with the other ranks, where there are any.
 
         A rank asks the others only where it has something to do itself. All are told the same by their callers, so what the
-        first one decides, the others have or will have.
+        first one decides, the others have or will have. One that follows waits for the first alone.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._is_closed or self._unanswered or self._submitted or self._num_interrupts_asked > self._num_interrupts
-                )
-            )
-            self._gather()
+            if not self._follows:
+                self._changed.wait_for(self._has_work)
+                self._gather()
             known = self._num_taken + len(self._submitted)
-            decision = Decision(known, max(self._num_interrupts_asked, self._num_interrupts), self._is_closed)
-        return decision if self._agree is None else self._agree(decision)
+            is_idle = not (self._unanswered or self._submitted)
+            num_pauses = self._num_pauses_asked if is_idle else self._num_pauses_begun
+            fresh = [[request for request, _ in submission] for submission in self._submitted]
+            num_interrupts = max(self._num_interrupts_asked, self._num_interrupts)
+            decision = Decision(known, num_interrupts, self._is_closed, num_pauses, fresh)
+        decision = decision if self._agree is None else self._agree(decision)
+        if self._follows:
+            self._submitted += [[(request, Future()) for request in submission] for submission in decision.fresh]
+        return decision
+
+    def _has_work(self) -> bool:
+        is_asked = self._num_interrupts_asked > self._num_interrupts or self._num_pauses_asked > self._num_pauses_begun
+        return bool(is_asked or self._is_closed or self._unanswered or self._submitted)
 
     def _gather(self) -> None:
         """Where what was submitted is no less than what runs, wait for more as long as more comes."""
         ends = time.monotonic() + MAX_GATHERING_S
         while (known := sum(map(len, self._submitted))) and known >= len(self._unanswered):
-            is_needed = self._is_closed or self._num_interrupts_asked > self._num_interrupts or self._num_pauses
+            is_needed = self._is_closed or self._num_interrupts_asked > self._num_interrupts or self._is_paused
             num_calls, seconds = len(self._submitted), min(GAP_S, ends - time.monotonic())
             if is_needed or seconds <= 0 or not self._changed.wait_for(lambda n=num_calls: len(self._submitted) > n, seconds):  # type: ignore[misc]
                 return
@@ -201,7 +224,8 @@ class EngineThread:
             self._answer(self._engine.interrupt())
         with self._changed:
             while self._num_taken < decision.num_submissions:
-                self._changed.wait_for(lambda: self._submitted or self._is_closed)
+                # What comes behind a pause of the first rank may come while this rank's goes on.
+                self._changed.wait_for(lambda: self._is_closed or (self._submitted and (is_interrupt or self._is_pause_over)))
                 if not self._submitted:  # closed
                     return
                 for request, future in self._submitted[0]:
@@ -212,7 +236,7 @@ class EngineThread:
                 self._submitted.popleft()
                 self._num_taken += 1
                 self._changed.notify_all()
-            self._num_interrupts = decision.num_interrupts
+            self._num_interrupts, self._num_pauses_begun = decision.num_interrupts, decision.num_pauses
             self._changed.notify_all()
 
     def _admit(self, request: Request, future: Future[Response]) -> None:

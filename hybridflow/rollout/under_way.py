@@ -241,3 +241,16 @@ class RowsUnderWay:
         """The engine has ended a row. Called with the lock, on the engine's thread."""
         del self._rows[row.number]
         self._finished.append(row)
+
+
+class RowsElsewhere(RowsUnderWay):
+    """On a rank that follows another (EngineThread, `follows`), which has the rows."""
+
+    def submit(self, rows: Sequence[RowUnderWay]) -> None:
+        """The other rank submits them."""
+
+    def interrupt(self) -> None:
+        """The other rank interrupts them."""
+
+    def unfinished(self) -> list[RowUnderWay]:
+        return []

@@ -31,7 +31,7 @@ from hybridflow.rollout.base import Engine, EngineSpec, Sampling
 from hybridflow.rollout.seeds import mixed_seed
 from hybridflow.rollout.step_thread import EngineThread
 from hybridflow.rollout.stopping import detokenizer
-from hybridflow.rollout.under_way import RowsUnderWay, RowUnderWay
+from hybridflow.rollout.under_way import RowsElsewhere, RowsUnderWay, RowUnderWay
 from hybridflow.user_file import split_name
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.proof import probe_rows
@@ -107,11 +107,13 @@ class RolloutWorker(Worker):
         if not (isinstance(engine_class, type) and issubclass(engine_class, Engine)):
             problem = f"{name!r} is no subclass of hybridflow.rollout.base.Engine"
             raise ConfigError([FieldError("rollout.engine", problem)])
-        agree = lockstep(context.layout, context.rank)
-        self.engine = EngineThread(engine_class(engine_spec(self.config, context)), agree=agree)
+        # What an environment answers, and when, only one rank can know: it has the rows, and tells the others what to generate.
+        agree = lockstep(context.layout, context.rank, sends_requests=config.environment.is_set)
+        self.follows = config.environment.is_set and context.layout.tensor_rank(context.rank) > 0 and agree is not None
+        self.engine = EngineThread(engine_class(engine_spec(self.config, context)), agree=agree, follows=self.follows)
         self.environment: Surroundings | None = None
-        """Of episodes, where rows are such."""
-        if config.environment.is_set:
+        """Of episodes, where rows are such and this rank has them."""
+        if config.environment.is_set and not self.follows:
             self.environment = Surroundings(config, self.tokenizer, EnvironmentProcesses(config.environment))
         self.rows = self._no_rows()
         """Those of `submit`."""
@@ -204,6 +206,8 @@ class RolloutWorker(Worker):
         return started_columns(self.rows.unfinished())
 
     def _no_rows(self) -> RowsUnderWay:
+        if self.follows:
+            return RowsElsewhere(self.engine, detokenizer(self.tokenizer))
         if self.environment is not None:
             return EpisodesUnderWay(self.engine, self.environment)
         return RowsUnderWay(self.engine, detokenizer(self.tokenizer))

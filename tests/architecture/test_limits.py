@@ -104,7 +104,7 @@ BUDGETS = {
     "hybridflow/planner": 1090,
     "hybridflow/resharding": 1375,
     "hybridflow/rewards": 2220,
-    "hybridflow/rollout": 2845,
+    "hybridflow/rollout": 2895,
     "hybridflow/trackers": 1420,
     "hybridflow/workers": 3200,
 }

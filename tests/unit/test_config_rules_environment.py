@@ -46,10 +46,6 @@ def test_a_mistake_is_told(tmp_path: Path, override: str, problem: str) -> None:
     [
         (["environment.class_name=Gam"], "has no 'Gam'; did you mean 'Game'?"),
         (["environment.name=json:loads"], "Leave out one of them"),
-        (
-            ["rollout.tensor_parallel=2", "rollout.engine=vllm", "placement.pools.main=1x2"],
-            "episodes need engines of one rank each",
-        ),
         (["algorithm=sft"], "sft generates nothing"),
     ],
 )

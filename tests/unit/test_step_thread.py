@@ -179,13 +179,16 @@ class SharedEngine(CountingEngine):
 class TwoRanks:
     """Two ranks of one engine in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, follows: bool = False) -> None:
         meet = threading.Barrier(2)
         self.decisions: queue.SimpleQueue[Decision] = queue.SimpleQueue()
         self.steps: tuple[list[list[int]], list[list[int]]] = ([], [])
         self.engines = [SharedEngine(meet, steps) for steps in self.steps]
         agreements = [self.tell, lambda _: self.decisions.get(timeout=10)]
-        self.threads = [EngineThread(engine, agree=agree) for engine, agree in zip(self.engines, agreements, strict=True)]
+        self.threads = [
+            EngineThread(engine, agree=agree, follows=follows and rank == 1)
+            for rank, (engine, agree) in enumerate(zip(self.engines, agreements, strict=True))
+        ]
 
     def tell(self, decision: Decision) -> Decision:
         self.decisions.put(decision)
@@ -395,7 +398,7 @@ def test_what_a_pause_holds_back_is_interrupted_too() -> None:
             paused.set()
 
     pausing = run_in_thread(pause)
-    while not thread._num_pauses:
+    while not thread._is_paused:
         time.sleep(0.001)
     held_back = thread.submit([request(2)])[0]
     thread.interrupt()
