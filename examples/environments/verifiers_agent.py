@@ -5,8 +5,9 @@
         'environment.options={taskset: {id: my-taskset}}'
 
 The options are the configuration of a `verifiers.v1` environment: a taskset, and what its agents run in. A row of the dataset
-names its task by `extra_info.task`, the position of the task in the taskset. Written for verifiers 0.4; it has not been run
-with it, since verifiers asks for an older openai package than others do.
+names its task by `extra_info.task`, the position of the task in the taskset. Run with verifiers 0.4.0 and its harness `null` in
+a subprocess: `agent: {harness: {id: "null"}, runtime: {type: subprocess}}` among the options. verifiers asks for an older
+openai package than others do: install it in a folder of its own (`pip install --target`), which PYTHONPATH names first.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class VerifiersAgent:
         client = EvalClientConfig(base_url=address, api_key_var=KEY_VARIABLE)
         episode = await environment.run_episode(tasks[row["extra_info"]["task"]], ModelContext(model="policy", client=client))
         if not episode.ok:
-            raise RuntimeError(f"the episode of verifiers failed: {[error.message for error in episode.errors]}")
+            errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
+            raise RuntimeError(f"the episode of verifiers failed: {[error.message for error in errors]}")
         return sum(trace.reward for trace in episode.traces), {"traces": float(len(episode.traces))}
 
     async def _served(self) -> tuple[Any, list[Any]]:
