@@ -85,7 +85,10 @@ class ModelCore:
 
 
 def frozen(core: ModelCore) -> ModelCore:
-    """A model that only computes: the reference, reward models in use."""
-    core.model.requires_grad_(False)
+    """A model that only computes: the reference, reward models in use.
+
+    Its weights go on saying that they require gradients, though nobody asks for any: compiled layers are made for what weights
+    say, and so the reference takes those that were compiled for the actor.
+    """
     core.offload()
     return core
