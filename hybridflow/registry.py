@@ -31,6 +31,7 @@ ALGORITHMS = {
     "gmpo": "hybridflow.algorithms.gmpo:GMPO",
     "opo": "hybridflow.algorithms.opo:OPO",
     "gpg": "hybridflow.algorithms.gpg:GPG",
+    "dro": "hybridflow.algorithms.dro:DRO",
     "sapo": "hybridflow.algorithms.sapo:SAPO",
     "kl_cov": "hybridflow.algorithms.kl_cov:KLCov",
     "clip_cov": "hybridflow.algorithms.clip_cov:ClipCov",

@@ -60,7 +60,7 @@ OF_ESTIMATOR = {
 }
 """Algorithms with the clipped ratio, loss_mode vanilla."""
 OF_LOSS = {"gspo": "gspo", "cispo": "cispo", "geo_mean": "gmpo", "sapo": "sapo", "kl_cov": "kl_cov", "clip_cov": "clip_cov"}
-OF_LOSS |= {"dppo_tv": "dppo", "dppo_kl": "dppo"}
+OF_LOSS |= {"dppo_tv": "dppo", "dppo_kl": "dppo", "dro": "dro"}
 """Algorithms with the advantages of GRPO."""
 WITHOUT_GROUPS = ("ppo", "remax", "reinforce_plus_plus")
 """Algorithms here that compare a response with no others to its prompt."""
@@ -144,6 +144,10 @@ def loss(given: Given) -> Values:
     if mode in ("dppo_tv", "dppo_kl"):
         yield "algorithm.divergence", mode.removeprefix("dppo_")
         yield "algorithm.ratio_cap", given(f"{ACTOR}.clip_ratio_c")
+    if mode == "dro":
+        if not given.has(f"{policy_loss}.dro_beta"):
+            raise UntranslatableError(f"the loss dro needs its weight. Set {policy_loss}.dro_beta")
+        yield "algorithm.beta", given(f"{policy_loss}.dro_beta")
     if mode == "kl_cov":
         yield "algorithm.covariance_kl", given(f"{policy_loss}.ppo_kl_coef")
     if mode == "sapo":

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from hybridflow.ops.surrogates import geometric_mean as geometric_mean
     from hybridflow.ops.surrogates import kl_covariance as kl_covariance
     from hybridflow.ops.surrogates import policy_gradient as policy_gradient
+    from hybridflow.ops.surrogates import quadratic as quadratic
     from hybridflow.ops.surrogates import sequence_ratio as sequence_ratio
     from hybridflow.ops.surrogates import soft_gate as soft_gate
     from hybridflow.ops.surrogates import token_ratio as token_ratio
@@ -73,7 +74,7 @@ _NAMES = {
     "reduce": ("Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "row_sums", "to_metrics", "token_weights"),
     "surrogates": (
         *("PolicyTokens", "Surrogate", "clip_covariance", "clipped", "clipped_weight", "geometric_mean"),
-        *("kl_covariance", "policy_gradient", "sequence_ratio", "soft_gate", "token_ratio", "within_divergence"),
+        *("kl_covariance", "policy_gradient", "quadratic", "sequence_ratio", "soft_gate", "token_ratio", "within_divergence"),
     ),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

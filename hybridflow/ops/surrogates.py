@@ -180,6 +180,17 @@ def policy_gradient(tokens: PolicyTokens) -> Computed:
     return -tokens.advantage_T * tokens.log_probs_T, {}
 
 
+def quadratic(tokens: PolicyTokens, *, beta: float) -> Computed:
+    """-A log p + (beta / 2) (log r)^2: the policy gradient, and a quadratic pull to the old policy in place of a clip.
+
+    DRO, Richemond et al. 2024, arXiv:2405.19107, eq. 5, of which this is what depends on the policy, with an advantage for the
+    reward less the value, and per token.
+    """
+    log_ratio_T = tokens.log_probs_T - tokens.old_T
+    loss_T = 0.5 * beta * log_ratio_T.square() - tokens.advantage_T * tokens.log_probs_T
+    return loss_T, tokens.metrics(token_ratio(tokens).detach())
+
+
 def covariance(tokens: PolicyTokens) -> Tensor:
     """(log p - mean) (A - mean) of each token, shape [T], without gradient; means over the tokens of the microbatch.
 

@@ -185,6 +185,8 @@ def row_losses(name: str, new: Rows, frozen: Rows, case: Case, advantage: Rows) 
                 row = [-gate * A for gate, A in zip(gates, a, strict=True)]
             case "gpg":
                 row = [-A * x for A, x in zip(a, p, strict=True)]
+            case "dro":
+                row = [0.5 * (x - o) ** 2 - A * x for A, x, o in zip(a, p, q, strict=True)]
             case "kl_cov":
                 row = [-r * A for r, A in zip(ratio, a, strict=True)]
             case "dapo":

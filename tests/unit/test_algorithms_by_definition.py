@@ -223,6 +223,7 @@ WITH_A_BASELINE_OF_THEIR_OWN = {
     "remax": "the greedy response",
     "dapo": "lengths differ, and are punished",
     "kl_cov": "a KL to the old policy",
+    "dro": "the pull to the old policy",
     "reinforce_plus_plus_baseline": "a row alone has no baseline, and moves the mean of all",
 }
 

@@ -74,6 +74,15 @@ def test_the_loss_of_gpg_goes_with_any_advantages_and_its_own_are_never_divided(
     assert option(loaded(tmp_path, loss, groups, "algorithm.adv_estimator=gpg"), "scale_by_std") is False
 
 
+def test_dro_has_the_weight_that_verl_gives_it(tmp_path: Path) -> None:
+    loss = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=4", "actor.policy_loss.loss_mode=dro"]
+    config = loaded(tmp_path, *loss, "actor.policy_loss.dro_beta=0.25")
+    assert (config.algorithm.name, option(config, "beta")) == ("dro", 0.25)
+    assert any(
+        "Set actor_rollout_ref.actor.policy_loss.dro_beta" in line for line in mistakes_of([*right_run(tmp_path), *loss])
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

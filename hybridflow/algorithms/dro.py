@@ -1,0 +1,60 @@
+"""DRO: plain policy gradients with a quadratic pull to the policy that sampled, in place of a ratio and its clip.
+
+    loss = mean over tokens of -A log p + (beta / 2) (log p - log old)^2,   A as in GRPO
+
+    prompts --> rollout --> reward --> [actor: old log-probs] --> [reference] --> actor.update x updates
+
+Richemond et al. 2024, arXiv:2405.19107, sec. 3; with the advantages of a group for the value model, as in verl 0.9.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from hybridflow import ops
+from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.options import GroupOptions
+from hybridflow.batch import Batch
+from hybridflow.config.ranges import POSITIVE
+from hybridflow.metrics import Metrics
+
+if TYPE_CHECKING:
+    from hybridflow.workers.actor import ActorWorker
+    from hybridflow.workers.reference import ReferenceWorker
+    from hybridflow.workers.reward import RewardWorker
+    from hybridflow.workers.rollout import RolloutWorker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(GroupOptions):
+    """Options of DRO."""
+
+    has_ratio: ClassVar[bool] = False
+    beta: Annotated[float, POSITIVE] = 1.0
+    """Weight of the pull to the old policy, tau of the paper."""
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation."""
+
+
+class DRO(Algorithm):
+    """Roles, dataflow and loss of DRO."""
+
+    config_class = Config
+    config: Config
+    actor: ActorWorker
+    rollout: RolloutWorker
+    reference: ReferenceWorker
+    reward: RewardWorker
+
+    def collect(self, prompts: Batch) -> Batch:
+        return self.respond(prompts.repeat(self.config.responses_per_prompt))
+
+    def learn(self, batch: Batch) -> Metrics:
+        batch = self.prepare(batch)
+        advantage = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=self.config.scale_by_std)
+        loss = self.config.policy_loss(self.run, partial(ops.quadratic, beta=self.config.beta))
+        batch = batch.with_columns(advantage=advantage.numpy())
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)
