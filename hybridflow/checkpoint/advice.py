@@ -75,9 +75,10 @@ def other_algorithm(then: str, now: str) -> str:
 def other_policy(changed: Sequence[str]) -> str:
     """Where the settings of adapters differ. `changed` is as of `for_misfit`."""
     lines = "\n".join(f"  {line}" for line in changed)
+    merges = "" if any(line.startswith("model.lora_rank: 0 ") for line in changed) else ", which merges its adapters,"
     return (
-        "To continue from it, set them back; or export it (python -m hybridflow.export), which merges its adapters, and give "
-        f"that folder as model.path in a run.folder of its own:\n{lines}"
+        f"To continue from it, set them back; or export it (python -m hybridflow.export){merges} and give that folder as "
+        f"model.path in a run.folder of its own:\n{lines}"
     )
 
 

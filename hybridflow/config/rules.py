@@ -99,12 +99,16 @@ def learning_rates_are_reached(config: Config, roles: tuple[str, ...]) -> Iterat
             yield FieldWarning(f"{role}.warmup_steps", problem, related=("run.total_steps", "algorithm.name"))
 
 
-def weights_outlast_their_decay(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
-    """AdamW takes the product of rate and decay off every weight at each update; a tenth leaves nothing after some updates."""
+def weights_outlast_an_update(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
+    """AdamW moves a weight by about its rate at each update, and takes the product of rate and decay off it."""
     for role, section in config.models.items():
-        if role in roles and isinstance(section, TrainingConfig) and section.learning_rate * section.weight_decay >= 0.1:
-            taken = f"{section.learning_rate * section.weight_decay:.3g} of every weight is taken off at each update"
-            problem = f"found {section.weight_decay:g} with {role}.learning_rate={section.learning_rate:g}: {taken}"
+        rate = section.learning_rate if role in roles and isinstance(section, TrainingConfig) else 0.0
+        if rate > 1:
+            problem = f"found {rate:g}: each update moves a weight by about so much, which leaves nothing of the model"
+            yield FieldWarning(f"{role}.learning_rate", problem, related=("algorithm.name",))
+        elif rate * (decay := getattr(section, "weight_decay", 0.0)) >= 0.1:
+            taken = f"{rate * decay:.3g} of every weight is taken off at each update"
+            problem = f"found {decay:g} with {role}.learning_rate={rate:g}: {taken}"
             yield FieldWarning(f"{role}.weight_decay", problem, related=(f"{role}.learning_rate", "algorithm.name"))
 
 
@@ -203,7 +207,7 @@ RULES: tuple[Rule, ...] = (
     rules_placement.pools_are_well_formed,
     weights_match_files,
     learning_rates_are_reached,
-    weights_outlast_their_decay,
+    weights_outlast_an_update,
     several_answers_differ,
     template_variables_are_free,
     generation_runs_ahead_of_rewards,

@@ -91,7 +91,9 @@ class Checkpoints:
         changed = changes(state.config, as_written(self.config))
         self._refuse_other_algorithm(point.source, state)
         if other := changes_of_the_policy(changed, has_adapters=self.config.model.lora_rank > 0):
-            problem = f"{point.source} has adapters that are another policy under other settings."
+            had_none = any(line.startswith("model.lora_rank: 0 ") for line in other)
+            what = "was trained without adapters" if had_none else "has adapters, which are another policy under other settings"
+            problem = f"{point.source} {what}."
             raise CheckpointError.advising(problem, advice.other_policy(other))
         try:
             self._restore(point.source, state)

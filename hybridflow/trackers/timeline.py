@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,15 +83,13 @@ def read_spans(path: Path) -> list[Span]:
     pools: dict[int, str] = {}
     spans = []
     for line in path.read_bytes().split(b"\n"):
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             event = json.loads(line.removesuffix(b","))
-        except ValueError:
-            continue
-        if event["name"] == "process_name":
-            pools[event["pid"]] = event["args"]["name"]
-        elif event["ph"] == "X" and event["pid"] in pools:
-            span = Span(pools[event["pid"]], event["name"], event["ts"] / 1e6, event["dur"] / 1e6, event["args"]["step"])
-            spans.append(span)
+            if event["name"] == "process_name":
+                pools[event["pid"]] = event["args"]["name"]
+            elif event["ph"] == "X":
+                began, seconds = event["ts"] / 1e6, event["dur"] / 1e6
+                spans.append(Span(pools[event["pid"]], event["name"], began, seconds, event["args"]["step"]))
     return spans
 
 

@@ -157,6 +157,16 @@ def test_what_is_advised_where_training_was_spoilt_since_a_step_leads_behind_it(
     assert seen[0] == newest_sound + 1, (said, seen)
 
 
+def test_a_checkpoint_without_adapters_is_not_said_to_have_some(finished: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    said = command(folder, model__lora_rank="4").message
+    assert "was trained without adapters" in said and "merges" not in said and "model.lora_rank: 0 then, 4 now" in said
+    command(folder.parent / "other", model__lora_rank="4", run__total_steps="2")
+    said = command(folder.parent / "other", model__lora_rank="8").message
+    assert "has adapters, which are another policy" in said and "merges its adapters" in said
+
+
 def test_a_failure_that_would_come_again_is_to_be_put_right_first(finished: Path, capsys: pytest.CaptureFixture[str]):
     for error, is_told in ((DataError("no"), True), (CallTimeoutError("late"), False), (OSError("no"), False)):
         assert ended_by(error, config_of(finished, {})) == 1

@@ -47,7 +47,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     assert read_spans(path) == [ACTOR]
 
 
-@pytest.mark.parametrize("spoilt", [b'{"name": "actor.upd', b"\0\0\0\0", b"\xff\xfe", b'{"name": 3'])
+@pytest.mark.parametrize("spoilt", [b'{"name": "actor.upd', b"\0\0\0\0", b"\xff\xfe", b'{"name": 3', b"3", b'{"step": 1}'])
 def test_what_a_kill_or_a_power_cut_has_left_costs_no_line_of_the_resumed_run(tmp_path: Path, spoilt: bytes) -> None:
     path = written(tmp_path, ACTOR)
     path.write_bytes(path.read_bytes() + spoilt)
