@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybridflow.config import rules
+from hybridflow.config.load import load_config
 from hybridflow.config.settings import SECTIONS
 from tests.unit.config_cases import mistakes_of, right_run
 
@@ -92,3 +93,14 @@ def test_what_is_advised_is_no_mistake(given: tuple[str, ...], tmp_path: Path, m
             tried += 1
             assert set(mistakes_of(again)) < set(before), f"{message}\n  {again[len(overrides) :]}: {mistakes_of(again)}"
     assert tried, before
+
+
+def test_a_decay_that_leaves_nothing_of_the_weights_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = right_run(tmp_path)
+    load_config(None, [*run, "actor.weight_decay=10", "actor.learning_rate=0.001"])
+    assert "weight_decay" not in caplog.text
+    load_config(None, [*run, "actor.weight_decay=1000", "actor.learning_rate=0.001"])
+    assert "actor.weight_decay: found 1000 with actor.learning_rate=0.001: 1 of every weight is taken off" in caplog.text
+    load_config(None, [*run, "actor.learning_rate=1e30"])
+    assert "actor.learning_rate: found 1e+30: each update moves a weight by about so much" in caplog.text
+    assert "actor.weight_decay: found 0.01" not in caplog.text

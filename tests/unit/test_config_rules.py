@@ -489,14 +489,3 @@ def test_the_first_part_of_a_path_that_is_absent_is_compared_with_what_is_there(
         "did you mean 'models'?; a hub name looks like org/name"
     )
     assert "did you mean" not in only_mistake(tmp_path, f"model.path={tmp_path}/elsewhere/models")
-
-
-def test_a_decay_that_leaves_nothing_of_the_weights_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = right_run(tmp_path)
-    load_config(None, [*run, "actor.weight_decay=10", "actor.learning_rate=0.001"])
-    assert "weight_decay" not in caplog.text
-    load_config(None, [*run, "actor.weight_decay=1000", "actor.learning_rate=0.001"])
-    assert "actor.weight_decay: found 1000 with actor.learning_rate=0.001: 1 of every weight is taken off" in caplog.text
-    load_config(None, [*run, "actor.learning_rate=1e30"])
-    assert "actor.learning_rate: found 1e+30: each update moves a weight by about so much" in caplog.text
-    assert "actor.weight_decay: found 0.01" not in caplog.text
