@@ -163,13 +163,15 @@ class Algorithm(ABC):
         penalty = options.length_penalty(self.run, batch["response_tokens"])
         return batch.with_columns(reward=batch["reward"] + penalty, length_penalty=penalty)
 
-    def with_returns(self, batch: Batch, *, gamma: float = 1.0, whiten: bool = False, with_kl: bool = True) -> Batch:
+    def with_returns(
+        self, batch: Batch, *, gamma: float = 1.0, lam: float = 1.0, whiten: bool = False, with_kl: bool = True
+    ) -> Batch:
         """`batch` with column `advantages`: at each token the discounted sum of the rewards from it on, which carry the KL of
-        their token where `with_kl` and `kl_in: reward` say so."""
+        their token where `with_kl` and `kl_in: reward` say so; where it has a critic's `values`, GAE of these."""
         options = self.options()
         function = TokenAdvantages(
             gamma=gamma,
-            lam=1.0,
+            lam=lam,
             whiten=whiten,
             kl_coefficient=options.kl_coefficient if with_kl and options.kl_in == "reward" else 0.0,
             kl_estimator=options.kl_estimator,

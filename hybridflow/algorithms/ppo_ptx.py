@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.mixing import mixed
-from hybridflow.algorithms.options import PolicyOptions, old_column
+from hybridflow.algorithms.options import PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import KLEstimator
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
-from hybridflow.workers.token_functions import TokenAdvantages
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
@@ -79,30 +78,18 @@ class PPOPtx(Algorithm):
     def learn(self, batch: Batch) -> Metrics:
         values = self.critic.values.start(batch)
         batch = self.with_log_probs(batch).join(values.result())
-        batch = batch.join(self.critic.compute(batch, self.advantages()))
+        batch = self.with_returns(batch, lam=self.config.gae_lambda, whiten=True)
         of_policy = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        of_values = ops.ValueLoss(clip=self.config.value_clip)
         loss = ops.PretrainingLoss(policy=of_policy, coefficient=self.config.pretraining_coefficient)
         parts, calls, temperature = self.updates(batch), [], self.run.rollout.temperature
         for number, part in enumerate(parts):
             count = self.config.pretraining_rows or len(part)
             text = self.pretraining.next_rows(self.step, number, len(parts), count)
-            calls.append(self.critic.update.start(part, loss=of_values))
+            calls.append(self.critic.update.start(part, loss=ops.ValueLoss(clip=self.config.value_clip)))
             calls.append(
                 self.actor.update.start(mixed(part, text, self.actor, of_policy.columns, temperature=temperature), loss=loss)
             )
         return Metrics.merged(call.result() for call in calls)
-
-    def advantages(self) -> TokenAdvantages:
-        """GAE over token rewards that carry the KL penalty, computed where the values are."""
-        return TokenAdvantages(
-            gamma=1.0,
-            lam=self.config.gae_lambda,
-            whiten=True,
-            kl_coefficient=self.config.kl_coefficient if self.config.kl_in == "reward" else 0.0,
-            kl_estimator=self.config.kl_estimator,
-            log_probs=old_column(self.config.ratio_over(self.run)),
-        )
 
     @classmethod
     def check(cls, run: RunConfig) -> list[FieldError]:

@@ -92,7 +92,7 @@ def test_most_scripts_pass_and_no_refusal_is_without_advice() -> None:
     assert not [line for line in told if not re.search(ADVICE, line)]
 
 
-LEAST = 60
+LEAST = 63
 ADVICE = r"[Ss]et |[Uu]se |write |needed|edit |merge |call |list |name |give |prepare |put "
 
 
