@@ -35,13 +35,6 @@ CASES: dict[str, tuple[str, ...]] = {
     "no GPU": ("run.device=cuda",),
     "more ranks than slots": ("placement.pools={main: 1x64, scoring: 1x1}",),
     "a punishment beside the sum": ("algorithm={name: gdpo, rewards: [a, b], overlong_penalty: 1.0}",),
-    "episodes on two ranks": (
-        "environment={name: 'os:path'}",
-        "rollout.tensor_parallel=2",
-        "rollout.engine=vllm",
-        "placement.cpu_slots=4",
-        "placement.pools={main: 1x2, scoring: 1x1}",
-    ),
     "rewards of turns": ("algorithm=reinforce_plus_plus_baseline", "environment={name: 'os:path', rewards: turn}"),
     "updates that do not divide": ("algorithm={name: ppo, prompts_per_update: 5}",),
     "k1 in a loss": ("algorithm={name: grpo, kl_estimator: k1, kl_coefficient: 0.1}",),
