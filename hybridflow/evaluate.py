@@ -26,6 +26,7 @@ KEPT = {
     "rollout": ("engine", "stop", "stop_token_ids", "dtype"),
     "validation": ("temperature", "top_p", "top_k", "responses_per_prompt", "correct_reward"),
     "reward": None,
+    "environment": None,
 }
 """What holds of a run when its checkpoint is evaluated, unless something else is asked for; None is a whole section."""
 

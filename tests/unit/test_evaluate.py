@@ -20,7 +20,8 @@ def run_of(folder: Path, model: str, weight: float) -> Path:
     with store.writing(3) as written:
         weights = {name: torch.full(shape, weight) for name, shape in shapes.items()}
         save_sharded(str(written / "actor"), {"model": weights}, None)
-        store.write_state(written, RunState(step=3, config={"model": {"path": model}, "run": {"device": "cpu"}}))
+        settings = {"model": {"path": model}, "run": {"device": "cpu"}, "environment": {"path": "game.py", "max_turns": 4}}
+        store.write_state(written, RunState(step=3, config=settings))
     return folder
 
 
@@ -41,3 +42,6 @@ def test_a_model_that_was_moved_is_asked_for_and_taken(tiny_model: str, tmp_path
     assert "--source MODEL says where it is" in capsys.readouterr().err
     _, settings = exported(run, tmp_path / "out", role="actor", source=tiny_model)
     assert settings["run"] == {"device": "cpu"}
+    assert settings["environment"] == {"path": "game.py", "max_turns": 4}, (
+        "what was trained on episodes is evaluated on episodes"
+    )
