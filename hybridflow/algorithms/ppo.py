@@ -57,7 +57,7 @@ class Config(PolicyOptions):
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Adaptive steers the coefficient towards `kl_target`; for kl_in: reward."""
     kl_target: Annotated[float, POSITIVE] = 0.01
-    """KL per token that the adaptive coefficient aims at, in nats."""
+    """KL per token, averaged over responses, that the adaptive coefficient aims at, in nats."""
     kl_horizon: Annotated[float, POSITIVE] = 10000.0
     """Rows over which the adaptive coefficient reacts."""
     critic_warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
@@ -132,12 +132,12 @@ class PPO(Algorithm):
         return ops.ValueLoss(clip=self.config.value_clip, aggregation=self.config.value_loss_aggregation, max_tokens=length)
 
     def update_kl_coefficient(self, batch: Batch) -> Metrics:
-        """Report the KL to the reference of this step's tokens, and let it move the coefficient of the next step."""
+        """Report the KL to the reference of this step's tokens, and let its mean over rows move the coefficient of the next
+        step."""
         if self.config.kl_in == "none":
             return Metrics()
-        kl_per_token = mean_kl(batch)
-        metrics = Metrics({"kl/mean": kl_per_token, "kl/coefficient": self.kl.coefficient})
-        self.kl.update(kl_per_token, len(batch))
+        metrics = Metrics({"kl/mean": mean_kl(batch), "kl/coefficient": self.kl.coefficient})
+        self.kl.update(float(batch["kl"].mean()), len(batch))
         return metrics
 
     def state_dict(self) -> dict[str, float]:
