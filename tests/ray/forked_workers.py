@@ -2,7 +2,8 @@
 own environment; but imports take most of a short run's time, and are made once here.
 
 Ray starts its workers with the interpreter that it finds in `sys.executable`. While a cluster begins that is a small script,
-which hands a worker's arguments, environment and output to the process that forks it, and ends when the worker does.
+which hands a worker's arguments, environment and output to the process that forks it, and ends when the worker does. The folder
+of that script on PYTHONPATH does the same for a cluster that a command begins.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ IMPORTED = (
     "hybridflow.workers.training",
 )
 """All but Ray, which reads the number of its job from the environment when it is imported."""
+MARK = "HYBRIDFLOW_TEST_RUN"
+"""In the environment, and with it in that of every process that a run starts."""
 HEADER = 8
 """Bytes of the length of what is asked for."""
 SCRIPT = """#!{python} -SE
@@ -61,6 +64,7 @@ def forked_workers(folder: Path) -> Iterator[Path]:
     address, script = str(folder / "socket"), folder / "python"
     script.write_text(SCRIPT.format(python=sys.executable, address=address, header=HEADER))
     script.chmod(0o755)
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.executable = {str(script)!r}\n")
     process = subprocess.Popen([sys.executable, "-m", __name__, address], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n", "the imports failed: see above"
@@ -88,13 +92,14 @@ def serve(address: str) -> None:
                 line = listening.accept()[0]
                 if os.fork() == 0:
                     listening.close()
-                    become_worker(line)
+                    become_worker(line, Path(address).parent)
                 line.close()
 
 
-def become_worker(line: socket.socket) -> None:
+def become_worker(line: socket.socket, folder_of_marks: Path) -> None:
     """Do what the interpreter would have done with these arguments, in this environment."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)  # Ray may end a worker with its group, which is that of the tests otherwise
     line.settimeout(None)
     header, descriptors, _, _ = socket.recv_fds(line, HEADER, 2)
     with line.makefile("rb") as stream:
@@ -104,6 +109,8 @@ def become_worker(line: socket.socket) -> None:
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    if MARK in environment:  # which does not show in /proc of a forked process
+        (folder_of_marks / f"{environment[MARK]}.{os.getpid()}").touch()
     os.chdir(folder)
     random.seed()  # from the system, not as all others
     sys.argv = arguments

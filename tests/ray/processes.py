@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MARK = "HYBRIDFLOW_TEST_RUN"
-"""In the environment, and with it in that of every process that a run starts."""
+from tests.ray.forked_workers import MARK
+
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Two idle processes of Ray's own that look for the rest of a killed cluster for a minute before they end."""
 
@@ -37,13 +37,16 @@ class StartedProcess:
     """Added to that of this process."""
     folder: Path | None = None
     """To work in; None is that of this process."""
+    forking: Path | None = None
+    """Folder of `forked_workers`, where its ranks are to be forked; they do not end with whoever asked Ray for them."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
+        path = {"PYTHONPATH": f"{self.forking}:{Path(__file__).parents[2]}"} if self.forking is not None else {}
         with self.log.open("w") as output:
             self.driver = subprocess.Popen(
                 [sys.executable, "-m", self.module, *self.arguments],
-                env={**os.environ, **self.environment, MARK: self.mark},
+                env={**os.environ, **path, **self.environment, MARK: self.mark},
                 cwd=self.folder,
                 stdout=output,
                 stderr=output,
@@ -78,10 +81,11 @@ class StartedProcess:
 
     def processes(self) -> dict[int, str]:
         """Process id -> command line of all that have the mark."""
+        forked = {path.suffix[1:] for path in self.forking.glob(f"{self.mark}.*")} if self.forking is not None else set()
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                if f"{MARK}={self.mark}".encode() in (process / "environ").read_bytes():
+                if process.name in forked or f"{MARK}={self.mark}".encode() in (process / "environ").read_bytes():
                     found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue  # it has ended, or is somebody else's

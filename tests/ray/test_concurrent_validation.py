@@ -26,7 +26,7 @@ def scores(steps: list[dict[str, float]]) -> dict[float, float]:
 
 @pytest.mark.slow
 def test_validation_beside_training_finds_for_each_step_what_validation_in_between_finds(
-    toy: Toy, forked_cluster: None, tmp_path: Path
+    toy: Toy, cluster: None, tmp_path: Path
 ) -> None:
     validated = (f"data.validation_files=[{toy.data}]", "validation.every_steps=1", "run.total_steps=3")
     between = trained(toy, tmp_path / "between", *validated)

@@ -20,9 +20,11 @@ FIRST_RANK = re.compile(r"^\(main rank 0 pid=\d+\) \d\d:\d\d:\d\d rollout rank 0
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_redirected_run_is_plain_text_in_which_the_first_ranks_say_what_they_do(toy: Toy, tmp_path: Path) -> None:
+def test_a_redirected_run_is_plain_text_in_which_the_first_ranks_say_what_they_do(
+    toy: Toy, forking: Path, tmp_path: Path
+) -> None:
     settings = [f"run.folder={tmp_path / 'run'}", "placement.pools.main=1x2", "trackers.names=[console]"]
-    with training([str(toy.config), *settings], tmp_path / "log") as run:
+    with training([str(toy.config), *settings], tmp_path / "log", forking=forking) as run:
         assert run.wait() == 0, (tmp_path / "log").read_text()
     text = (tmp_path / "log").read_text()
     assert FIRST_RANK.search(text), text

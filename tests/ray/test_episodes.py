@@ -29,7 +29,7 @@ class Echo:
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_episodes_are_trained_on_and_go_on_after_a_checkpoint(
-    toy: Toy, forked_cluster: None, tmp_path: Path, staleness: int, algorithm: str
+    toy: Toy, cluster: None, tmp_path: Path, staleness: int, algorithm: str
 ) -> None:
     file = tmp_path / "environment.py"
     file.write_text(ENVIRONMENT)

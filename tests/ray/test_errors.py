@@ -50,7 +50,7 @@ def said(toy: Toy, folder: Path, overrides: Sequence[str], capsys: pytest.Captur
     ],
 )
 def test_a_mistake_in_the_configuration_is_told_before_anything_starts(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str
+    toy: Toy, no_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str
 ) -> None:
     code, text = said(toy, tmp_path / "run", [override], capsys)
     assert code == 2
@@ -60,7 +60,7 @@ def test_a_mistake_in_the_configuration_is_told_before_anything_starts(
 
 
 def test_a_model_without_a_tokenizer_is_told_before_anything_starts(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy: Toy, no_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(toy.model, model, ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*", "*.jinja"))
@@ -70,7 +70,9 @@ def test_a_model_without_a_tokenizer_is_told_before_anything_starts(
     assert not (tmp_path / "run").exists() and not ray.is_initialized()
 
 
-def test_several_mistakes_are_all_listed(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_mistakes_are_all_listed(
+    toy: Toy, no_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = ["rollout.temprature=1", "rollout.top_p=1.5", "data.train_files=absent.parquet", "placement.pools.main=two"]
     code, text = said(toy, tmp_path / "run", overrides, capsys)
     assert code == 2
@@ -80,7 +82,7 @@ def test_several_mistakes_are_all_listed(toy: Toy, tmp_path: Path, capsys: pytes
 
 
 def test_a_cluster_that_does_not_answer_ends_the_run_at_once(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy: Toy, no_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens: connections are refused
@@ -94,7 +96,7 @@ def test_a_cluster_that_does_not_answer_ends_the_run_at_once(
 
 
 def test_a_run_folder_that_cannot_be_written_is_told_before_anything_starts(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy: Toy, no_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     code, text = said(toy, tmp_path / "file" / "run", [], capsys)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.ray.runs import Toy, trained
 
-pytestmark = [pytest.mark.usefixtures("forked_cluster"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 JUDGED = "algorithm=examples.extend.brevity_judge:JudgedRLOO"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.ray.runs import HERE, Toy, differences, state_digests, trained
 
-pytestmark = [pytest.mark.usefixtures("forked_cluster"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
 WITHOUT = "placement.workers.rollout=tests.ray.whole_rollout:WholeRollout"
 BATCH_FUNCTION = f"reward.path={HERE.parents[1] / 'examples/rewards/batch_reward.py'}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ray.conftest import SharedCluster
 from tests.ray.runs import Toy, trained
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
@@ -17,8 +18,9 @@ MEASURES_THE_SPLIT = ("seconds/", "sync/", "memory/", "controller/", "mismatch/"
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(toy: Toy, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+def on_one_rank(toy: Toy, shared_cluster: SharedCluster, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     """Metrics of the training with one trainer rank, which generates too."""
+    shared_cluster.become("forked")
     return trained(toy, tmp_path_factory.mktemp("one_rank"), *TRAINING)
 
 

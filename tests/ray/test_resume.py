@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ray.conftest import SharedCluster
 from tests.ray.pausing_workers import MARKER
 from tests.ray.processes import training, wait_until
 from tests.ray.runs import Toy, differences, metrics_of, state_digests, trained
@@ -22,8 +23,9 @@ LAST = f"checkpoints/step_{NUM_STEPS:06d}"
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(toy: Toy, forked_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(toy: Toy, shared_cluster: SharedCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of nine steps that nothing disturbs."""
+    shared_cluster.become("forked")
     folder = tmp_path_factory.mktemp("uninterrupted")
     trained(toy, folder, *TRAINING, "checkpoint.every_steps=3")
     return folder

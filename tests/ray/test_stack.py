@@ -43,7 +43,7 @@ class TellingSurrogate:
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_an_update_passes_through_at_most_eight_files(
-    algorithm: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, toy: Toy, cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_the_controller: list[str] = []
     on_a_rank = tmp_path / "stack"

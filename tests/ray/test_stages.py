@@ -38,7 +38,7 @@ def settings(folder: Path, name: str, model: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_a_reward_model_is_trained_and_then_rewards(forked_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_reward_model_is_trained_and_then_rewards(cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def no_rules(reward_input: Mapping[str, object]) -> dict[str, float]:
         return {"overall": 0.5, "letters": float(len(str(reward_input["response"])))}
 

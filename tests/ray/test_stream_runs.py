@@ -39,17 +39,20 @@ def test_generation_ahead_of_training_is_as_old_as_allowed_and_learns_from_every
 
 
 @pytest.mark.slow
-def test_after_kills_at_random_points_every_prompt_is_learned_from_once(toy: Toy, tmp_path: Path) -> None:
+def test_after_kills_at_random_points_every_prompt_is_learned_from_once(
+    toy: Toy, cluster: None, forking: Path, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     folder = tmp_path / "run"
-    overrides = [str(toy.config), *AHEAD, *APART, "loop.max_staleness=2", "checkpoint.every_steps=1", f"run.folder={folder}"]
+    settings = [*AHEAD, *APART, "loop.max_staleness=2", "checkpoint.every_steps=1"]
     for number, step in enumerate(sorted(rng.choice(np.arange(1, 10), 5, replace=False).tolist())):
-        with training(overrides, tmp_path / f"killed{number}.log") as run:
+        with training(
+            [str(toy.config), *settings, f"run.folder={folder}"], tmp_path / f"killed{number}.log", forking=forking
+        ) as run:
             run.wait_for(folder / "learned" / f"{step:03d}.json")
             time.sleep(float(rng.uniform(0.0, 0.4)))
             run.kill()
             wait_until(lambda: not run.working(), lambda: f"outlived the driver: {run.working()}", timeout_s=30)
-    with training(overrides, tmp_path / "last.log") as run:
-        assert run.wait() == 0, (tmp_path / "last.log").read_text()
+    trained(toy, folder, *settings)
     assert learned(folder) == list(range(NUM_PROMPTS))
     assert [line["step"] for line in metrics_of(folder)] == list(range(1, 11))

@@ -14,7 +14,7 @@ import hybridflow
 from tests.ray.test_stages import files, settings
 from tests.toy import make_tiny_model
 
-pytestmark = [pytest.mark.usefixtures("forked_cluster"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
 
 
 def length_and_cost(reward_input: Mapping[str, object]) -> dict[str, float]:

@@ -26,7 +26,7 @@ REAL_DATA = REPOSITORY.parent / "shared/data"
 
 
 def test_a_dry_run_prints_configuration_and_placement_and_starts_nothing(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy: Toy, no_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(toy.config), f"run.folder={tmp_path / 'run'}", "placement.pools.main=1x2", "--dry-run"]) == 0
     text = capsys.readouterr().out

@@ -21,7 +21,10 @@ from hybridflow.controller.rank_process import RankPlace, RankProcess
 from hybridflow.errors import CallTimeoutError, WorkerError
 from tests.ray.conftest import make_group
 
-pytestmark = pytest.mark.usefixtures("cluster")
+
+@pytest.fixture
+def cluster(ordinary_cluster: None) -> None:
+    """Processes that Ray starts itself: what is seen of them while they start is a subject here."""
 
 
 @pytest.fixture
