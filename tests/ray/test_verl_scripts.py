@@ -56,7 +56,7 @@ def part(begin: str, end: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, forking: Path) -> Path:
     """A folder with a model, GSM8K-like data with string prompts, reward files like the article's, and its script."""
     folder = tmp_path_factory.mktemp("verl")
     make_tiny_model(folder / "model")
@@ -68,7 +68,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = part("#!/bin/bash\n# run_qwen2.5_0.5b_ppo_single_gpu.sh", "How to Read the Configuration")
     assert script.count("verl.trainer.main_ppo") == 1
     (folder / "run.sh").write_text(script.replace("verl.trainer.main_ppo", "hybridflow.train"))
-    (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')  # a link would not find its packages
+    # A link would not find its packages.
+    (folder / "python3").write_text(f'#!/bin/sh\nPYTHONPATH={forking}:{ROOT} exec {sys.executable} "$@"\n')
     (folder / "python3").chmod(0o755)
     return folder
 
@@ -83,7 +84,7 @@ def run_script(place: Path, *arguments: str, **variables: str) -> str:
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
     }
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{place}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PATH": f"{place}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         ["bash", str(place / "run.sh"), *ON_A_CPU, *arguments],
         cwd=place,
