@@ -119,6 +119,16 @@ class ImportanceCorrection:
                 is_kept_T &= statistic_T >= rejection.least
         return is_kept_T
 
+    @torch.no_grad()
+    def row_shares(self, old_T: Tensor, rollout_T: Tensor, lengths_B: Tensor) -> Tensor:
+        """At each token the share of its row that `kept` leaves, shape [T]: a row's mean over this is one of the tokens left.
+        1 in rows of which nothing is left.
+        """
+        if not self.rejections:
+            return torch.ones_like(old_T)
+        share_B = row_means(self.kept(old_T, rollout_T, lengths_B).to(old_T.dtype), lengths_B)
+        return repeat_rows(torch.where(share_B > 0, share_B, 1.0), lengths_B, num_tokens=len(old_T))
+
     def _mean(self, weights_T: Tensor, lengths_B: Tensor) -> Tensor:
         if self.level == "token":
             mean = weights_T.mean()

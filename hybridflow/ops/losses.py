@@ -134,6 +134,8 @@ class PolicyLoss:
                 corrected_T, batch.columns["rollout_log_probs"], batch.lengths_B
             )
             loss_T = loss_T * ((correction_T > 0) if is_in_ratio else self._pooled(correction_T, batch.lengths_B))
+            if self.aggregation == "sequence_mean":  # as in verl, whose other aggregations divide by what was sampled
+                loss_T = loss_T / self.correction.row_shares(corrected_T, batch.columns["rollout_log_probs"], batch.lengths_B)
             metrics |= correction_metrics
         if self.weight is not None:
             loss_T = loss_T * self._pooled(batch.columns[self.weight], batch.lengths_B)

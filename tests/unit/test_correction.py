@@ -125,13 +125,29 @@ def test_reinforce_over_the_engine_weighs_each_token_by_policy_over_engine() -> 
     assert learn("grpo", halved, importance_cap=5.0, **options)[0] == pytest.approx(0.5 * plain, rel=1e-5)
 
 
-def test_the_clipped_ratio_over_the_engine_leaves_out_rejected_tokens_and_no_others() -> None:
+def test_the_clipped_ratio_over_the_engine_is_over_its_log_probabilities() -> None:
     rows = rows_of(14)
     over_engine = rows.join(Batch.from_columns({"old_given": rows.tokens("rollout_log_probs")}))
     expected, _ = learn("grpo", over_engine)
     value, _ = learn("grpo", rows, old_log_probs="rollout")
     assert value == pytest.approx(expected, rel=1e-5)
-    few, left = learn("grpo", rows, old_log_probs="rollout", rejections=(Rejection("token_k2", most=0.02),), kl_in="none")
-    _, free = learn("grpo", rows, old_log_probs="rollout", kl_in="none")
-    changed = [(a, b) for x, y in zip(left, free, strict=True) for a, b in zip(x, y, strict=True) if a != b]
-    assert math.isfinite(few) and changed and all(a == 0.0 for a, _ in changed)
+
+
+@pytest.mark.parametrize("surrogate", ["clipped_ratio", "policy_gradient"])
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "sequence_sum"])
+def test_over_the_engine_a_rows_mean_is_over_tokens_that_stay_and_other_counts_are_of_all(
+    aggregation: str, surrogate: str
+) -> None:
+    rows = rows_of(15)
+    options = {"old_log_probs": "rollout", "kl_in": "none", "surrogate": surrogate, "loss_aggregation": aggregation}
+    _, found = learn("grpo", rows, rejections=(Rejection("token_k2", most=0.02),), **options)
+    _, free = learn("grpo", rows, **options)
+    mask = rows.tokens("loss_mask").values.astype(bool)
+    policy, engine = ([*rows.tokens(name).where(mask)] for name in ("new_given", "rollout_log_probs"))
+    num_kept = []
+    for row, (left, of_all) in enumerate(zip(found, free, strict=True)):
+        kept = [distance <= 0.02 for distance in distances(policy[row].tolist(), engine[row].tolist(), "token_k2")]
+        scale = len(kept) / max(sum(kept), 1) if aggregation == "sequence_mean" else 1.0
+        assert left == pytest.approx([scale * gradient * stays for gradient, stays in zip(of_all, kept, strict=True)], rel=1e-5)
+        num_kept.append((sum(kept), len(kept)))
+    assert any(0 < few < all_ for few, all_ in num_kept) and any(not few for few, _ in num_kept)
