@@ -116,7 +116,7 @@ class ModelConfig:
     attention: Literal["auto", "flash_attn", "torch"] = "auto"
     """Packed attention; auto takes flash-attn where it is installed and the device is CUDA."""
     float8: bool = False
-    """Multiply in float8 (torchao) in the layers of training models: faster with billions of parameters, from Hopper on."""
+    """Multiply in float8 (torchao) in the layers of training models: for billions of parameters, on Ada and newer GPUs."""
     gradient_checkpointing: Switch = "auto"
     """Recompute activations in the backward pass instead of keeping them; auto for each model whose activations do not fit."""
     compile: Switch = "auto"

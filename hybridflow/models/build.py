@@ -79,7 +79,7 @@ def _load(spec: ModelSpec, *, is_policy: bool = True) -> PreTrainedModel:
     if spec.adapters is not None:
         add_adapters(causal_lm, spec.adapters)
     if spec.float8:
-        float8.convert(decoder_layers(causal_lm), spec.device)
+        float8.convert(decoder_layers(causal_lm), spec.device, spec.compute_dtype)
     if spec.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.compile:

@@ -24,19 +24,21 @@ MULTIPLE = 16
 RECIPE = "rowwise_with_gw_hp"
 
 
-def convert(layers: Iterable[nn.Module], device: torch.device) -> None:
+def convert(layers: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     """Let the linear parts of `layers` multiply in float8; those whose sides the kernels cannot take stay as they are.
 
-    A CPU has no such products: there numbers are rounded likewise and multiplied in the layers' own dtype.
+    A CPU has no such products: there numbers are rounded likewise and multiplied in `dtype`, that of the layers.
 
     Raises:
-        ModelError: the GPU has no float8, or no part of the layers can use it.
+        ModelError: the GPU has no float8, its products would not give `dtype`, or no part of the layers can use it.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ModelError(f"model.float8 needs a GPU of compute capability 8.9 or more, as Ada and Hopper; found {name}")
+    if device.type == "cuda" and dtype is not torch.bfloat16:
+        raise ModelError(f"model.float8: scaled products on a GPU give bfloat16, not {dtype}. Set model.compute_dtype=bfloat16")
     config = replace(Float8LinearConfig.from_recipe_name(RECIPE), emulate=device.type == "cpu")
     converted = 0
     for layer in layers:

@@ -68,12 +68,12 @@ def test_a_value_model_takes_it(tiny_model: str) -> None:
 
 def test_layers_whose_sides_do_not_fit_are_refused() -> None:
     with pytest.raises(ModelError, match="sides divisible by 16"):
-        float8.convert([nn.Sequential(nn.Linear(24, 40))], CPU)
+        float8.convert([nn.Sequential(nn.Linear(24, 40))], CPU, torch.float32)
 
 
 def test_only_what_fits_is_converted() -> None:
     layer = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 40))
-    float8.convert([layer], CPU)
+    float8.convert([layer], CPU, torch.float32)
     assert [type(part).__name__ for part in layer] == ["Float8Linear", "Linear"]
 
 
@@ -82,3 +82,14 @@ def test_adapters_and_float8_are_refused_together(tmp_path: Path) -> None:
     file.write_text("model: {path: m, float8: true, lora_rank: 8}\n")
     with pytest.raises(ConfigError, match="adapters are too narrow"):
         load_config(str(file), [])
+
+
+def test_a_gpu_that_cannot_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, layers = torch.device("cuda"), [nn.Sequential(nn.Linear(32, 48))]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old one")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ModelError, match="found an old one"):
+        float8.convert(layers, gpu, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ModelError, match="compute_dtype=bfloat16"):
+        float8.convert(layers, gpu, torch.float32)
