@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -120,6 +121,17 @@ def several_answers_differ(config: Config, roles: tuple[str, ...]) -> Iterator[F
         yield FieldWarning("validation.responses_per_prompt", problem, related=("validation.temperature",))
 
 
+def groups_have_others(config: Config, roles: tuple[str, ...]) -> Iterator[FieldWarning]:
+    """An algorithm that by default compares several responses has none to compare a single one with."""
+    options = config.algorithm.options
+    defaults = {field.name: field.default for field in fields(options)} if is_dataclass(options) else {}
+    usual = defaults.get("responses_per_prompt")
+    if isinstance(usual, int) and usual > 1 and vars(options)["responses_per_prompt"] == 1:
+        problem = "found 1: a response has no others to be compared with, and its reward, without a baseline, is its advantage"
+        advice = f"Set 2 or more, such as {usual}"
+        yield FieldWarning("algorithm.responses_per_prompt", f"{problem}. {advice}", related=("algorithm.name",))
+
+
 def held_out_rows_are_measured(config: Config, algorithm: AlgorithmClass) -> Iterator[FieldError]:
     """Only what learns from rows of the dataset has a measure of such rows."""
     if config.data.held_out_files and algorithm.rows == "prompts":
@@ -209,6 +221,7 @@ RULES: tuple[Rule, ...] = (
     learning_rates_are_reached,
     weights_outlast_an_update,
     several_answers_differ,
+    groups_have_others,
     template_variables_are_free,
     generation_runs_ahead_of_rewards,
     rules_engine.options_are_known,

@@ -444,6 +444,15 @@ def test_a_group_of_one_is_refused_where_it_has_nothing_to_say(tmp_path: Path) -
     assert mistakes_of([*right_run(tmp_path), "algorithm=rloo", alone]) == []  # its reward, without a baseline
 
 
+def test_a_response_without_others_to_compare_it_with_is_remarked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    alone = "algorithm.responses_per_prompt=1"
+    for accepted in (["algorithm=ppo", alone], ["algorithm=remax", alone], ["algorithm=grpo"]):
+        load_config(None, [*right_run(tmp_path), *accepted])
+    assert "compared" not in caplog.text
+    load_config(None, [*right_run(tmp_path), "algorithm=grpo", alone])
+    assert "algorithm.responses_per_prompt: found 1: a response has no others" in caplog.text
+
+
 def test_an_estimator_whose_gradient_is_zero_on_average_is_refused_in_the_loss(tmp_path: Path) -> None:
     # The gradient of E[log pi - log ref] over tokens that pi sampled, those held fixed, is E[grad log pi] = 0.
     assert "k1 has a gradient of zero on average" in only_mistake(tmp_path, "algorithm.kl_in=loss")

@@ -32,9 +32,13 @@ def test_validation_is_as_forks_ask_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce_plus_plus_baseline"])
-def test_one_response_to_each_prompt_is_as_in_verl_a_reward_without_a_baseline(tmp_path: Path, estimator: str) -> None:
-    config = loaded(tmp_path, f"algorithm.adv_estimator={estimator}")
+def test_one_response_to_each_prompt_is_as_in_verl_a_reward_without_a_baseline_and_one_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, estimator: str
+) -> None:
+    config = loaded(tmp_path, f"algorithm.adv_estimator={estimator}", "actor_rollout_ref.rollout.n=1")
     assert (config.algorithm.name, option(config, "responses_per_prompt")) == (estimator, 1)
+    (line,) = [line for line in caplog.messages if "without a baseline" in line]
+    assert "(actor_rollout_ref.rollout.n)" in line
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,19 @@ def test_verls_keys_make_an_environment_of_the_files(files: Path) -> None:
     assert both.environment.max_turns == 2
 
 
+@pytest.mark.parametrize("kind", ["tool_config_path=tools.yaml", "interaction_config_path=talk.yaml"])
+def test_verls_tools_and_interactions_go_with_engines_of_several_ranks(
+    files: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (files / "vllm.py").touch()  # stands for the package
+    monkeypatch.syspath_prepend(files)
+    ranks = ["trainer.n_gpus_per_node=2", "actor_rollout_ref.rollout.tensor_model_parallel_size=2", "placement.cpu_slots=4"]
+    config = load_config(
+        None, [*right_run(files), *ranks, "rollout.engine=vllm", "data.train_batch_size=256", f"{TURNS}.{kind}"]
+    )
+    assert (config.rollout.tensor_parallel, config.environment.is_set) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
