@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -81,7 +81,7 @@ class EngineThread:
         """
         futures: list[Future[Response]] = [Future() for _ in requests]
         with self._changed:
-            self._raise_failure()
+            self.raise_failure()
             (self._held_back if self._is_paused else self._submitted).append(list(zip(requests, futures, strict=True)))
             self._changed.notify_all()
         return futures
@@ -104,7 +104,7 @@ class EngineThread:
             EngineError: the engine failed, before or now, or was closed.
         """
         with self._changed:
-            self._raise_failure()
+            self.raise_failure()
             self._submitted.extend(self._held_back)  # they will be answered, not run
             self._held_back.clear()
             self._num_interrupts_asked += 1
@@ -112,7 +112,7 @@ class EngineThread:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._num_interrupts >= number or self._failure is not None or self._is_closed)
             if self._num_interrupts < number:
-                self._raise_failure()
+                self.raise_failure()
 
     @property
     def busy_seconds(self) -> float:
@@ -131,7 +131,7 @@ class EngineThread:
             self._changed.notify_all()
             try:
                 self._changed.wait_for(lambda: self._num_pauses_begun >= number or self._failure is not None or self._is_closed)
-                self._raise_failure()
+                self.raise_failure()
                 yield self._engine
             finally:
                 self._num_pauses_ended += 1
@@ -156,7 +156,8 @@ class EngineThread:
     def _is_paused(self) -> bool:
         return self._num_pauses_asked > self._num_pauses_ended
 
-    def _raise_failure(self) -> None:
+    def raise_failure(self) -> None:
+        """Raise EngineError where the engine has failed or was closed."""
         if self._failure is not None:
             raise EngineError(f"the generation engine failed before: {self._failure}") from self._failure
         if self._is_closed:
@@ -180,6 +181,7 @@ class EngineThread:
                     self._answer(responses)
         except BaseException as error:  # it reaches whoever waits for a response, and whoever submits later
             self._end(error)
+            self._tell_followers()
         else:
             self._end(None)
 
@@ -258,6 +260,12 @@ class EngineThread:
             if self._unanswered and not self._engine.num_unfinished:
                 raise EngineError(f"the engine is idle, but {len(self._unanswered)} requests were never answered")
             self._changed.notify_all()
+
+    def _tell_followers(self) -> None:
+        """After a failure: ranks that follow wait for the next decision, and cannot be closed before it has come."""
+        if self._agree is not None and not self._follows:
+            with suppress(Exception):  # the failure may be that of agreeing
+                self._agree(Decision(self._num_taken, self._num_interrupts, is_closing=True, num_pauses=self._num_pauses_begun))
 
     def _end(self, error: BaseException | None) -> None:
         """Tell everyone who waits that no response will come."""

@@ -252,5 +252,10 @@ class RowsElsewhere(RowsUnderWay):
     def interrupt(self) -> None:
         """The other rank interrupts them."""
 
+    def take(self, at_least: int, timeout_s: float | None = None) -> list[RowUnderWay]:
+        """None; but a failure of this rank's part of the engine, which nobody else hears of and the first rank waits for."""
+        self.engine.raise_failure()
+        return []
+
     def unfinished(self) -> list[RowUnderWay]:
         return []

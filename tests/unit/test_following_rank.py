@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import queue
 import time
 
 import pytest
 
-from hybridflow.rollout.step_thread import EngineThread
-from tests.unit.test_step_thread import TwoRanks, request
+from hybridflow.errors import EngineError
+from hybridflow.rollout.step_thread import Decision, EngineThread
+from hybridflow.rollout.under_way import RowsElsewhere
+from tests.unit.test_step_thread import InterruptibleEngine, TwoRanks, request, run_in_thread
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -30,3 +33,36 @@ def test_a_rank_that_follows_steps_with_the_requests_of_the_first(late: int) -> 
     ranks.both(work, late=late)
     assert len(ranks.steps[1]) >= 25
     ranks.close()
+
+
+def two_ranks(first: InterruptibleEngine, second: InterruptibleEngine) -> tuple[EngineThread, EngineThread]:
+    """Engines that do not wait for each other, of which the second follows."""
+    decisions: queue.SimpleQueue[Decision] = queue.SimpleQueue()
+
+    def tell(decision: Decision) -> Decision:
+        decisions.put(decision)
+        return decision
+
+    return EngineThread(first, agree=tell), EngineThread(second, agree=lambda _: decisions.get(), follows=True)
+
+
+def test_a_failure_on_a_rank_that_follows_is_raised_where_its_rows_are_asked_for() -> None:
+    leader, follower = two_ranks(InterruptibleEngine(), InterruptibleEngine(fails_at_step=2))
+    rows = RowsElsewhere(follower, lambda tokens: "")
+    assert rows.take(1) == []
+    leader.generate([request(1, max_tokens=9)])
+    follower._thread.join(10)
+    with pytest.raises(EngineError, match="failed before: out of memory"):
+        rows.take(1)
+    leader.close()
+    follower.close()
+
+
+def test_a_rank_that_follows_can_be_closed_after_the_first_has_failed() -> None:
+    leader, follower = two_ranks(InterruptibleEngine(fails_at_step=2), InterruptibleEngine())
+    with pytest.raises(EngineError, match="out of memory"):
+        leader.generate([request(1, max_tokens=9)])
+    leader.close()
+    closing = run_in_thread(follower.close, daemon=True)
+    closing.join(10)
+    assert not closing.is_alive()

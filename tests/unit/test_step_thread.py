@@ -83,8 +83,8 @@ class InterruptibleEngine(CountingEngine):
         ]
 
 
-def run_in_thread(call: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=call)
+def run_in_thread(call: Callable[[], None], *, daemon: bool = False) -> threading.Thread:
+    thread = threading.Thread(target=call, daemon=daemon)
     thread.start()
     return thread
 
