@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import SupportsFloat, TypedDict
+from typing import SupportsFloat, SupportsIndex, TypedDict
 
 from hybridflow import registry
 from hybridflow.config.schema import EnvironmentConfig
@@ -138,7 +140,7 @@ def _messages(messages: object, method: str) -> tuple[Message, ...]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise TypeError(f"{method} returned the message {message!r:.120}; expected a dict with role and content")
         _check_content(message["content"], method)
-    return tuple(dict(message) for message in messages)
+    return _plain(messages, f"{method} returned messages")
 
 
 def _check_content(content: object, method: str) -> None:
@@ -167,7 +169,30 @@ def _tools(info: Mapping[str, object], method: str) -> tuple[Mapping[str, object
     tools = info.get("tools") or ()
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise TypeError(f"{method} returned {_kind(tools)} as the tools of its info; expected a list of JSON schemas")
-    return tuple(tools)
+    return _plain(tools, f"{method} returned tools")
+
+
+def _plain(dicts: Sequence[Mapping[str, object]], what: str) -> tuple[Mapping[str, object], ...]:
+    """Dicts of what JSON has, as which they travel to another process and into chat templates: classes of the user's own file,
+    be they text, are known in this process alone."""
+    try:
+        return tuple(json.loads(json.dumps(list(dicts), default=_of_json)))
+    except Exception as error:  # whatever the object raises where it is read
+        raise TypeError(f"{what} that are no JSON: {error}") from error
+
+
+def _of_json(value: object) -> object:
+    """One step towards JSON of what is close to it: mappings, arrays, sets, and numbers of numpy."""
+    match value:
+        case Mapping():
+            return dict(value)
+        case Collection() if not isinstance(value, bytes | bytearray | memoryview):
+            return list(value)
+        case SupportsIndex():
+            return operator.index(value)
+        case SupportsFloat():
+            return float(value)
+    raise TypeError(_kind(value))
 
 
 def load_environment(config: EnvironmentConfig) -> Callable[[], object]:

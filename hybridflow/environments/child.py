@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -138,10 +137,7 @@ class Episodes:
             os._exit(0)
         if ask.method == "close":
             return
-        try:
-            self.connection.send(MethodAnswer(ask.episode, result, is_stuck))
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError):  # nothing was sent: it is pickled before
-            self.connection.send(MethodAnswer(ask.episode, MethodFailure("raised", traceback.format_exc()), is_stuck))
+        self.connection.send(MethodAnswer(ask.episode, result, is_stuck))  # all of it is plain: base.py sees to that
 
     async def call(self, ask: Ask) -> Opening | Outcome:
         """The checked result of a method."""

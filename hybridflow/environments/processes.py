@@ -159,20 +159,17 @@ class EnvironmentProcesses:
             case Alive():
                 pass
 
-    def _lose(self, child: _Child) -> None:
-        """A process has ended, or is ended since it says nothing."""
+    def _lose(self, child: _Child, cause: str = "") -> None:
+        """A process has ended, or is ended since it says nothing, or what nobody understands (`cause`)."""
         if self._is_closed or child not in self._children:
             return
         was_silent = child.is_ready and time.monotonic() - child.heard_at > self.config.timeout_s
         exit_code = self._end_process(child)
+        end = f"ended with exit code {exit_code}{cause}"
         if not child.is_ready:
-            self._loaded.put(f"the process ended with exit code {exit_code} while it loaded the environment")
+            self._loaded.put(f"the process {end} while it loaded the environment")
         silent = f"its process said nothing for {self.config.timeout_s + SILENCE_S:g} s"
-        failure = (
-            MethodFailure("timed out", silent)
-            if was_silent
-            else MethodFailure("died", f"its process ended with exit code {exit_code}")
-        )
+        failure = MethodFailure("timed out", silent) if was_silent else MethodFailure("died", f"its process {end}")
         for live in [self._live.pop(number) for number in sorted(child.episodes)]:
             if live.on_answer is not None:
                 live.on_answer(failure)
@@ -217,6 +214,8 @@ class EnvironmentProcesses:
                 self.post(partial(self._hear, child, message))
         except (EOFError, OSError):
             self.post(partial(self._lose, child))
+        except Exception as error:  # the user's code can write to the socket too, and bytes that are no message raise anything
+            self.post(partial(self._lose, child, f", since its socket gave no message: {type(error).__name__}: {error!s:.200}"))
 
     def _write(self, child: _Child) -> None:
         try:

@@ -33,7 +33,19 @@ class Ask:
         return [{"role": "user", "content": f"more {self.truth}"}], self.taken, done, False, {"taken": self.taken}
 """
 MISBEHAVING = """
-import os, time
+import collections, ctypes, os, sys, time
+
+import numpy as np
+
+class Text(str):
+    pass
+
+class Unwilling:
+    def __reduce__(self):
+        raise RuntimeError("not from this process")
+
+OBJECTS = {"object": lambda: 1, "pointer": ctypes.pointer(ctypes.c_int(3)), "own class": Text, "unwilling": Unwilling()}
+NEAR_JSON = {"ids": np.arange(3), "share": np.float32(0.5), "own": Text("x"), "more": collections.UserDict(a=(1, {2}))}
 
 class Odd:
     def reset(self, row):
@@ -57,7 +69,10 @@ class Odd:
             case "taken name": return [], 1.0, True, False, {"turns": 7}
             case "half a character": return [{"role": "user", "content": "\\ud800"}], 0.0, False, False, {}
             case "picture": return [{"role": "user", "content": [{"type": "image", "image": "x"}]}], 0.0, False, False, {}
-            case "object": return [{"role": "user", "content": "on", "call": lambda: 1}], 0.0, False, False, {}
+            case "object" | "pointer" | "own class" | "unwilling":
+                return [{"role": "user", "content": "on", "call": OBJECTS[self.kind]}], 0.0, False, False, {}
+            case "own text": return [{"role": Text("user"), "content": Text("on"), **NEAR_JSON}], 0.0, False, False, {}
+            case "socket": os.write(int(sys.argv[1]), b"\\0\\0\\0\\3abc")
             case "long": return [{"role": "user", "content": "x" * 30_000_000}], 1.0, False, False, {}
             case "tools": return [{"role": "user", "content": "on"}], 0.0, False, False, {"new_history": True, "tools": "abc"}
             case "exit": os._exit(7)
@@ -174,7 +189,10 @@ WRONG = {
     "taken name": "'turns', which is a metric of every environment",
     "half a character": "decode bytes with errors='replace'",
     "picture": "as the content of a message; expected text",
-    "object": "pickle",
+    "object": "step returned messages that are no JSON: a function",
+    "pointer": "no JSON: a LP_c_int",
+    "own class": "no JSON: a type",
+    "unwilling": "no JSON: a Unwilling",
     "tools": "expected a list of JSON schemas",
 }
 
@@ -187,6 +205,21 @@ def test_results_of_the_wrong_kind_are_failures_of_their_episode(start: Start, c
         answered = worker.generate(episode_rows(["fine", kind]))
         assert answered["episode_reward"].tolist() == [1.0, -0.5], kind
         assert told in caplog.text
+
+
+def test_messages_of_the_files_own_classes_and_of_numpy_reach_the_policy_as_json(start: Start) -> None:
+    answered = start(MISBEHAVING, max_turns=3).generate(episode_rows(["own text", "fine"]))
+    assert not answered["episode_failed"].any()
+    assert answered["environment/turns"].tolist() == [3, 1]
+
+
+def test_a_process_whose_socket_gives_no_message_is_ended_and_the_cause_told(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = start(MISBEHAVING)
+    assert worker.generate(episode_rows(["socket"]))["episode_failed"].all()
+    assert "since its socket gave no message: UnpicklingError" in caplog.text
+    assert not worker.generate(episode_rows(["fine"] * 2))["episode_failed"].any()
 
 
 def test_a_message_too_long_for_the_episode_ends_it_without_being_tokenised(start: Start) -> None:
