@@ -18,7 +18,7 @@ import numpy as np
 
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
-from hybridflow.algorithms.options import GroupOptions, PolicyOptions
+from hybridflow.algorithms.options import Clip, GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import OPEN_SHARE
 from hybridflow.metrics import Metrics
@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupOptions, PolicyOptions):
+class Config(GroupOptions):
     """Options of Clip-Cov."""
 
+    clip: Clip = (0.2, 0.2)
+    """The probability ratio is kept within [1 - low, 1 + high]."""
     share: Annotated[float, OPEN_SHARE] = 2e-4
     """Share of the tokens that are chosen, of a microbatch; at least one is, where any is within the bounds."""
     bounds: tuple[float, float] = (1.0, 5.0)

@@ -17,7 +17,7 @@ from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.options import Clip, GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
-from hybridflow.config.ranges import AT_LEAST_TWO, NOT_NEGATIVE
+from hybridflow.config.ranges import COUNT, NOT_NEGATIVE
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Config(GroupOptions, PolicyOptions):
 
     clip: Clip = (0.2, 0.28)
     """The probability ratio is kept within [1 - low, 1 + high]."""
-    responses_per_prompt: Annotated[int, AT_LEAST_TWO] = 16
+    responses_per_prompt: Annotated[int, COUNT] = 16
     """Responses generated to each prompt: the group whose mean is the baseline."""
     dynamic_sampling: bool = True
     """Refuse prompts whose responses all have the same reward."""

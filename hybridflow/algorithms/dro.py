@@ -1,6 +1,7 @@
 """DRO: plain policy gradients with a quadratic pull to the policy that sampled, in place of a ratio and its clip.
 
     loss = mean over tokens of -A log p + (beta / 2) (log p - log old)^2,   A as in GRPO
+    old: the actor before the updates; the engine where older weights sample one update's rows, or as `old_log_probs` says
 
     prompts --> rollout --> reward --> [actor: old log-probs] --> [reference] --> actor.update x updates
 
@@ -11,16 +12,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.options import GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import POSITIVE
+from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
+    from hybridflow.config.schema import Config as RunConfig
     from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.reference import ReferenceWorker
     from hybridflow.workers.reward import RewardWorker
@@ -31,11 +34,18 @@ if TYPE_CHECKING:
 class Config(GroupOptions):
     """Options of DRO."""
 
-    has_ratio: ClassVar[bool] = False
     beta: Annotated[float, POSITIVE] = 1.0
     """Weight of the pull to the old policy, tau of the paper."""
     scale_by_std: bool = True
     """Divide by the group's standard deviation."""
+
+    def errors(self, run: RunConfig) -> list[FieldError]:
+        errors = super().errors(run)
+        is_chosen = self.old_log_probs == "actor" and isinstance(self.importance_cap, float)
+        if is_chosen and self.ratio_over(run) == "rollout_log_probs":
+            problem = "one update from older weights is pulled to the engine's probabilities, and not weighed. Set auto"
+            errors.append(FieldError("algorithm.importance_cap", problem, related=("loop.max_staleness",)))
+        return errors
 
 
 class DRO(Algorithm):

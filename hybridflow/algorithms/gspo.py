@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
-from hybridflow.algorithms.options import Clip, GroupOptions, PolicyOptions
+from hybridflow.algorithms.options import Clip, GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import Aggregation
+from hybridflow.config.ranges import ABOVE_ONE
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(GroupOptions, PolicyOptions):
+class Config(GroupOptions):
     """Options of GSPO."""
 
     clip: Clip = (3e-4, 4e-4)
     """The ratio of a response is kept within [1 - low, 1 + high]."""
+    dual_clip: Annotated[float, ABOVE_ONE] | None = None
+    """Bound of the ratio where the advantage is negative; null for none."""
     loss_aggregation: Aggregation = "sequence_mean"
     """How token losses become one number."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from hybridflow import ops
 from hybridflow.config.choices import Rejection
 from hybridflow.config.ranges import POSITIVE
+from hybridflow.errors import FieldError
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
@@ -29,10 +30,11 @@ class ImportanceOptions:
     importance_mask: tuple[float, float] | None = None
     """Tokens (or responses) whose weight is outside count nothing (masked importance sampling); null for none."""
     importance_normalized: bool = False
-    """Divide weights by their mean over the step."""
+    """Divide weights by their mean over the step; with `importance_cap` or `importance_mask`, and `old_log_probs: actor`."""
     rejections: tuple[Rejection, ...] = ()
     """Tokens or responses that a step does without, as if they had not been sampled: each names a `statistic` of the distance
-    between engine and trainer, and `most` and `least` of it."""
+    between engine and trainer, and `most` and `least` of it. With `old_log_probs: rollout` the distance is to the policy in
+    training, and they have weight 0 while counts stay, but that of a response's own mean."""
 
     def __post_init__(self) -> None:
         if self.importance_mask is not None and self.importance_mask[0] >= self.importance_mask[1]:
@@ -45,6 +47,15 @@ class ImportanceOptions:
         """`importance_cap` with auto resolved."""
         resolved = DEFAULT_CAP if run.loop.max_staleness else None
         return resolved if self.importance_cap == "auto" else self.importance_cap
+
+    def errors_of_mean(self, run: RunConfig, *, is_of_engine: bool) -> list[FieldError]:
+        """That `importance_normalized` has no weights to divide; `is_of_engine` says that old log-probabilities are."""
+        is_weighing = self.cap(run) is not None or self.importance_mask is not None
+        if not self.importance_normalized or (is_weighing and not is_of_engine):
+            return []
+        do = "algorithm.old_log_probs=actor" if is_of_engine else "algorithm.importance_cap=2, or importance_mask"
+        problem = f"divides weights of the step as a whole, and there are none. Set {do}"
+        return [FieldError("algorithm.importance_normalized", problem, related=("algorithm.importance_cap",))]
 
     def importance_correction(self, run: RunConfig) -> ImportanceCorrection | None:
         """What bounds, mask and rejections ask for; None where none is set."""

@@ -22,6 +22,8 @@ from hybridflow.config.ranges import NOT_NEGATIVE, OPEN_SHARE
 from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
+    from hybridflow.config.choices import OldLogProbs
+    from hybridflow.config.schema import Config as RunConfig
     from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.reference import ReferenceWorker
     from hybridflow.workers.reward import RewardWorker
@@ -37,6 +39,9 @@ class Config(GroupOptions):
     """Share of the tokens that are chosen, of a microbatch; at least one is."""
     covariance_kl: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of their KL to the policy before the updates. It acts where a step makes several."""
+
+    def ratio_over(self, run: RunConfig) -> OldLogProbs:
+        return "rollout_log_probs" if self.old_log_probs == "rollout" else super().ratio_over(run)
 
 
 class KLCov(Algorithm):

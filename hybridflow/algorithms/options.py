@@ -63,13 +63,14 @@ class UpdateOptions(ImportanceOptions):
     def ratio_over(self, run: RunConfig) -> OldLogProbs:
         """Denominator of the ratio. Of a single update the present ones, or, where older weights may have sampled, the engine's
         own: the ratio then is the importance weight. Of several updates, without a cap, for a KL in the reward, or for what
-        concerns the step as a whole, those computed before the first."""
+        concerns the step as a whole (rejections, normalised weights), those computed before the first."""
         if self.old_log_probs == "rollout":
             return "rollout_log_probs" if self.is_over_ratio else "current"
-        if self.makes_one_update(run) and run.loop.max_staleness and self.cap(run) is not None:
+        if self.rejections or self.importance_normalized or not self.makes_one_update(run):
+            return "log_probs"
+        if run.loop.max_staleness and self.cap(run) is not None:
             return "rollout_log_probs" if self.is_over_ratio else "current"
-        is_free = self.makes_one_update(run) and not run.loop.max_staleness and not self.penalises_reward
-        return "current" if is_free and not (self.rejections or self.importance_normalized) else "log_probs"
+        return "log_probs" if run.loop.max_staleness or self.penalises_reward else "current"
 
     def corrects_before(self, run: RunConfig) -> bool:
         """Whether importance weights and rejections are of the step as a whole, and computed before its updates."""
@@ -97,11 +98,12 @@ class UpdateOptions(ImportanceOptions):
 
     def errors(self, run: RunConfig) -> list[FieldError]:
         """Mistakes in these options."""
-        errors = check_prompts_per_update(run, self.prompts_per_update)
+        is_of_engine = self.old_log_probs == "rollout"
+        errors = check_prompts_per_update(run, self.prompts_per_update) + self.errors_of_mean(run, is_of_engine=is_of_engine)
         if self.rewrites_rewards and run.environment.is_set and run.environment.rewards == "turn":
             problem = "found turn, but this algorithm compares episodes. Set episode, or algorithm=reinforce_plus_plus or ppo"
             errors.append(FieldError("environment.rewards", problem, related=("algorithm.name",)))
-        if isinstance(self.importance_cap, float) and self.old_log_probs == "rollout" and self.is_over_ratio:
+        if isinstance(self.importance_cap, float) and is_of_engine and self.ratio_over(run) == "rollout_log_probs":
             errors.append(FieldError("algorithm.old_log_probs", "importance_cap weighs the actor's: set actor"))
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             errors.append(

@@ -36,3 +36,9 @@ class Rejection:
     """Above it they are out."""
     least: float | None = None
     """Below it they are out; null for no such bound."""
+
+    def __post_init__(self) -> None:
+        if self.least is not None and self.least > self.most:
+            raise ValueError(f"least={self.least:g} is above most={self.most:g}, and nothing is left. Exchange them")
+        if self.most < 0 and not self.statistic.endswith("k1"):
+            raise ValueError(f"most={self.most:g}, but {self.statistic} is never below 0, and nothing is left. Set it above")

@@ -34,7 +34,11 @@ def correction(given: Given) -> Values:
         low, high = _bounds(given(f"{CORRECTION}.rollout_is_threshold"))
         yield "algorithm.importance_cap", high if low is None else None
         yield "algorithm.importance_mask", None if low is None else [low, high]
-        yield "algorithm.importance_normalized", is_true(given(f"{CORRECTION}.rollout_is_batch_normalize"))
+        is_normalized = is_true(given(f"{CORRECTION}.rollout_is_batch_normalize"))
+        if is_normalized and is_true(given(f"{CORRECTION}.bypass_mode")):
+            advice = "Set rollout_is_batch_normalize to False, or bypass_mode"
+            raise UntranslatableError(f"in verl bypass_mode divides by the mean of a microbatch; here it is a step's. {advice}")
+        yield "algorithm.importance_normalized", is_normalized
     yield "algorithm.rejections", list(_rejections(given))
 
 
@@ -58,6 +62,8 @@ def _rejections(given: Given) -> Iterator[dict[str, object]]:
             yield {"statistic": OF_EARLIER[name], "least": -most, "most": -least}
         elif name.endswith("k1"):
             yield {"statistic": _statistic(name), "least": least, "most": most}
+        elif low is not None:
+            raise UntranslatableError(f"found {bound}, but {name} is a distance and has no lower bound. Set it to {high:g}")
         else:
             yield {"statistic": _statistic(name), "most": high}
     if len(bounds) not in (0, 1, len(names)):

@@ -74,7 +74,7 @@ def algorithm(given: Given) -> Values:
     """The algorithm whose advantages and whose loss are those of verl's two keys."""
     estimator, mode = str(given("algorithm.adv_estimator")), loss_mode(given)
     is_clipped = mode in ("vanilla", "gpg")  # gpg is the same without a ratio: see `loss`
-    name = OF_ESTIMATOR.get(estimator) if is_clipped else OF_LOSS.get(mode) if estimator.startswith("grpo") else None
+    name = OF_ESTIMATOR.get(estimator) if is_clipped else OF_LOSS.get(mode) if OF_ESTIMATOR.get(estimator) == "grpo" else None
     if estimator == mode == "gpg":
         yield "algorithm.name", "gpg"
         yield "algorithm.informative", "rewards"  # as in the authors' code, which verl's follows

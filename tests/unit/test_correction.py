@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from hybridflow import ops
+from hybridflow.algorithms.options import UpdateOptions
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.choices import OfLargest, OfMeans, OfSums, OfTokens, Rejection, Statistic
+from hybridflow.config.load import load_config
+from hybridflow.config.schema import Config, LoopConfig
 from hybridflow.workers.token_functions import CorrectTokens, CountLossTokens
 from tests.reference.losses import distances
 from tests.training_rows import context_of
+from tests.unit.config_cases import only_mistake, right_run
+from tests.unit.test_algorithm_pages import algorithm_class
 from tests.unit.test_algorithms_by_definition import LENGTHS, learn, rows_of
 
 STATISTICS: list[Statistic] = [name for kind in (OfTokens, OfSums, OfMeans, OfLargest) for name in get_args(kind)]
@@ -151,3 +158,64 @@ def test_over_the_engine_a_rows_mean_is_over_tokens_that_stay_and_other_counts_a
         assert left == pytest.approx([scale * gradient * stays for gradient, stays in zip(of_all, kept, strict=True)], rel=1e-5)
         num_kept.append((sum(kept), len(kept)))
     assert any(0 < few < all_ for few, all_ in num_kept) and any(not few for few, _ in num_kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["algorithm.importance_normalized=true"], "Set algorithm.importance_cap=2"),
+        (["algorithm.importance_normalized=true", "algorithm.rejections=[{statistic: token_k2, most: 1}]"], "importance_cap=2"),
+        (
+            ["algorithm.importance_normalized=true", "algorithm.importance_mask=[0.5,2]", "algorithm.old_log_probs=rollout"],
+            "Set algorithm.old_log_probs=actor",
+        ),
+        (["algorithm.rejections=[{statistic: token_k1, most: 0, least: 1}]"], "nothing is left. Exchange them"),
+        (["algorithm.rejections=[{statistic: sequence_mean_k3, most: -1}]"], "is never below 0"),
+    ],
+)
+def test_a_correction_that_would_change_nothing_or_leave_nothing_is_refused(
+    tmp_path: Path, options: list[str], words: str
+) -> None:
+    assert words in only_mistake(tmp_path, "algorithm=grpo", *options)
+
+
+@pytest.mark.parametrize("option", [{"importance_normalized": True}, {"rejections": (Rejection("token_k2", most=0.02),)}])
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_what_is_of_the_step_as_a_whole_is_computed_before_its_only_update(max_staleness: int, option: dict[str, Any]) -> None:
+    options = algorithm_class("grpo").config_class(importance_cap=2.0, **option)
+    assert isinstance(options, UpdateOptions)
+    run = dataclasses.replace(Config(), loop=LoopConfig(max_staleness=max_staleness))
+    assert options.corrects_before(run) and options.ratio_over(run) == "log_probs"
+    loss = options.policy_loss(run, ops.policy_gradient)
+    assert (loss.weight, loss.correction) == ("importance_weights", None)
+
+
+def test_normalised_weights_are_of_the_whole_step() -> None:
+    rows, options = rows_of(15), {"importance_cap": 1.1, "kl_in": "none"}
+    plain, normalized = (learn("grpo", rows, importance_normalized=by, **options)[0] for by in (False, True))
+    mask = rows.tokens("loss_mask").values.astype(bool)
+    ratios = np.exp((rows.tokens("old_given").values - rows.tokens("rollout_log_probs").values)[mask].astype(float))
+    assert normalized == pytest.approx(plain / np.minimum(ratios, 1.1).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("dro", "beta"), ("kl_cov", "covariance_kl")])
+def test_a_pull_to_the_old_policy_is_to_the_engine_where_its_log_probabilities_are_the_old_ones(name: str, weight: str) -> None:
+    rows = rows_of(16)
+    over_engine = rows.join(Batch.from_columns({"old_given": rows.tokens("rollout_log_probs")}))
+    for strength in (1.0, 100.0):
+        value, _ = learn(name, rows, old_log_probs="rollout", **{weight: strength})
+        assert value == pytest.approx(learn(name, over_engine, **{weight: strength})[0], rel=1e-5)
+
+
+def test_one_update_from_older_weights_is_pulled_by_dro_to_what_has_sampled(tmp_path: Path) -> None:
+    stale = ["algorithm=dro", "loop.max_staleness=1"]
+    config = load_config(None, [*right_run(tmp_path), *stale])
+    options = config.algorithm.options
+    assert isinstance(options, UpdateOptions)
+    assert options.ratio_over(config) == "rollout_log_probs"
+    assert "and not weighed. Set auto" in only_mistake(tmp_path, *stale, "algorithm.importance_cap=3.0")
+
+
+@pytest.mark.parametrize("name", ["gspo", "clip_cov"])
+def test_algorithms_whose_loss_is_their_own_have_no_other_to_choose(tmp_path: Path, name: str) -> None:
+    assert "no such key" in only_mistake(tmp_path, f"algorithm={name}", "algorithm.surrogate=policy_gradient")

@@ -90,7 +90,18 @@ def test_dro_has_the_weight_that_verl_gives_it(tmp_path: Path) -> None:
         (f"{CORRECTION}_rs=seq_mid_k1 {CORRECTION}_rs_threshold=2", "Set algorithm.rejections"),
         (f"{CORRECTION}_rs=token_k1,token_k2 {CORRECTION}_rs_threshold=1,2,3", "Set one for each, or one for all"),
         (f"{CORRECTION}_is=token {CORRECTION}_is_threshold=-1", "needed: more than 0"),
+        (f"{CORRECTION}_rs=token_k2 {CORRECTION}_rs_threshold=0.1_2.0", "has no lower bound. Set it to 2"),
+        (f"{CORRECTION}_rs=token_k1 {CORRECTION}_rs_threshold=4.0_2.0", "Exchange them"),
+        (
+            f"{BYPASS}=True algorithm.rollout_correction.loss_type=reinforce {CORRECTION}_is=token "
+            f"{CORRECTION}_is_batch_normalize=True",
+            "Set rollout_is_batch_normalize to False",
+        ),
         (f"{BYPASS}=True actor.policy_loss.loss_mode=gspo", "to vanilla"),
+        (
+            "algorithm.adv_estimator=grpo_passk actor.policy_loss.loss_mode=gspo",
+            "no algorithm here has the advantages of 'grpo_passk'",
+        ),
         ("actor.policy_loss.loss_mode=sapo actor.use_kl_loss=True", "loss_agg_mode=seq-mean-token-mean"),
         ("algorithm.adv_estimator=gdpo algorithm.use_kl_in_reward=True", "use_kl_loss to True"),
     ],

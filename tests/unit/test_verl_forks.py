@@ -12,6 +12,7 @@ from tests.unit.test_config_verl import FITTING, loaded, option
 GROUPS = ("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=8")
 HARMLESS = """
 data.val_batch_size=500 data.shuffle_train_dataloader=True data.oversample_factor=4.0 data.filter_accuracy=False
+data.accuracy_lower_bound=0.2 data.accuracy_upper_bound=0.8
 actor_rollout_ref.rollout.micro_rollout_batch_size=1024 actor_rollout_ref.rollout.n_agent=1
 actor_rollout_ref.actor.state_masking=true
 +actor_rollout_ref.model.override_config.attn_implementation=sdpa actor_rollout_ref.model.attn_implementation=flash_attention_2
@@ -41,6 +42,16 @@ def test_one_response_to_each_prompt_is_as_in_verl_a_reward_without_a_baseline_a
     assert "(actor_rollout_ref.rollout.n)" in line
 
 
+def test_one_response_to_each_prompt_goes_with_the_overlong_buffer_and_not_with_filtered_groups(tmp_path: Path) -> None:
+    buffer = "reward_model.reward_kwargs.overlong_buffer_cfg"
+    overlong = ["reward_model.reward_manager=dapo", f"{buffer}.enable=True", f"{buffer}.len=64", f"{buffer}.penalty_factor=1"]
+    one = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=1"]
+    config = loaded(tmp_path, *one, *overlong)
+    assert (config.algorithm.name, option(config, "responses_per_prompt")) == ("dapo", 1)
+    (found,) = mistakes_of([*right_run(tmp_path), *FITTING, *one, *overlong, "algorithm.filter_groups.enable=True"])
+    assert "a group of one is one" in found
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -49,6 +60,7 @@ def test_one_response_to_each_prompt_is_as_in_verl_a_reward_without_a_baseline_a
         ("trainer.remove_clip=True", "set algorithm.surrogate=policy_gradient"),
         ("trainer.v1.trainer_mode=separate_async", "set loop.max_staleness"),
         ("data.filter_accuracy=True", "set algorithm=dapo"),
+        ("actor_rollout_ref.actor.state_masking=False", "set it to True"),
         ("retriever.url=http://x", "take it out, or write that"),
         ("data.max_obs_length=500", "take it out, or write that"),
         ("actor_rollout_ref.actor.proj_layer=3", "take it out, or write that"),
