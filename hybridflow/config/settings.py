@@ -137,13 +137,13 @@ class Settings:
         return layers
 
     def _is_taken(self, setting: Setting, options: Mapping[str, object]) -> bool:
-        """False for what is no key of ours or verl's, which is told, and for verl's gamma where there is none here."""
+        """False for what is no key of ours or verl's, told where it is on or near to one, and for a gamma of no use."""
         section, _, option = setting.key.partition(".")
         is_known = setting.key in KNOWN_KEYS or setting.key in CHOICES or any(setting.key.startswith(f"{m}.") for m in MAPPINGS)
         if is_known or (section == "algorithm" and option in options):
             return True
-        if setting.key not in BOTH and not is_off(setting.value):
-            near = suggestion(setting.key, KNOWN_KEYS, verl_keys.stands_for())
+        near = suggestion(setting.key, KNOWN_KEYS, verl_keys.stands_for())
+        if setting.key not in BOTH and (near.startswith("; did you mean") or not is_off(setting.value)):
             problem = f"is neither a key of ours nor one of verl's that is known here{near} {PAGE} lists verl's. {OF_A_FORK}"
             self.reports.append(FieldError(setting.key, problem, setting.place))
         return False

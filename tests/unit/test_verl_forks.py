@@ -66,6 +66,9 @@ def test_one_response_to_each_prompt_goes_with_the_overlong_buffer_and_not_with_
         ("actor_rollout_ref.actor.proj_layer=3", "take it out, or write that"),
         ("algorithm.filter_sample.enable=True", "take it out, or write that"),
         ("+debug=True", "take it out, or write that"),
+        ("modle.compile=false", "did you mean 'model.compile'?"),
+        ("rollot.enforce_eager=false", "did you mean 'rollout.enforce_eager'?"),
+        ("trakers.names=null", "did you mean 'trackers.names'?"),
     ],
 )
 def test_what_would_change_learning_says_what_to_do(tmp_path: Path, override: str, words: str) -> None:
