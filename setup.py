@@ -14,7 +14,6 @@ DEVELOPMENT = [
     "pytest-xdist>=3.6",
     "ruff>=0.17,<0.18",
     "pandas>=2",
-    "torchao>=0.15,<1",
     "types-PyYAML",
 ]
 

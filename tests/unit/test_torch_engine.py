@@ -129,11 +129,6 @@ def test_a_context_over_the_models_is_refused(tiny_model: str) -> None:
         TorchEngine(spec_of(tiny_model, max_model_tokens=600))
 
 
-def test_engine_options_are_refused(tiny_model: str) -> None:
-    with pytest.raises(EngineError, match="max_num_seqs"):
-        TorchEngine(spec_of(tiny_model, options={"max_num_seqs": 4}))
-
-
 def test_weights_of_another_dtype_are_cast(tiny_model: str) -> None:
     engine = TorchEngine(spec_of(tiny_model))
     asked = requests(prompts(4), GREEDY)
