@@ -73,7 +73,7 @@ class Odd:
                 return [{"role": "user", "content": "on", "call": OBJECTS[self.kind]}], 0.0, False, False, {}
             case "own text": return [{"role": Text("user"), "content": Text("on"), **NEAR_JSON}], 0.0, False, False, {}
             case "socket": os.write(int(sys.argv[1]), b"\\0\\0\\0\\3abc")
-            case "long": return [{"role": "user", "content": "x" * 30_000_000}], 1.0, False, False, {}
+            case "huge": return [{"role": "user", "content": "x" * 30_000_000}], 1.0, False, False, {}
             case "tools": return [{"role": "user", "content": "on"}], 0.0, False, False, {"new_history": True, "tools": "abc"}
             case "exit": os._exit(7)
             case "endless": return [{"role": "user", "content": "on"}], 0.0, False, False, {}
@@ -225,7 +225,7 @@ def test_a_process_whose_socket_gives_no_message_is_ended_and_the_cause_told(
 def test_a_message_too_long_for_the_episode_ends_it_without_being_tokenised(start: Start) -> None:
     worker = start(MISBEHAVING, max_turns=4)
     started = time.monotonic()
-    answered = worker.generate(episode_rows(["fine", "long"]))
+    answered = worker.generate(episode_rows(["fine", "huge"]))
     assert time.monotonic() - started < 15
     assert answered["truncated"][1] and not answered["episode_failed"].any() and answered["environment/turns"][1] == 1
 
