@@ -37,6 +37,11 @@ ADVERSE = {
     ),
     "memory in files without a name": "import os\nwhile True: os.write(os.memfd_create('a'), b'x' * (30 << 20))",
     "memory that is shared": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
+    "messages that are shared": "import ctypes\nassert ctypes.CDLL(None).msgget(0, 0o1600) >= 0",
+    "semaphores that are shared": "import ctypes\nassert ctypes.CDLL(None).semget(0, 1000, 0o1600) >= 0",
+    "memory in a socket's buffer": (
+        "import socket\nwriter, reader = socket.socketpair()\nwriter.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 26)"
+    ),
     "empty files without end": "n = 0\nwhile True:\n    open(str(n), 'w').close()\n    n += 1",
     "a user namespace": "import ctypes\nassert ctypes.CDLL(None).syscall(56, 0x10000000 | 17, 0, 0, 0, 0) >= 0",
     "a user namespace by clone3": (
@@ -119,6 +124,24 @@ def test_programs_may_compute_write_in_their_folder_and_import_packages() -> Non
     program += "\nprint(open('a').read(), input())"
     assert run(program, "said", Limits()).stdout == "3.0 said\n"
     assert run("import os\nprint(sorted(os.environ), os.listdir())").stdout.count("program.py") == 1
+
+
+def test_programs_may_start_processes_and_event_loops() -> None:
+    program = """
+import asyncio, multiprocessing, subprocess, sys
+
+async def said():
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "print(1)", stdout=subprocess.PIPE)
+    return (await process.communicate())[0].decode().strip()
+
+ours, theirs = multiprocessing.Pipe()
+child = multiprocessing.get_context("fork").Process(target=theirs.send, args=("2",))
+child.start()
+print(asyncio.run(said()), ours.recv(), subprocess.run([sys.executable, "-c", "print(3)"], capture_output=True).stdout)
+child.join()
+"""
+    ended = run(program, limits=Limits())
+    assert ended.stdout == "1 2 b'3\\n'\n", ended.stderr
 
 
 def scored(response: str, truth: object, **options: object) -> dict[str, float]:
