@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from hybridflow.errors import HybridflowError, ModelError
 
@@ -116,19 +119,40 @@ def check_complete(path: str, found: LoadingInfo, *, may_miss: Collection[str] =
 
 
 def check_numbers(path: str, model: PreTrainedModel) -> None:
-    """Refuse a folder whose weights are integers, which transformers takes as they are: what they stand for says a scale that
+    """Refuse a model whose weights are integers, which transformers takes as they are: what they stand for says a scale that
     its configuration does not name.
 
     Raises:
-        ModelError: at least one is.
+        ModelError: at least one is, or a file is damaged.
     """
     parameters = {name for name, _ in model.named_parameters()}
-    for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
+    for file in _weight_files(path):
+        with explained(path, "a causal language model"), safe_open(file, "pt") as opened:
             names = [name for name in opened.keys() if name in parameters]  # noqa: SIM118 (no dict)
             if whole := [name for name in names if opened.get_slice(name).get_dtype() in WHOLE]:
                 problem = f"{path!r} holds {len(whole)} weight(s) as integers: {_some(whole)}"
                 raise ModelError(f"{problem}. Its config.json names no quantization; give the model in floating point")
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The files of safetensors that transformers has read; others may lie beside them. None where its format is another."""
+    if (whole := _file_of(path, SAFE_WEIGHTS_NAME)) is not None:
+        return [whole]
+    if (index := _file_of(path, SAFE_WEIGHTS_INDEX_NAME)) is None:
+        return []
+    return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def _file_of(path: str, name: str) -> Path | None:
+    """A file of a model in its folder or in the hub's cache."""
+    found: str | None = cached_file(
+        path,
+        name,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def _some(names: list[str]) -> str:

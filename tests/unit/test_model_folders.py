@@ -158,6 +158,26 @@ def test_without_a_fault_every_role_is_built(tiny_model: str, data: Path) -> Non
     assert not built(Path(tiny_model), data)
 
 
+def test_files_beside_those_of_the_model_are_not_read(tiny_model: str, data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    with_text("consolidated.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")(folder)
+    assert not built(folder, data)
+
+
+def test_integers_are_found_in_each_file_that_an_index_names(tiny_model: str, data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    last = max(tensors)
+    parts = {"a.safetensors": {**tensors}, "b.safetensors": {last: tensors[last].to(torch.int8)}}
+    del parts["a.safetensors"][last]
+    for name, part in parts.items():
+        save_file(part, folder / name, metadata={"format": "pt"})
+    places = {name: file for file, part in parts.items() for name in part}
+    with_settings(f"{WEIGHTS}.index.json", metadata={}, weight_map=places)(folder)
+    assert all("holds 1 weight(s) as integers" in words for words in built(folder, data)[-2:])
+
+
 @pytest.mark.parametrize("fault", REFUSED.values(), ids=REFUSED)
 def test_what_no_role_can_use_is_refused_by_name(tiny_model: str, data: Path, tmp_path: Path, fault: Fault) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
