@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.options import GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.errors import ReturnError
 from hybridflow.workers.remote import returned
@@ -29,8 +30,11 @@ def checked_collect(algorithm: Algorithm) -> Callable[[Batch], Batch]:
 
 
 def bounded_keep(algorithm: Algorithm) -> Callable[[Batch], bool]:
-    """`keep`, raising ReturnError where it refuses prompt after prompt: the step would never be complete."""
-    most = ROUNDS_WITHOUT_A_PROMPT * algorithm.run.data.prompts_per_step
+    """`keep`, raising ReturnError where it refuses prompt after prompt: the step would never be complete. `max_rounds`, where
+    the algorithm has it, may allow more."""
+    options = algorithm.config
+    num_rounds = max(ROUNDS_WITHOUT_A_PROMPT, options.max_rounds if isinstance(options, GroupOptions) else 0)
+    most = num_rounds * algorithm.run.data.prompts_per_step
     num_refused = 0
 
     def keep(group: Batch) -> bool:
@@ -40,7 +44,7 @@ def bounded_keep(algorithm: Algorithm) -> Callable[[Batch], bool]:
         if num_refused >= most:
             name = f"{type(algorithm).__name__}.keep"
             raise ReturnError(
-                f"{name} has refused {num_refused} prompts in a row, {ROUNDS_WITHOUT_A_PROMPT} steps' worth: no step can begin"
+                f"{name} has refused {num_refused} prompts in a row, {num_rounds} steps' worth: no step can begin"
             )
         return is_kept
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from types import FunctionType, SimpleNamespace
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, get_type_hints, overload
 
 from hybridflow.batch import Batch
 from hybridflow.errors import ReturnError
@@ -23,7 +24,7 @@ T = TypeVar("T")
 W = TypeVar("W", bound="Dispatching")
 
 
-PROMISES = {kind.__name__: kind for kind in (Batch, Metrics)}
+PROMISES = (Batch, Metrics)
 """Results that callers work with. A method promises one by its annotation, or by that of the method which it overrides."""
 
 
@@ -153,11 +154,24 @@ class BoundMethod(Generic[P, R]):
 def checked(result: R, worker_class: type, method: str) -> R:
     """`result` of a marked method, as it promises. Raises ReturnError."""
     methods = [vars(base)[method] for base in worker_class.__mro__ if method in vars(base)]
-    kinds = [getattr(each, "function", each).__annotations__.get("return") for each in methods]
-    kind = next((PROMISES.get(getattr(kind, "__name__", kind)) for kind in kinds if kind is not None), None)
-    if kind is not None:
-        returned(result, kind, f"{worker_class.__name__}.{method}")
+    promised = next((kind for each in methods if (kind := _promised(getattr(each, "function", each))) is not None), None)
+    if promised is Batch or promised is Metrics:
+        returned(result, promised, f"{worker_class.__name__}.{method}")
     return result
+
+
+def _promised(function: FunctionType) -> object:
+    """What a method's annotation says that it returns; None without one, or where its names are there for type checkers alone,
+    as those of PROMISES are in modules of the package."""
+    if "return" not in function.__annotations__:
+        return None
+    written = SimpleNamespace(__annotations__={"return": function.__annotations__["return"]})
+    is_own = function.__module__.partition(".")[0] == __package__.partition(".")[0]
+    names = {kind.__name__: kind for kind in PROMISES} if is_own else {}
+    try:
+        return get_type_hints(written, {**names, **function.__globals__})["return"]
+    except (NameError, AttributeError, TypeError, SyntaxError):
+        return None
 
 
 def remote(protocol: str) -> Callable[[Callable[Concatenate[W, P], R]], RemoteMethod[W, P, R]]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
+from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.options import GroupOptions
 from hybridflow.batch import Batch
+from hybridflow.config.schema import Config as RunConfig
+from hybridflow.config.schema import DataConfig
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.returned import ROUNDS_WITHOUT_A_PROMPT, bounded_keep, checked_collect
 from hybridflow.controller.stream import Stream, StreamSettings
 from hybridflow.errors import ReturnError
 from hybridflow.metrics import Metrics
 from hybridflow.ops import Loss
+from hybridflow.user_file import import_file
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.remote import checked, remote
 from hybridflow.workers.reward import RewardWorker
@@ -39,6 +45,23 @@ class Forgets(ActorWorker):
         return {}
 
 
+class Mine(Algorithm):
+    """Which keeps no prompt."""
+
+    def __init__(self, options: GroupOptions):
+        self.config = options
+        self.run = RunConfig(data=DataConfig(prompts_per_step=4))
+
+    def collect(self, prompts: Batch) -> Batch:
+        return prompts
+
+    def keep(self, group: Batch) -> bool:
+        return False
+
+    def learn(self, batch: Batch) -> Metrics:
+        return Metrics()
+
+
 @pytest.mark.parametrize("result", [None, {"loss": 1.0}, 0.5, ROWS, [Metrics()]])
 def test_what_a_role_returns_in_place_of_metrics_is_told_with_its_class(result: object) -> None:
     with pytest.raises(ReturnError, match=r"^Forgets\.update returns a Metrics; found "):
@@ -55,6 +78,31 @@ def test_what_promises_nothing_or_something_else_returns_what_it_likes() -> None
     assert checked(None, Forgets, "own") is None
     assert checked({}, Forgets, "log_probs") == {}
     assert checked(None, ActorWorker, "save") is None
+
+
+OWN = """
+from __future__ import annotations
+from hybridflow.workers.base import Worker
+from hybridflow.workers.remote import remote
+
+class Metrics:
+    pass
+
+class Own(Worker):
+    @remote("one_to_all")
+    def measured(self) -> Metrics: ...
+
+    @remote("one_to_all")
+    def later(self) -> Nowhere: ...
+"""
+
+
+def test_a_class_of_ones_own_may_be_called_as_one_of_the_packages(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    own: Any = import_file(str(tmp_path / "own.py"))
+    result = own.Metrics()
+    assert checked(result, own.Own, "measured") is result
+    assert checked(result, own.Own, "later") is result
 
 
 @pytest.mark.parametrize("result", [None, {"a": 1.0}, ROWS])
@@ -85,11 +133,16 @@ def test_what_collect_returns_in_place_of_rows_ends_the_run(result: object, prob
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_an_algorithm_that_keeps_nothing_ends_the_run(staleness: int) -> None:
-    algorithm: Any = type("Mine", (), {"keep": lambda self, rows: False, "run": MagicMock()})()
-    algorithm.run.data.prompts_per_step = 4
-    stream = stream_of(lambda prompts: prompts, bounded_keep(algorithm), staleness)
+    stream = stream_of(lambda prompts: prompts, bounded_keep(Mine(GroupOptions())), staleness)
     with pytest.raises(ReturnError, match=rf"Mine\.keep has refused {4 * ROUNDS_WITHOUT_A_PROMPT} prompts in a row"):
         stream.take(1)
+
+
+def test_more_rounds_than_that_are_the_algorithms_to_allow() -> None:
+    keep = bounded_keep(Mine(GroupOptions(dynamic_sampling=True, max_rounds=100)))
+    assert not any(keep(ROWS) for _ in range(4 * 100 - 1))
+    with pytest.raises(ReturnError, match=r"refused 400 prompts in a row, 100 steps' worth"):
+        keep(ROWS)
 
 
 def stream_of(collect: Any, keep: Any, staleness: int) -> Stream:
