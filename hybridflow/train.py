@@ -38,9 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plan(config: Config) -> str:
     """What a dry run prints: every key with its value, and where each role would run. Raises ConfigError as a run would."""
-    from hybridflow.controller.launch import all_roles
+    from hybridflow.controller.launch import all_roles, check_files
     from hybridflow.controller.placement import placement_lines
-    from hybridflow.controller.run import check_files
 
     check_files(config)
     return "\n".join([resolved_yaml(config), *placement_lines(config, all_roles(config)), ""])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hybridflow.config.schema import Config
 from hybridflow.controller import interrupts
 from hybridflow.controller.cluster import cluster
-from hybridflow.controller.launch import launched
+from hybridflow.controller.launch import check_files, launched
 from hybridflow.controller.measures import Estimate
 from hybridflow.controller.run_folder import reserved
 from hybridflow.controller.validation import answered, estimates
@@ -30,6 +30,7 @@ def evaluate(config: Config, ks: Sequence[int]) -> Results:
     Raises:
         HybridflowError: what went wrong, where, and what to do.
     """
+    check_files(replace(config, data=replace(config.data, train_files=())))  # which are the same ones
     with interrupts.noticed(), cluster(config):
         interrupts.heed_sigterm()
         with reserved(config) as folder, launched(config) as groups:

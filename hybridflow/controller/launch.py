@@ -24,7 +24,9 @@ from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import RolePlace, device_type, introduce, places, start_pool
 from hybridflow.controller.waiting import Jobs, all_stacks, bounded, jobs_of, results_of, told
+from hybridflow.data.loader import check_columns, check_sources
 from hybridflow.errors import HybridflowError
+from hybridflow.rewards.ground_truths import is_scored_by_rules
 from hybridflow.user_file import split_name
 from hybridflow.workers.base import Worker
 
@@ -120,6 +122,17 @@ def algorithm_class(config: Config) -> type[Algorithm]:
 def all_roles(config: Config) -> tuple[str, ...]:
     """The roles of a run: the dataset's, and those that the algorithm declares."""
     return ("data", *algorithm_class(config).roles(config))
+
+
+def check_files(config: Config) -> None:
+    """Raises ConfigError where a data file on this machine lacks a column, or has rows of a source that no reward is for; a
+    data worker of the user's may read other ones."""
+    if "data" in config.placement.workers:
+        return
+    algorithm = algorithm_class(config)
+    check_columns(config, algorithm.rows)
+    if is_scored_by_rules(config, algorithm.roles(config)):
+        check_sources(config, algorithm.rows)
 
 
 @contextmanager

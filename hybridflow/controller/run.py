@@ -13,21 +13,14 @@ from hybridflow.config.schema import Config
 from hybridflow.controller import interrupts
 from hybridflow.controller.boundary import phase, what_happened
 from hybridflow.controller.cluster import cluster
-from hybridflow.controller.launch import algorithm_class, all_roles, launched
+from hybridflow.controller.launch import algorithm_class, all_roles, check_files, launched
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import device_type, placement_lines
 from hybridflow.controller.run_folder import reserved
 from hybridflow.controller.watch import watched
-from hybridflow.data.loader import check_columns
 from hybridflow.trackers.trial import try_trackers
 
 logger = logging.getLogger("hybridflow")
-
-
-def check_files(config: Config) -> None:
-    """Raises ConfigError where a data file on this machine lacks a column; a data worker of the user's may read other ones."""
-    if "data" not in config.placement.workers:
-        check_columns(config, algorithm_class(config).rows)
 
 
 @contextmanager

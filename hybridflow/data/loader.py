@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
@@ -24,11 +26,12 @@ from hybridflow.data.chat import Tokenizer
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations
 from hybridflow.data.curriculum import SUCCESS_RATE, ByColumn, BySuccess, Curriculum
 from hybridflow.data.examples import read_examples
-from hybridflow.data.parquet import ColumnSpec, has_column, is_number, open_parquet
+from hybridflow.data.parquet import ColumnSpec, has_column, is_number, open_parquet, values_of
 from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences
-from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS, Prompts, read_prompts
+from hybridflow.data.prompts import DATA_SOURCE, EPISODE_COLUMNS, PROMPT_COLUMNS, Prompts, read_prompts
 from hybridflow.data.responses import RESPONSE_COLUMNS, read_responses
 from hybridflow.errors import ConfigError, DataError, FieldError
+from hybridflow.rewards.ground_truths import why_unscored
 
 VALIDATION_STEP = -1
 """Stands for the step in the seeds of validation, which are the same whenever it runs."""
@@ -292,6 +295,27 @@ def check_columns(config: Config, rows: RowKind) -> None:
                 open_parquet(path, columns, key=key)
             except DataError as error:
                 errors.append(FieldError(key, str(error).removeprefix(f"{key}: ")))
+    if errors:
+        raise ConfigError(errors)
+
+
+def check_sources(config: Config, rows: RowKind) -> None:
+    """Look at the data sources of prompts that will be scored, in those of the run's files that are on this machine. Of
+    validation, the first `validation.max_prompts`.
+
+    Raises:
+        ConfigError: there are such that no reward is for; the first one is named.
+    """
+    data, most = config.data, config.validation.max_prompts
+    files = {"data.train_files": data.train_files if rows == "prompts" else (), "data.validation_files": data.validation_files}
+    errors = []
+    for key, paths in files.items():
+        sources = (source for path in filter(os.path.isfile, paths) for source in values_of(path, DATA_SOURCE, key=key))
+        seen = Counter(islice(sources, most if key == "data.validation_files" else None))
+        problems = {source: problem for source in seen if (problem := why_unscored(config.reward, str(source)))}
+        if problems:
+            unscored = f"{sum(seen[source] for source in problems):,} of {seen.total():,} rows cannot be scored"
+            errors.append(FieldError(key, f"{unscored}: {next(iter(problems.values()))}"))
     if errors:
         raise ConfigError(errors)
 

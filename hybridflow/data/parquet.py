@@ -163,6 +163,13 @@ def read_batches(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: st
         raise DataError(f"{where}: its rows cannot be read ({error}). Was it damaged since it was written?") from error
 
 
+def values_of(path: str, spec: ColumnSpec, *, key: str) -> Iterator[object]:
+    """One column of a file, where it has it. Raises as `open_parquet` and `read_batches`."""
+    for batch in read_batches(open_parquet(path, (), key=key), [spec], where=f"{key}: {path}"):
+        if batch.num_columns:
+            yield from batch.column(0).to_pylist()
+
+
 def without_nulls(value: object) -> object:
     """The value without the null fields of structs, at every depth: Arrow gives each row the fields of all rows of its column.
 

@@ -27,8 +27,18 @@ CHECKS = {
 
 
 def why_unmatchable(ground_truth: object, data_source: str) -> str | None:
-    """As the rule of the data source says; one that no rule belongs to is told when it is scored."""
+    """As the rule of the data source says; `why_unscored` tells of one that no rule belongs to."""
     return CHECKS[data_source](ground_truth, data_source) if data_source in CHECKS else None
+
+
+def why_unscored(data_source: str) -> str | None:
+    """What is wrong with a data source that no rule belongs to."""
+    if data_source in RULES:
+        return None
+    return (
+        f"no reward rule belongs to data_source {data_source!r}{nearest(data_source, RULES) or '.'} Known: {', '.join(RULES)}. "
+        "Set reward.name to one rule for all data, or reward.path to a file with a function compute_score of your own"
+    )
 
 
 def compute_score(reward_input: RewardInput) -> Mapping[str, float]:
@@ -37,10 +47,7 @@ def compute_score(reward_input: RewardInput) -> Mapping[str, float]:
     Raises:
         RewardError: no rule belongs to it.
     """
-    source = reward_input["data_source"]
-    if source not in RULES:
-        raise RewardError(
-            f"no reward rule belongs to data_source {source!r}{nearest(str(source), RULES) or '.'} Known: {', '.join(RULES)}. "
-            "Set reward.name to one rule for all data, or reward.path to a file with a function compute_score of your own"
-        )
+    source = str(reward_input["data_source"])
+    if problem := why_unscored(source):
+        raise RewardError(problem)
     return RULES[source](reward_input)

@@ -1,48 +1,78 @@
-"""Ground truths that no answer can match: found in the dataset, before anything is generated for them.
+"""Rows that no answer can earn a reward for: found in the dataset, before anything is generated for them.
 
 Only the rules of this package are asked: what a function of the user's does with a ground truth is its own affair. A rule says
-what it cannot match by a function `why_unmatchable(ground_truth, data_source)` beside it.
+what it cannot match by a function `why_unmatchable(ground_truth, data_source)` beside it, and which sources it is not for by
+`why_unscored(data_source)`.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import cast
 
-from hybridflow.config.schema import RewardConfig
+from hybridflow.config.schema import Config, RewardConfig, RewardTerm
 from hybridflow.errors import DataError
 from hybridflow.registry import REWARDS
 
 Why = Callable[[object, str], str | None]
+Unscored = Callable[[str], str | None]
 
 
 def check_ground_truths(config: RewardConfig, rows: Iterable[tuple[int, object, str]], *, key: str) -> None:
     """`rows` are the number, ground truth and data source of each row of the files that `key` names.
 
     Raises:
-        DataError: no answer can match the ground truth of a row; the first one is named, and how many there are.
+        DataError: no answer can match the ground truth of a row; the first one is named, and how many there are. Or nothing
+            scores the data source of one.
     """
-    checks = [(term.data_sources, why) for term in config.terms if term.path is None and (why := why_of(term.name))]
-    if not checks:
-        return
-    problems = []
+    checks = [(term, why) for term in config.terms if term.path is None and (why := why_of(term.name))]
+    unscored, problems = cache(lambda source: why_unscored(config, source)), []
     for number, ground_truth, source in rows:
-        for patterns, why in checks:
-            if (not patterns or any(fnmatchcase(source, each) for each in patterns)) and (problem := why(ground_truth, source)):
+        if unscored(source):
+            raise DataError(f"{key}: row {number}: {unscored(source)}")
+        for term, why in checks:
+            if is_for(term, source) and (problem := why(ground_truth, source)):
                 problems.append(f"row {number} (data_source {source!r}): column 'reward_model.ground_truth' is {problem}")
     if problems:
         more = f" So it is in {len(problems) - 1} other rows." if len(problems) > 1 else ""
         raise DataError(f"{key}: {problems[0]}.{more} No answer can match that: correct the file, or set another reward.name")
 
 
+def is_scored_by_rules(config: Config, roles: Collection[str]) -> bool:
+    """Whether responses go to the reward role that comes with the package."""
+    is_asked = config.environment.add_reward or not config.environment.is_set
+    return bool(is_asked) and "reward" in roles and "reward" not in config.placement.workers
+
+
+def is_for(term: RewardTerm, data_source: str) -> bool:
+    """Whether the function scores rows of this data source."""
+    return not term.data_sources or any(fnmatchcase(data_source, pattern) for pattern in term.data_sources)
+
+
+def why_unscored(config: RewardConfig, source: str) -> str | None:
+    """Why rows of a data source get no reward: no function is for it, or one that goes by sources does not know it."""
+    terms = [term for term in config.terms if is_for(term, source)]
+    if not terms:
+        return (
+            f"no function of reward.functions scores data_source {source!r}. Give it one whose "
+            "data_sources names it, or leave data_sources out of one that is for all"
+        )
+    asked = [_of_module(term.name, "why_unscored") for term in terms if term.path is None]
+    return next((problem for why in asked if why is not None and (problem := cast("Unscored", why)(source))), None)
+
+
 def why_of(name: str) -> Why | None:
     """What the module of a built-in rule says of ground truths; None where it says nothing."""
-    if name not in REWARDS:
-        return None
-    return cast("Why | None", vars(importlib.import_module(REWARDS[name].partition(":")[0])).get("why_unmatchable"))
+    return cast("Why | None", _of_module(name, "why_unmatchable"))
+
+
+def _of_module(name: str, function: str) -> object:
+    """A function of the module of a built-in rule; None where there is none."""
+    return vars(importlib.import_module(REWARDS[name].partition(":")[0])).get(function) if name in REWARDS else None
 
 
 def why_no_text(ground_truth: object) -> str | None:

@@ -12,11 +12,11 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from hybridflow.config.schema import RewardConfig, RewardTerm
 from hybridflow.errors import RewardError
 from hybridflow.rewards.call import Kind, RewardFunction, RewardInput, load_reward_function
+from hybridflow.rewards.ground_truths import is_for, why_unscored
 from hybridflow.rewards.results import MAIN_KEYS, TAKEN_METRICS, Failure, Score, as_list, as_score, finite, trace_of
 
 Result = Score | Failure | None
@@ -35,8 +35,7 @@ class Term:
 
     def applies_to(self, reward_input: RewardInput) -> bool:
         """Whether the function scores rows of this data source."""
-        patterns = self.config.data_sources
-        return not patterns or any(fnmatchcase(str(reward_input["data_source"]), pattern) for pattern in patterns)
+        return is_for(self.config, str(reward_input["data_source"]))
 
 
 class ScoringTimeoutError(Exception):
@@ -183,10 +182,7 @@ class Scorer:
     def _sum(self, results: Sequence[Result], applied: Sequence[bool], reward_input: RewardInput) -> Score | Failure:
         """One score from those of all functions."""
         if not any(applied):
-            raise RewardError(
-                f"no function of reward.functions scores data_source {reward_input['data_source']!r}. Give it one whose "
-                "data_sources names it, or leave data_sources out of one that is for all"
-            )
+            raise RewardError(str(why_unscored(self.config, str(reward_input["data_source"]))))
         parts = [(term, result) for term, result in zip(self.terms, results, strict=True) if isinstance(result, Score)]
         failures = [(term, result) for term, result in zip(self.terms, results, strict=True) if isinstance(result, Failure)]
         if failures:

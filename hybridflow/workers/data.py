@@ -18,7 +18,7 @@ from hybridflow.data.parquet import identity_of
 from hybridflow.data.prompts import Prompts
 from hybridflow.data.rollouts import write_rows
 from hybridflow.errors import DamagedCheckpointError, DataError
-from hybridflow.rewards.ground_truths import check_ground_truths
+from hybridflow.rewards.ground_truths import check_ground_truths, is_scored_by_rules
 from hybridflow.workers.base import RankContext, Worker
 from hybridflow.workers.remote import remote
 
@@ -66,20 +66,13 @@ class DataWorker(Worker):
             if Path(path).expanduser().exists() and identity_of(path) != before:
                 raise DataError(f"data.train_files: {path} has changed while it was read. Start again once it is complete")
         self.train, self.validation, self.held_out = loaders.train, loaders.validation, loaders.held_out
-        if rows == "prompts" and self._is_scored_by_rules():
-            for key, loader in (("data.train_files", self.train), ("data.validation_files", self.validation)):
+        if is_scored_by_rules(self.config, load_algorithm(self.config.algorithm.name).roles(self.config)):
+            scored = {"data.train_files": self.train if rows == "prompts" else None, "data.validation_files": self.validation}
+            for key, loader in scored.items():
                 if loader is not None and isinstance(loader.dataset, Prompts):
                     check_ground_truths(self.config.reward, loader.dataset.ground_truths(), key=key)
         num_validation = self.validation.num_prompts if self.validation else 0
         return DataSummary(self.train.num_prompts, self.train.num_batches_per_epoch, num_validation)
-
-    def _is_scored_by_rules(self) -> bool:
-        """Whether responses go to the reward role that comes with the package."""
-        environment, workers = self.config.environment, self.config.placement.workers
-        is_asked = environment.add_reward or not environment.is_set
-        return (
-            is_asked and "reward" not in workers and "reward" in load_algorithm(self.config.algorithm.name).roles(self.config)
-        )
 
     @remote("rank_zero")
     def next_batch(self, step: int, count: int | None = None) -> Batch:

@@ -89,6 +89,24 @@ def test_rules_for_other_data_sources_are_not_asked(tiny_model: str, tmp_path: P
         opened(tiny_model, written(tmp_path, [None], source="openai/x"), functions=terms)
 
 
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        ({}, "row 0: no reward rule belongs to data_source 'mine'"),
+        (
+            {"functions": (RewardTerm(name="gsm8k", data_sources=("openai/*",)),)},
+            "row 0: no function of reward.functions scores",
+        ),
+        ({"functions": (RewardTerm(name="gsm8k"), RewardTerm(weight=0.0))}, "row 0: no reward rule belongs"),
+    ],
+)
+def test_a_data_source_that_no_reward_is_for_is_refused_where_the_file_is(
+    tiny_model: str, tmp_path: Path, reward: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(DataError, match=f"data.train_files: {problem}"):
+        opened(tiny_model, written(tmp_path, ["1"], source="mine"), **reward)
+
+
 CALL = [{"role": "user", "content": "look"}, {"role": "assistant", "content": None, "calls": [{"city": "Bern", "n": None}]}]
 
 

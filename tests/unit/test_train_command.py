@@ -9,8 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from hybridflow.checkpoint.store import CheckpointStore, RunState
+from hybridflow.config.load import load_config
 from hybridflow.config.schema import CheckpointConfig, Config, RunConfig
 from hybridflow.controller.boundary import how_to_go_on
+from hybridflow.controller.launch import check_files
+from hybridflow.errors import ConfigError
 from hybridflow.train import main
 from tests.unit.config_cases import CUTTING_ENGINE, right_run
 
@@ -48,6 +51,43 @@ def test_a_dry_run_of_a_plan_for_other_machines_shows_it_and_warns_of_what_is_mi
     for key in (*keys, "checkpoint.resume"):
         (warning,) = [message for message in caplog.messages if f"command line: {key}: " in message]
         assert warning.startswith("not on this machine: ")
+
+
+def sources(folder: Path, *names: str) -> str:
+    """A file of a prompt of each data source."""
+    row = {"prompt": "1+1", "response": "2", "reward_model": {"ground_truth": "2"}}
+    pq.write_table(pa.Table.from_pylist([{**row, "data_source": name} for name in names]), folder / "sources.parquet")
+    return str(folder / "sources.parquet")
+
+
+UNKNOWN = "1 of 3 rows cannot be scored: no reward rule belongs to data_source 'openai/gsm8kk'; did you mean 'openai/gsm8k'?"
+NEITHER = "3 of 3 rows cannot be scored: no function of reward.functions scores data_source 'openai/gsm8k'"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems"),
+    [
+        (["data.validation_files=FILE"], {"data.validation_files": UNKNOWN}),
+        (["data.train_files=FILE", "data.validation_files=FILE", "algorithm=sft"], {"data.validation_files": UNKNOWN}),
+        (["data.train_files=FILE"], {"data.train_files": UNKNOWN}),
+        (["data.train_files=FILE", "reward.functions=[{data_sources: [mine]}]"], {"data.train_files": NEITHER}),
+        (["data.validation_files=FILE", "validation.max_prompts=2"], {}),
+        (["data.validation_files=FILE", "reward.name=gsm8k"], {}),
+        (["data.validation_files=FILE", "placement.workers={reward: 'tests.unit.runs:Own'}"], {}),
+    ],
+)
+def test_a_data_source_that_no_reward_is_for_is_told_before_anything_starts(
+    yaml_file: str, tmp_path: Path, overrides: list[str], problems: dict[str, str]
+) -> None:
+    file = sources(tmp_path, "openai/gsm8k", "openai/gsm8k", "openai/gsm8kk")
+    config = load_config(yaml_file, [override.replace("FILE", file) for override in overrides])
+    try:
+        check_files(config)
+        found = {}
+    except ConfigError as error:
+        found = {each.key: each.problem for each in error.errors}
+    assert found.keys() == problems.keys()
+    assert all(found[key].startswith(problem) for key, problem in problems.items())
 
 
 def test_a_dry_run_with_a_mistake_that_every_machine_would_find_fails(
