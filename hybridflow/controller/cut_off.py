@@ -12,8 +12,9 @@ logger = logging.getLogger("hybridflow")
 class CutOffWarning:
     """Warns once where such steps begin, and again where they begin anew."""
 
-    def __init__(self, max_response_tokens: int, *, max_turns: int):
-        self.max_response_tokens, self.max_turns = max_response_tokens, max_turns
+    def __init__(self, max_response_tokens: int, *, max_turns: int, is_sampled: bool = True):
+        """`is_sampled` says that the responses are the policy's, and not the dataset's."""
+        self.max_response_tokens, self.max_turns, self.is_sampled = max_response_tokens, max_turns, is_sampled
         self.is_so = False
 
     def look(self, step: int, rows: Batch) -> None:
@@ -26,6 +27,13 @@ class CutOffWarning:
                 "step %d: all %d episodes were ended by a limit, none by the environment. Raise environment.max_turns (%d) or "
                 "data.max_response_tokens (%d), or let `step` return terminated",
                 *(step, len(rows), self.max_turns, self.max_response_tokens),
+            )
+            return
+        if not self.is_sampled:
+            logger.warning(
+                "step %d: all %d answers of the dataset were cut at data.max_response_tokens (%d): nothing teaches where one "
+                "ends. Raise it",
+                *(step, len(rows), self.max_response_tokens),
             )
             return
         logger.warning(

@@ -46,7 +46,8 @@ class Loop:
         self.rows = RowSource(config, launched, algorithm, total_steps=total_steps)
         self.checkpoints = Checkpoints(config, launched, algorithm, self.rows, total_steps=total_steps)
         self.seconds_saving = Metrics()
-        self.cut_off = CutOffWarning(config.data.max_response_tokens, max_turns=config.environment.max_turns)
+        is_sampled, turns = algorithm.rows == "prompts", config.environment.max_turns
+        self.cut_off = CutOffWarning(config.data.max_response_tokens, max_turns=turns, is_sampled=is_sampled)
         self.saving: Future[None] | None = None
         """The rollouts of the last step, as they are written."""
 

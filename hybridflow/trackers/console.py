@@ -185,8 +185,8 @@ def _rewards(metrics: Metrics) -> list[str]:
 
 
 def _own(metrics: Metrics) -> list[str]:
-    """What the algorithm measured beyond what all do."""
-    names = own_metrics(metrics)[:MAX_OWN_METRICS]
+    """What the algorithm measured in the step beyond what all do; held-out rows have a line of their own."""
+    names = own_metrics(name for name in metrics if not name.startswith("held_out/"))[:MAX_OWN_METRICS]
     return _texts([Number(name.rpartition("/")[2].replace("_", " "), (name,), ".3g") for name in names], metrics)
 
 

@@ -28,3 +28,10 @@ def test_episodes_are_told_of_the_limit_of_turns(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, "hybridflow"):
         CutOffWarning(7, max_turns=2).look(1, rows)
     assert "all 3 episodes were ended by a limit" in caplog.text and "environment.max_turns (2)" in caplog.text
+
+
+def test_answers_of_a_dataset_are_told_of_the_limit_that_cut_them_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hybridflow"):
+        CutOffWarning(7, max_turns=2, is_sampled=False).look(1, Batch({"truncated": np.ones(3, np.bool_)}))
+    assert "all 3 answers of the dataset were cut at data.max_response_tokens (7)" in caplog.text
+    assert "rollout.stop" not in caplog.text

@@ -426,6 +426,10 @@ def test_what_was_measured_of_held_out_rows_has_a_line(tmp_path: Path, capsys: p
     tracker.log(0, Metrics({"held_out/loss": 0.6931, "held_out/chosen_reward": -0.5}))
     tracker.close()
     assert capsys.readouterr().out == "held-out rows at step 0  loss 0.693  chosen reward -0.5\n"
+    assert (
+        step_line(Metrics({"actor/loss": 1.5, "actor/margin": 0.1, "held_out/loss": 0.6}), max_characters=160).count("loss")
+        == 1
+    )
 
 
 def test_on_a_terminal_the_bar_stands_at_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
