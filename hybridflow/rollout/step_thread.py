@@ -45,10 +45,10 @@ Agree = Callable[[Decision], Decision]
 class EngineThread:
     """Owns an engine. Every request that was submitted ends in a response or an error, whatever happens to the thread."""
 
-    def __init__(self, engine: Engine, *, agree: Agree | None = None, follows: bool = False):
-        """`agree` is for ranks that share an engine (rollout/lockstep.py). One that `follows` is given no requests by its own
-        process, but steps its part of the engine with those of the first rank."""
-        self._engine, self._agree, self._follows = engine, agree, follows
+    def __init__(self, engine: Engine, *, agree: Agree | None = None, leads: bool = False, follows: bool = False):
+        """`agree` is for ranks that share an engine (rollout/lockstep.py), one of which `leads`. One that `follows` is given no
+        requests by its own process, but steps its part of the engine with those of the first rank."""
+        self._engine, self._agree, self._leads, self._follows = engine, agree, leads, follows
         self._ids = count()
         self._changed = threading.Condition()
         self._submitted: deque[Submitted] = deque()
@@ -263,7 +263,7 @@ class EngineThread:
 
     def _tell_followers(self) -> None:
         """After a failure: ranks that follow wait for the next decision, and cannot be closed before it has come."""
-        if self._agree is not None and not self._follows:
+        if self._agree is not None and self._leads:
             with suppress(Exception):  # the failure may be that of agreeing
                 self._agree(Decision(self._num_taken, self._num_interrupts, is_closing=True, num_pauses=self._num_pauses_begun))
 

@@ -109,8 +109,10 @@ class RolloutWorker(Worker):
             raise ConfigError([FieldError("rollout.engine", problem)])
         # What an environment answers, and when, only one rank can know: it has the rows, and tells the others what to generate.
         agree = lockstep(context.layout, context.rank, sends_requests=config.environment.is_set)
-        self.follows = config.environment.is_set and context.layout.tensor_rank(context.rank) > 0 and agree is not None
-        self.engine = EngineThread(engine_class(engine_spec(self.config, context)), agree=agree, follows=self.follows)
+        leads = context.layout.tensor_rank(context.rank) == 0
+        self.follows = config.environment.is_set and not leads and agree is not None
+        engine = engine_class(engine_spec(self.config, context))
+        self.engine = EngineThread(engine, agree=agree, leads=leads, follows=self.follows)
         self.environment: Surroundings | None = None
         """Of episodes, where rows are such and this rank has them."""
         if config.environment.is_set and not self.follows:

@@ -43,7 +43,7 @@ def two_ranks(first: InterruptibleEngine, second: InterruptibleEngine) -> tuple[
         decisions.put(decision)
         return decision
 
-    return EngineThread(first, agree=tell), EngineThread(second, agree=lambda _: decisions.get(), follows=True)
+    return EngineThread(first, agree=tell, leads=True), EngineThread(second, agree=lambda _: decisions.get(), follows=True)
 
 
 def test_a_failure_on_a_rank_that_follows_is_raised_where_its_rows_are_asked_for() -> None:
@@ -66,3 +66,18 @@ def test_a_rank_that_follows_can_be_closed_after_the_first_has_failed() -> None:
     closing = run_in_thread(follower.close, daemon=True)
     closing.join(10)
     assert not closing.is_alive()
+
+
+def test_a_rank_that_has_failed_and_does_not_lead_asks_for_no_decision_more() -> None:
+    """The first may be waiting for it inside the engine, and decide nothing more."""
+    asked: list[Decision] = []
+
+    def agree(decision: Decision) -> Decision:
+        asked.append(decision)
+        return decision
+
+    thread = EngineThread(InterruptibleEngine(fails_at_step=2), agree=agree)
+    with pytest.raises(EngineError, match="out of memory"):
+        thread.generate([request(1, max_tokens=9)])
+    thread.close()
+    assert not any(decision.is_closing for decision in asked)
