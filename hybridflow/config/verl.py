@@ -171,6 +171,8 @@ class VerlSet:
     def _tell_unknown(self, name: str, setting: Setting) -> None:
         if not is_off(setting.value):
             self._refuse(name, UNKNOWN.format(verl_keys.suggestion(name)))
+        elif near := verl_keys.misspelt(name):  # switched off under a name that nobody reads, what was meant stays on
+            self._refuse(name, UNKNOWN.format(near))
 
     def _passes(self, key: Key, name: str) -> bool:
         value = self(name)

@@ -126,6 +126,14 @@ def suggestion(key: str) -> str:
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
+def misspelt(key: str) -> str:
+    """`Did you mean 'x'? ` for a key that is nearly one beside it in the same section of verl's."""
+    section, _, last = key.rpartition(".")
+    beside = [name.rpartition(".")[2] for name in KEYS if name.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(last, beside, 1, 0.85)
+    return f"Did you mean {f'{section}.{near[0]}'!r}? " if near else ""
+
+
 def stands_for() -> dict[str, str]:
     """Each key of verl's with the one of ours that takes its value; empty where it is none, or more."""
     return {key.name: key.ours if key.how == "=" else "" for key in KEYS.values()}

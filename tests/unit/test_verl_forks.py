@@ -74,3 +74,18 @@ def test_one_response_to_each_prompt_goes_with_the_overlong_buffer_and_not_with_
 def test_what_would_change_learning_says_what_to_do(tmp_path: Path, override: str, words: str) -> None:
     (found,) = mistakes_of([*right_run(tmp_path), *FITTING, *GROUPS, override])
     assert words in found and "no such key" not in found
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "trainer.val_before_trian=False",
+        "actor_rollout_ref.actor.use_kl_los=False",
+        "actor_rollout_ref.rollout.free_cache_engin=False",
+    ],
+)
+def test_a_misspelt_key_of_verls_that_is_off_is_told(tmp_path: Path, setting: str) -> None:
+    """What was meant would stay on, in silence."""
+    key = setting.partition("=")[0]
+    (found,) = mistakes_of([*right_run(tmp_path), *FITTING, *GROUPS, setting])
+    assert f"{key}: verl's key is not known here. Did you mean" in found
