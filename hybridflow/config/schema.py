@@ -114,7 +114,7 @@ class ModelConfig:
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of matrix products in training; auto is bfloat16 on CUDA and float32 on CPU. Master weights are always float32."""
     attention: Literal["auto", "flash_attn", "torch"] = "auto"
-    """Packed attention; auto takes flash-attn where it is installed and the device is CUDA."""
+    """Packed attention; auto takes flash-attn (release 2, 3 or 4) where it is installed and the device is CUDA."""
     float8: bool = False
     """Multiply in float8 (torchao) in the layers of training models: for billions of parameters, on Ada and newer GPUs."""
     gradient_checkpointing: Switch = "auto"

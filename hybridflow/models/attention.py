@@ -6,8 +6,11 @@ Hk key-value heads, D channels of a head, P tokens with padding. Values may have
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import Literal
+from contextlib import suppress
+from functools import cache
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,8 @@ from hybridflow.parallel.sequence import SequenceGroup
 
 NAME = "hybridflow_packed"
 FLASH_NAME = "hybridflow_packed_flash"
+FLASH_MODULES = ("flash_attn_interface", "flash_attn", "flash_attn.cute")
+"""Where releases 3, 2 and 4 of flash-attn keep `flash_attn_varlen_func`; they take the same keywords."""
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 """What the kernels for packed rows compute in."""
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RowSpans, float], torch.Tensor]
@@ -32,23 +37,24 @@ def implementation(choice: Literal["auto", "flash_attn", "torch"], device: torch
         ModelError: flash-attn was asked for, and is not installed, or does not do this device or dtype.
     """
     is_possible = device.type == "cuda" and dtype in HALF_DTYPES
-    if choice == "torch" or (choice == "auto" and not (is_possible and _has_flash_attn())):
+    if choice == "torch" or (choice == "auto" and not (is_possible and flash_attention())):
         return NAME
     if not is_possible:
         raise ModelError(
             f"model.attention=flash_attn needs CUDA and bfloat16; this rank computes on {device} in {dtype}. Use torch or auto"
         )
-    if not _has_flash_attn():
+    if flash_attention() is None:
         raise ModelError("model.attention=flash_attn, but flash-attn is not installed. Install it, or use torch")
     return FLASH_NAME
 
 
-def _has_flash_attn() -> bool:
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        return False
-    return True
+@cache
+def flash_attention() -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None:
+    """`flash_attn_varlen_func` of the first release in `FLASH_MODULES` that is installed."""
+    for name in FLASH_MODULES:
+        with suppress(ImportError, AttributeError):  # release 4 alone leaves `flash_attn` an empty namespace
+            return cast(Callable[..., torch.Tensor], importlib.import_module(name).flash_attn_varlen_func)
+    return None
 
 
 def _attention_of(kernel_for: Callable[[torch.Tensor], Kernel]) -> Callable[..., tuple[torch.Tensor, None]]:
@@ -150,13 +156,12 @@ def _torch_varlen(
 def _flash_varlen(
     query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, spans: RowSpans, scale: float
 ) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
-
+    function = flash_attention()
+    assert function is not None, "`implementation` has looked for it"
     starts, longest = spans.cu_seqlens_B1, spans.max_seqlen
-    attended: torch.Tensor = flash_attn_varlen_func(
-        query_THD, key_THD, value_THD, starts, starts, longest, longest, softmax_scale=scale, causal=True
-    )
-    return attended
+    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    attended = function(query_THD, key_THD, value_THD, **lengths, softmax_scale=scale, causal=True)
+    return attended[0] if isinstance(attended, tuple) else attended
 
 
 def _torch_kernel(query: torch.Tensor) -> Kernel:

@@ -10,6 +10,7 @@ import torch
 
 from hybridflow.config.schema import Config
 from hybridflow.metrics import Metrics
+from hybridflow.models.attention import flash_attention
 from hybridflow.ops.losses import PolicyLoss
 from hybridflow.workers.actor import ActorWorker
 from tests.training_rows import context_of, model_without_zero_weights, random_batch, training_config
@@ -66,5 +67,17 @@ def test_offloading_changes_nothing_and_frees_memory(path: str) -> None:
 def test_compiled_layers_train_alike(path: str) -> None:
     plain, compiled = train(training_config(path)), train(training_config(path, model={"compile": True}))
     for one, other in zip(plain[0], compiled[0], strict=True):
+        assert one["actor/loss"] == pytest.approx(other["actor/loss"], rel=0.05, abs=0.01)
+        assert one["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=0.05)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and flash_attention() is None, reason="NOT RUN: needs flash-attn")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flash_attn_trains_like_torch(path: str, compiled: bool) -> None:
+    by_torch, by_flash = (
+        train(training_config(path, model={"attention": attention, "compile": compiled}))
+        for attention in ("torch", "flash_attn")
+    )
+    for one, other in zip(by_torch[0], by_flash[0], strict=True):
         assert one["actor/loss"] == pytest.approx(other["actor/loss"], rel=0.05, abs=0.01)
         assert one["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=0.05)

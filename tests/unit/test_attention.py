@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 from transformers import AttentionInterface
 
 from hybridflow.errors import ModelError
-from hybridflow.models.attention import FLASH_NAME, NAME, implementation
+from hybridflow.models.attention import FLASH_NAME, NAME, flash_attention, implementation
 from hybridflow.models.packing import RowSpans
 
 CPU = torch.device("cpu")
@@ -69,3 +73,47 @@ def test_the_cpu_takes_torch_and_refuses_flash_attn() -> None:
     assert implementation("auto", CPU, torch.bfloat16) == NAME != FLASH_NAME
     with pytest.raises(ModelError, match=r"needs CUDA and bfloat16.*on cpu"):
         implementation("flash_attn", CPU, torch.bfloat16)
+
+
+def flash_attn_varlen_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: object) -> tuple[torch.Tensor, None]:
+    """What the releases of flash-attn agree on; release 4 gives a pair."""
+    names = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal"}
+    assert set(others) == names and others["causal"] is True and others["softmax_scale"] == 0.3
+    assert others["cu_seqlens_q"] is others["cu_seqlens_k"] and others["max_seqlen_q"] == others["max_seqlen_k"] == 40
+    starts = others["cu_seqlens_q"]
+    assert isinstance(starts, torch.Tensor)
+    lengths = starts.diff().tolist()
+    return attend_row_by_row(*(states.transpose(0, 1)[None] for states in (q, k, v)), lengths)[0], None
+
+
+@pytest.fixture(params=["flash_attn_interface", "flash_attn", "flash_attn.cute"])
+def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """One release of flash-attn alone: an empty `flash_attn` is what release 4 leaves beside `flash_attn.cute`."""
+    for name in ("flash_attn_interface", "flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name) if name == "flash_attn" else None)
+    module = ModuleType(request.param)
+    module.__dict__["flash_attn_varlen_func"] = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, request.param, module)
+    flash_attention.cache_clear()
+    yield request.param
+    flash_attention.cache_clear()
+
+
+def test_each_release_of_flash_attn_is_found_and_called_with_the_keywords_that_it_takes(release: str) -> None:
+    assert implementation("flash_attn", torch.device("cuda"), torch.bfloat16) == FLASH_NAME
+    assert implementation("auto", torch.device("cuda"), torch.float32) == NAME, release
+    lengths = [1, 40, 7]
+    states = [torch.randn(1, heads, sum(lengths), 8) for heads in (4, 2, 2)]
+    spans = RowSpans.of_lengths(np.array(lengths), CPU)
+    output, _ = AttentionInterface()[FLASH_NAME](torch.nn.Module(), *states, None, scaling=0.3, row_spans=spans)
+    torch.testing.assert_close(output, attend_row_by_row(*states, lengths), rtol=1e-5, atol=1e-5)
+
+
+def test_without_flash_attn_torch_is_taken_and_asking_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("flash_attn_interface", "flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, None)
+    flash_attention.cache_clear()
+    assert implementation("auto", torch.device("cuda"), torch.bfloat16) == NAME
+    with pytest.raises(ModelError, match="flash-attn is not installed"):
+        implementation("flash_attn", torch.device("cuda"), torch.bfloat16)
+    flash_attention.cache_clear()
