@@ -24,8 +24,13 @@ from hybridflow.workers.token_functions import CorrectTokens, RowKL, TokenAdvant
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
+    from hybridflow.ops import Loss
     from hybridflow.rollout.base import Sampling
+    from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.base import Worker
+    from hybridflow.workers.reference import ReferenceWorker
+    from hybridflow.workers.reward import RewardWorker
+    from hybridflow.workers.rollout import RolloutWorker
 
 
 class Algorithm(ABC):
@@ -33,7 +38,7 @@ class Algorithm(ABC):
 
     Every attribute of a subclass that is annotated with a class of worker (`actor: ActorWorker`) is a role: the launcher
     creates a group for each and sets the attribute. Calls on it run on all ranks of the group. No algorithm inherits from
-    another.
+    another: what many have in common is in `PolicyAlgorithm`.
     """
 
     config_class: ClassVar[type] = NoOptions
@@ -203,3 +208,22 @@ class Algorithm(ABC):
             order = np.random.default_rng([self.run.run.seed, self.step, epoch]).permutation(len(batch))
             parts += batch.select(order).split(rows_per_update)
         return parts
+
+
+class PolicyAlgorithm(Algorithm):
+    """To inherit from: several scored responses to each prompt, and updates of the policy alone. `learn` is left, which
+    says what advantages and loss are."""
+
+    config: Any  # a dataclass with `responses_per_prompt`
+    actor: ActorWorker
+    rollout: RolloutWorker
+    reference: ReferenceWorker
+    reward: RewardWorker
+
+    def collect(self, prompts: Batch) -> Batch:
+        return self.respond(prompts.repeat(self.config.responses_per_prompt))
+
+    def update_policy(self, batch: Batch, loss: Loss) -> Metrics:
+        """Learn from the rows of each update of the step."""
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(update.result() for update in updates)

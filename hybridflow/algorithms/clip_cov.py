@@ -12,22 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import Clip, GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import OPEN_SHARE
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +36,11 @@ class Config(GroupOptions):
     """Covariances between which tokens are drawn."""
 
 
-class ClipCov(Algorithm):
-    """Roles, dataflow and loss of Clip-Cov."""
+class ClipCov(PolicyAlgorithm):
+    """Advantages and loss of Clip-Cov."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
@@ -62,5 +49,4 @@ class ClipCov(Algorithm):
         chosen = partial(ops.clip_covariance, clip=c.clip, share=c.share, bounds=c.bounds, seed=seed)
         loss = c.policy_loss(self.run, chosen)
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

@@ -11,20 +11,14 @@ Yu et al. 2025, arXiv:2503.14476, eq. 8 to 13.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import Clip, GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,26 +35,18 @@ class Config(GroupOptions, PolicyOptions):
     """Taken from the reward of a response that is as long as may be; 0 for none."""
 
 
-class DAPO(Algorithm):
-    """Roles, dataflow and loss of DAPO."""
+class DAPO(PolicyAlgorithm):
+    """Advantages and loss of DAPO."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)  # rewards less the punishment of long responses
         advantage = ops.group_normalized(batch["reward"], batch["group"])
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        metrics = Metrics.merged(update.result() for update in updates)
+        metrics = self.update_policy(batch, loss)
         if "length_penalty" in batch:
             metrics += Metrics({"dapo/overlong_penalty": float(batch["length_penalty"].mean())})
         return metrics

@@ -12,20 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import Clip, GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import ABOVE_ONE
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +36,11 @@ class Config(GroupOptions):
     """Divide by the group's standard deviation."""
 
 
-class DPPO(Algorithm):
-    """Roles, dataflow and loss of DPPO."""
+class DPPO(PolicyAlgorithm):
+    """Advantages and loss of DPPO."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
@@ -63,5 +50,4 @@ class DPPO(Algorithm):
         region = partial(ops.within_divergence, divergence=own.divergence, bounds=own.clip, cap=cap)
         loss = own.policy_loss(self.run, region)
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import POSITIVE
@@ -24,10 +24,6 @@ from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +44,15 @@ class Config(GroupOptions):
         return errors
 
 
-class DRO(Algorithm):
-    """Roles, dataflow and loss of DRO."""
+class DRO(PolicyAlgorithm):
+    """Advantages and loss of DRO."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
         advantage = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=self.config.scale_by_std)
         loss = self.config.policy_loss(self.run, partial(ops.quadratic, beta=self.config.beta))
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.errors import FieldError
@@ -25,10 +25,6 @@ from hybridflow.registry import REWARDS, nearest
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +64,11 @@ def reward_names(run: RunConfig) -> list[str] | None:
     return [*labels, *model] if is_scored else model
 
 
-class GDPO(Algorithm):
-    """Roles, dataflow and loss of GDPO."""
+class GDPO(PolicyAlgorithm):
+    """Advantages and loss of GDPO."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def parts(self, batch: Batch) -> list[Any]:
         """Each reward of the rows; 0 where the row's reward failed."""
@@ -96,5 +85,4 @@ class GDPO(Algorithm):
         each = [weight * ops.group_normalized(part, batch["group"]) for weight, part in zip(weights, parts, strict=True)]
         batch = self.with_returns(batch.with_columns(reward=sum(each[1:], each[0]).numpy()), whiten=True)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

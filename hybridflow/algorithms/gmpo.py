@@ -11,20 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import Clip, GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import Aggregation
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +30,11 @@ class Config(GroupOptions):
     """How token losses become one number."""
 
 
-class GMPO(Algorithm):
-    """Roles, dataflow and loss of GMPO."""
+class GMPO(PolicyAlgorithm):
+    """Advantages and loss of GMPO."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
@@ -57,5 +43,4 @@ class GMPO(Algorithm):
             self.config.policy_loss(self.run, partial(ops.geometric_mean, clip=self.config.clip)), pools_weights=True
         )
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

@@ -10,19 +10,13 @@ Chu et al. 2025, arXiv:2504.02546, eq. 5 to 7.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +31,11 @@ class Config(GroupOptions):
     not 0."""
 
 
-class GPG(Algorithm):
-    """Roles, dataflow and loss of GPG."""
+class GPG(PolicyAlgorithm):
+    """Advantages and loss of GPG."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
@@ -57,5 +44,4 @@ class GPG(Algorithm):
         advantage = ops.rescaled(ops.group_normalized(reward, group, scale_by_std=self.config.scale_by_std), informative)
         loss = self.config.policy_loss(self.run, ops.policy_gradient)
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

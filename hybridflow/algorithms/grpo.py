@@ -11,20 +11,14 @@ Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4; dual clip, Ye et al. 2019, arXi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import Aggregation
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +33,15 @@ class Config(GroupOptions, PolicyOptions):
     """How token losses become one number."""
 
 
-class GRPO(Algorithm):
-    """Roles, dataflow and loss of GRPO."""
+class GRPO(PolicyAlgorithm):
+    """Advantages and loss of GRPO."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
         advantage = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=self.config.scale_by_std)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

@@ -10,20 +10,14 @@ Tang et al. 2025, arXiv:2503.19595, eq. 6.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import AT_LEAST_TWO
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +30,15 @@ class Config(GroupOptions, PolicyOptions):
     """Divide by the group's standard deviation."""
 
 
-class GRPOPassAtK(Algorithm):
-    """Roles, dataflow and loss of GRPO for the best of n."""
+class GRPOPassAtK(PolicyAlgorithm):
+    """Advantages and loss of GRPO for the best of n."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
         advantage = ops.best_of_group(batch["reward"], batch["group"], scale_by_std=self.config.scale_by_std)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

@@ -11,21 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import Clip, GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import Aggregation
 from hybridflow.config.ranges import ABOVE_ONE
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +34,11 @@ class Config(GroupOptions):
     """How token losses become one number."""
 
 
-class GSPO(Algorithm):
-    """Roles, dataflow and loss of GSPO."""
+class GSPO(PolicyAlgorithm):
+    """Advantages and loss of GSPO."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
@@ -60,5 +47,4 @@ class GSPO(Algorithm):
         surrogate = partial(ops.clipped, clip=self.config.clip, dual_clip=bound, ratio=ops.sequence_ratio)
         loss = self.config.policy_loss(self.run, surrogate)
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

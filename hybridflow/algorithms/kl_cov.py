@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import NOT_NEGATIVE, OPEN_SHARE
@@ -24,10 +24,6 @@ from hybridflow.metrics import Metrics
 if TYPE_CHECKING:
     from hybridflow.config.choices import OldLogProbs
     from hybridflow.config.schema import Config as RunConfig
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +40,11 @@ class Config(GroupOptions):
         return "rollout_log_probs" if self.old_log_probs == "rollout" else super().ratio_over(run)
 
 
-class KLCov(Algorithm):
-    """Roles, dataflow and loss of KL-Cov."""
+class KLCov(PolicyAlgorithm):
+    """Advantages and loss of KL-Cov."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
@@ -63,5 +52,4 @@ class KLCov(Algorithm):
         chosen = partial(ops.kl_covariance, share=self.config.share, coefficient=self.config.covariance_kl)
         loss = self.config.policy_loss(self.run, chosen)
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

@@ -11,20 +11,14 @@ Hu et al. 2025, arXiv:2501.03262, eq. 5 to 8.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import KLEstimator
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, SHARE
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +37,13 @@ class Config(PolicyOptions):
     """Per-token estimate of the KL; k1 is for the reward, others are for either."""
 
 
-class ReinforcePlusPlus(Algorithm):
-    """Roles, dataflow and loss of REINFORCE++."""
+class ReinforcePlusPlus(PolicyAlgorithm):
+    """Advantages and loss of REINFORCE++."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.with_returns(self.with_log_probs(batch), gamma=self.config.gamma, whiten=True)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

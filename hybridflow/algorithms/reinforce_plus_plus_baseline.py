@@ -11,20 +11,14 @@ Hu et al. 2025, arXiv:2501.03262, eq. 9 to 11.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import KLEstimator
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +32,15 @@ class Config(GroupOptions, PolicyOptions):
     """Per-token estimate of the KL."""
 
 
-class ReinforcePlusPlusBaseline(Algorithm):
-    """Roles, dataflow and loss of REINFORCE++ with baseline."""
+class ReinforcePlusPlusBaseline(PolicyAlgorithm):
+    """Advantages and loss of REINFORCE++ with baseline."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
         deviation = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=False)
         batch = self.with_returns(batch.with_columns(reward=deviation.numpy()), whiten=True, with_kl=False)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

@@ -13,22 +13,16 @@ Li et al. 2023, arXiv:2310.10505, eq. 5 and algorithm 1.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import Aggregation, KLEstimator
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +41,11 @@ class Config(PolicyOptions):
     """How token losses become one number."""
 
 
-class ReMax(Algorithm):
+class ReMax(PolicyAlgorithm):
     """Roles, dataflow and loss of ReMax."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
 
     def collect(self, prompts: Batch) -> Batch:
         from hybridflow.workers.rollout import training_sampling
@@ -69,5 +59,4 @@ class ReMax(Algorithm):
         batch = self.with_log_probs(batch.with_columns(reward=batch["reward"] - batch["greedy_reward"]))
         batch = self.with_returns(batch)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return baseline + Metrics.merged(update.result() for update in updates)
+        return baseline + self.update_policy(batch, loss)

@@ -11,21 +11,15 @@ Ahmadian et al. 2024, arXiv:2402.14740, eq. 7; the KL, eq. 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.choices import Aggregation, KLEstimator
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE
 from hybridflow.metrics import Metrics
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +38,15 @@ class Config(GroupOptions, PolicyOptions):
     """How token losses become one number."""
 
 
-class RLOO(Algorithm):
-    """Roles, dataflow and loss of RLOO."""
+class RLOO(PolicyAlgorithm):
+    """Advantages and loss of RLOO."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         batch = self.prepare(batch)
         advantage = ops.leave_one_out(batch["reward"], batch["group"])
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
+        return self.update_policy(batch, loss)

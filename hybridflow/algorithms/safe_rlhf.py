@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from hybridflow import ops
-from hybridflow.algorithms.base import Algorithm
+from hybridflow.algorithms.base import PolicyAlgorithm
 from hybridflow.algorithms.options import GroupOptions, PolicyOptions
 from hybridflow.batch import Batch
 from hybridflow.config.ranges import NOT_NEGATIVE, POSITIVE
@@ -26,12 +26,8 @@ from hybridflow.metrics import Metrics
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
-    from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.base import Worker
-    from hybridflow.workers.reference import ReferenceWorker
-    from hybridflow.workers.reward import RewardWorker
     from hybridflow.workers.reward_model import RewardModelWorker
-    from hybridflow.workers.rollout import RolloutWorker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +44,16 @@ class Config(GroupOptions, PolicyOptions):
     """Where the KL to the reference counts: in the reward, in the loss, or nowhere (no reference is loaded)."""
 
 
-class SafeRLHF(Algorithm):
+class SafeRLHF(PolicyAlgorithm):
     """Roles, dataflow, loss and multiplier of Safe RLHF."""
 
     config_class = Config
     config: Config
-    actor: ActorWorker
-    rollout: RolloutWorker
-    reference: ReferenceWorker
-    reward: RewardWorker
     cost_model: RewardModelWorker
 
     def __init__(self, run: RunConfig, groups: Mapping[str, Worker]):
         super().__init__(run, groups)
         self.multiplier = self.config.initial_multiplier
-
-    def collect(self, prompts: Batch) -> Batch:
-        return self.respond(prompts.repeat(self.config.responses_per_prompt))
 
     def learn(self, batch: Batch) -> Metrics:
         has_model = "cost_model" in self.groups
@@ -77,8 +66,7 @@ class SafeRLHF(Algorithm):
         told = Metrics({"safe_rlhf/cost": float(cost.mean()), "safe_rlhf/multiplier": weight})
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return told + Metrics.merged(update.result() for update in updates)
+        return told + self.update_policy(batch, loss)
 
     def state_dict(self) -> dict[str, float]:
         return {"multiplier": self.multiplier}
