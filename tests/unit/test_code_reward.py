@@ -23,6 +23,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are he
 
 OUTSIDE = "/tmp/rewards_written_from_a_sandbox"
 LIMITS = Limits(cpu_s=1, wall_s=2)
+"""Of programs that run into them."""
+AMPLE = Limits(cpu_s=30, wall_s=60)
+"""Of programs that end by themselves, on a machine that does much else."""
 MARK = "of_a_sandbox_test"
 """In the arguments of processes that programs start, to find them by."""
 
@@ -98,12 +101,12 @@ def test_what_a_program_may_not_do_ends_within_its_limits(name: str) -> None:
     ended = run(ADVERSE[name] + "\nprint('went on')")
     assert "went on" not in ended.stdout
     assert ended.exit_code != 0 or name == "an exit before the tests"
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 60  # most of them would take for ever
     assert not os.path.exists(OUTSIDE)
 
 
 def test_children_do_not_outlive_the_program() -> None:
-    assert run(OUTLIVES).exit_code == 0
+    assert run(OUTLIVES, limits=AMPLE).exit_code == 0
     assert marked_processes() == []
 
 
@@ -113,7 +116,7 @@ def test_children_do_not_outlive_a_call_that_is_given_up() -> None:
             await asyncio.wait_for(run_program(OUTLIVES + "\nimport time\ntime.sleep(1000)", limits=Limits(wall_s=60)), 1.0)
 
     asyncio.run(give_up())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while marked_processes() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert marked_processes() == []
@@ -122,8 +125,8 @@ def test_children_do_not_outlive_a_call_that_is_given_up() -> None:
 def test_programs_may_compute_write_in_their_folder_and_import_packages() -> None:
     program = "import numpy as np, threading\nthreading.Thread(target=int).start()\nopen('a', 'w').write(str(np.ones(3).sum()))"
     program += "\nprint(open('a').read(), input())"
-    assert run(program, "said", Limits()).stdout == "3.0 said\n"
-    assert run("import os\nprint(sorted(os.environ), os.listdir())").stdout.count("program.py") == 1
+    assert run(program, "said", AMPLE).stdout == "3.0 said\n"
+    assert run("import os\nprint(sorted(os.environ), os.listdir())", limits=AMPLE).stdout.count("program.py") == 1
 
 
 def test_programs_may_start_processes_and_event_loops() -> None:
@@ -140,12 +143,13 @@ child.start()
 print(asyncio.run(said()), ours.recv(), subprocess.run([sys.executable, "-c", "print(3)"], capture_output=True).stdout)
 child.join()
 """
-    ended = run(program, limits=Limits())
+    ended = run(program, limits=AMPLE)
     assert ended.stdout == "1 2 b'3\\n'\n", ended.stderr
 
 
 def scored(response: str, truth: object, **options: object) -> dict[str, float]:
-    return dict(asyncio.run(compute_score(given(f"```python\n{response}\n```", truth), **options)))
+    limits = {"cpu_s": AMPLE.cpu_s, "wall_s": AMPLE.wall_s}
+    return dict(asyncio.run(compute_score(given(f"```python\n{response}\n```", truth), **limits, **options)))
 
 
 ADD = "def add(a, b):\n    return a + b"
@@ -200,13 +204,13 @@ def test_sixty_four_at_once_are_stopped_and_the_step_goes_on() -> None:
     rows = inputs(*[f"```python\n{program}\n```" for program in programs[-64:]])
     for row in rows:
         row["ground_truth"] = "assert add(1, 2) == 3"
-    options = {"cpu_s": 2, "wall_s": 10}
-    pool = RewardPool(RewardConfig(name="code", num_processes=1, concurrency=64, timeout_s=60, options=options))
+    options = {"cpu_s": 2, "wall_s": 20}
+    pool = RewardPool(RewardConfig(name="code", num_processes=1, concurrency=64, timeout_s=180, options=options))
     started = time.perf_counter()
     results = pool.score(rows)
     seconds = time.perf_counter() - started
     pool.close()
     assert [result.reward for result in results if isinstance(result, Score)] == [0.0] * 63 + [1.0]
-    assert seconds < 40
+    assert seconds < 150
     assert marked_processes() == []
     assert not os.path.exists(OUTSIDE)
