@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hybridflow.config.load import load_config, to_yaml
 from hybridflow.config.schema import Config
-from hybridflow.controller.boundary import ended_command, leave
+from hybridflow.ending import as_process, ended_command, show
 
 if TYPE_CHECKING:
     from hybridflow.controller.evaluation import Results
@@ -76,8 +76,8 @@ def _evaluated(options: argparse.Namespace) -> int:
         return 2
     from hybridflow.controller.evaluation import evaluate
 
-    sys.stdout.write(table(evaluate(config, ks)))
-    sys.stdout.write(f"every row: {config.run.folder}/rows.parquet; results: {config.run.folder}/results.json\n")
+    show(table(evaluate(config, ks)))
+    show(f"every row: {config.run.folder}/rows.parquet; results: {config.run.folder}/results.json\n")
     return 0
 
 
@@ -144,4 +144,4 @@ def table(results: Results) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    as_process(main)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 
-from hybridflow.controller.boundary import ended_command
+from hybridflow.ending import as_process, ended_command, show
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -48,9 +47,9 @@ def _exported(options: argparse.Namespace) -> int:
         source=options.source,
         trust_remote_code=options.trust_remote_code,
     )
-    sys.stdout.write(f"{folder}\n")
+    show(f"{folder}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_process(main)

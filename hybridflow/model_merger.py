@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hybridflow import export
+from hybridflow.ending import as_process
 
 STEP = re.compile(r"(global_)?step_(\d+)")
 WITHOUT_MEANING = (
@@ -51,4 +51,4 @@ def split_role(folder: Path) -> tuple[Path, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_process(main)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 
-from hybridflow.controller.boundary import ended_command
+from hybridflow.ending import as_process, ended_command, show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,9 +21,9 @@ def _plotted(runs: Sequence[str]) -> int:
     from hybridflow.trackers.plots import plot_run
 
     for run in runs:
-        sys.stdout.writelines(f"{path}\n" for path in plot_run(run))
+        show("".join(f"{path}\n" for path in plot_run(run)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_process(main)

@@ -10,7 +10,8 @@ from hybridflow.api import TrainModule
 from hybridflow.config.command_line import parse
 from hybridflow.config.load import load_config, resolved_yaml
 from hybridflow.config.schema import Config
-from hybridflow.controller.boundary import ended_by, leave
+from hybridflow.controller.boundary import ended_by
+from hybridflow.ending import as_process, show
 
 sys.modules[__name__].__class__ = TrainModule
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         checked = load_config(options.config, options.overrides, is_dry_run=options.dry_run, asks_hub=True)
         if options.dry_run:
-            sys.stdout.write(plan(checked))
+            show(plan(checked))
             return 0
         # Imported here, so that an error in the configuration or --help waits for neither Ray nor torch.
         from hybridflow.controller.run import prepared
@@ -46,4 +47,4 @@ def plan(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    as_process(main)

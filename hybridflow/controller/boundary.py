@@ -8,73 +8,14 @@ The whole trace is in outputs/run/failure.txt
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-import shutil
 import signal
-import sys
-import tempfile
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hybridflow import interrupts
 from hybridflow.checkpoint.advice import once_put_right
 from hybridflow.config.schema import Config
-from hybridflow.controller import interrupts
-from hybridflow.disk import NO_ROOM
-from hybridflow.errors import (
-    CallTimeoutError,
-    ConfigError,
-    FolderInUseError,
-    HybridflowError,
-    PlacementError,
-    WorkerDiedError,
-    WorkerError,
-)
-
-FAILED, MISCONFIGURED, BY_SIGNAL = 1, 2, 128
-"""Exit codes; the number of the signal is added to the last."""
-TRACE_FILE = "failure.txt"
-"""In the run's folder: of its last failure."""
-MAX_CHARACTERS = 1500
-"""Of what is said of an error; all of it is in the file."""
-WHILE = "while "
-"""What the note of a phase begins with."""
-
-
-@contextmanager
-def phase(doing: str) -> Iterator[None]:
-    """Have an error that leaves the block say what was being done: `with phase("saving the checkpoint of step 3"): ...`."""
-    try:
-        yield
-    except BaseException as error:
-        if not _phase_of(error):
-            error.add_note(WHILE + doing)
-        raise
-
-
-def ended_command(what: str, action: Callable[[], int]) -> int:
-    """The exit code of a command that trains nothing: that of `action`, or of what ended it, which is told on stderr. What this
-    package itself has to say needs no more words; of any other error the trace is kept."""
-    try:
-        with interrupts.noticed():
-            return action()
-    except BaseException as raised:  # the one place where whatever ends such a command is told
-        error = interrupts.failure() or raised
-    if (number := interrupts.number()) is not None or isinstance(error, KeyboardInterrupt):
-        _say("\nStopped.\n")
-        return BY_SIGNAL + (number or signal.SIGINT)
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else FAILED
-    if isinstance(error, HybridflowError) and not isinstance(error, WorkerError):
-        _say(f"{error}\n")
-        return MISCONFIGURED if isinstance(error, ConfigError) else FAILED
-    _say(f"\n{what} failed.\n{what_happened(error)}\n{written_trace(error, None)}\n")
-    return FAILED
+from hybridflow.ending import BY_SIGNAL, FAILED, MISCONFIGURED, say, what_happened, written_trace
+from hybridflow.errors import CallTimeoutError, ConfigError, HybridflowError, PlacementError, WorkerDiedError
 
 
 def ended_by(error: BaseException, config: Config | None) -> int:
@@ -83,63 +24,19 @@ def ended_by(error: BaseException, config: Config | None) -> int:
     if number is None and config is not None and not isinstance(error, HybridflowError):
         error = interrupts.failure() or error  # in a call to Ray, what is raised from a signal's handler loses its type
     if isinstance(error, ConfigError):
-        _say(f"{error}\n")
+        say(f"{error}\n")
         return MISCONFIGURED
     if number is not None or isinstance(error, KeyboardInterrupt):
-        _say(f"\nStopped. {how_to_go_on(config)}\n" if config is not None else "\nStopped.\n")
+        say(f"\nStopped. {how_to_go_on(config)}\n" if config is not None else "\nStopped.\n")
         return BY_SIGNAL + (number or signal.SIGINT)
     if isinstance(error, SystemExit) and config is None:
         return error.code if isinstance(error.code, int) else FAILED
-    _say("\nThe run failed.\n" if config is not None else "\nThe command failed before anything was started.\n")
+    say("\nThe run failed.\n" if config is not None else "\nThe command failed before anything was started.\n")
     known = error.advice if isinstance(error, HybridflowError) else ""
     lines = [what_happened(error).removesuffix(known).rstrip()]
     lines += [known or _how_to_go_on_after(error, config)] if config is not None else []
-    _say("\n".join([*lines, written_trace(error, config), ""]))
+    say("\n".join([*lines, written_trace(error, Path(config.run.folder).absolute() if config is not None else None), ""]))
     return FAILED
-
-
-def what_happened(error: BaseException) -> str:
-    """The error as a user reads it, without the trace: where it was, and what was being done."""
-    if isinstance(error, WorkerError):
-        text = f"{error.place}: {without_trace(error.cause)}"
-    elif isinstance(error, HybridflowError):
-        text = str(error)
-    else:
-        text = f"{type(error).__name__}: {_described(error)}{_line_of(error)}"
-    doing = _phase_of(error)
-    cut = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ... (the rest is in the file below)"
-    return f"{cut} ({doing})" if doing and not isinstance(error, HybridflowError) else cut
-
-
-def without_trace(text: str) -> str:
-    """Of a formatted exception the type and the message; other texts as they are.
-
-    Example: of a traceback that ends in `ValueError: no`, that line.
-    """
-    lines = text.strip("\n").splitlines()
-    frames = [number for number, line in enumerate(lines) if re.match(r'\s+File ".*", line \d+', line)]
-    if not frames:
-        return "\n".join(lines)
-    rest = lines[frames[-1] + 1 :]
-    start = next((number for number, line in enumerate(rest) if line and not line[0].isspace()), len(rest) - 1)
-    return "\n".join(line for line in rest[start:] if line.strip())
-
-
-def written_trace(error: BaseException, config: Config | None) -> str:
-    """Write the whole trace, with those of ranks and the stacks that were taken, to a file; returns the line that names it."""
-    header = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  process {os.getpid()}: {' '.join(sys.argv)}\n\n"
-    text = header + "".join(traceback.format_exception(error))
-    folder = Path(config.run.folder).absolute() if config is not None else None
-    places = [folder / TRACE_FILE] if folder is not None and folder.is_dir() and not isinstance(error, FolderInUseError) else []
-    for path in (*places, Path(tempfile.gettempdir(), f"hybridflow-{os.getpid()}-{TRACE_FILE}")):
-        try:
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError:
-            with suppress(OSError):
-                path.unlink()  # what did not fit
-            continue
-        return f"The whole trace is in {path}"
-    return f"The trace could be written nowhere, so it follows.\n{text}"
 
 
 def how_to_go_on(config: Config, *, since_step: int | None = None) -> str:
@@ -158,45 +55,3 @@ def _how_to_go_on_after(error: BaseException, config: Config) -> str:
     if not isinstance(error, HybridflowError) or isinstance(error, WorkerDiedError | CallTimeoutError | PlacementError):
         return how_to_go_on(config)
     return once_put_right(how_to_go_on(config, since_step=error.since_step))
-
-
-def leave(code: int) -> None:
-    """End the process with this exit code, although threads may be stuck that Python would wait for."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    if any(thread.name.startswith("hybridflow") for thread in threading.enumerate()):
-        os._exit(code)  # such a thread may be in a call to Ray, which would abort the process
-    sys.exit(code)
-
-
-def _described(error: BaseException) -> str:
-    """The message; of the operating system also how much room there is, where that is the reason."""
-    try:
-        text = str(error).strip()
-    except Exception as broken:
-        return f"its text cannot be had ({type(broken).__name__})"
-    if isinstance(error, OSError) and isinstance(error.filename, str) and error.errno in NO_ROOM:
-        with suppress(OSError):
-            folder = error.filename if os.path.isdir(error.filename) else os.path.dirname(error.filename) or "."
-            text += f" ({shutil.disk_usage(folder).free:,} bytes are free there: make room)"
-    return text
-
-
-def _phase_of(error: BaseException) -> str:
-    notes: list[str] = getattr(error, "__notes__", [])
-    return next((note for note in notes if note.startswith(WHILE)), "")
-
-
-def _line_of(error: BaseException) -> str:
-    """File and line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" [{Path(frames[-1].filename).name}:{frames[-1].lineno}]" if frames else ""
-
-
-def _say(text: str) -> None:
-    """To stderr, which may be a terminal that was closed or know less characters than the text has."""
-    with suppress(OSError, ValueError):
-        sys.stderr.write(text.encode(sys.stderr.encoding or "utf-8", "backslashreplace").decode(sys.stderr.encoding or "utf-8"))
-        sys.stderr.flush()

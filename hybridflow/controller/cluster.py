@@ -15,9 +15,9 @@ import ray
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 
+from hybridflow import interrupts
 from hybridflow.config.pools import cpu_slots_of_this_machine
 from hybridflow.config.schema import Config
-from hybridflow.controller import interrupts
 from hybridflow.controller.waiting import ended_after, wait_for_thread
 from hybridflow.errors import CallTimeoutError, HybridflowError, PlacementError
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from hybridflow import interrupts
 from hybridflow.config.schema import Config
-from hybridflow.controller import interrupts
 from hybridflow.controller.cluster import cluster
 from hybridflow.controller.launch import check_files, launched
 from hybridflow.controller.measures import Estimate

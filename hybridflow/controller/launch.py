@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, TypeVar
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from hybridflow import registry
+from hybridflow import interrupts, registry
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.config.schema import Config, RunConfig
-from hybridflow.controller import interrupts, planning
+from hybridflow.controller import planning
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.group import GroupDispatcher, Pool
 from hybridflow.controller.placement import RolePlace, device_type, introduce, places, start_pool

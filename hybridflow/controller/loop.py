@@ -12,7 +12,6 @@ from hybridflow.algorithms.base import Algorithm
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
 from hybridflow.controller.batch_metrics import length_metrics, num_tokens, reward_metrics, success_rates
-from hybridflow.controller.boundary import phase
 from hybridflow.controller.checkpoints import Checkpoints
 from hybridflow.controller.cut_off import CutOffWarning
 from hybridflow.controller.launch import Launched
@@ -20,6 +19,7 @@ from hybridflow.controller.row_source import RowSource
 from hybridflow.controller.run_folder import RunFolder
 from hybridflow.controller.validation import ConcurrentValidation, Validation
 from hybridflow.controller.weights import WeightSync
+from hybridflow.ending import phase
 from hybridflow.errors import HybridflowError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.trackers.base import Trackers

@@ -9,15 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hybridflow import interrupts
 from hybridflow.config.schema import Config
-from hybridflow.controller import interrupts
-from hybridflow.controller.boundary import phase, what_happened
 from hybridflow.controller.cluster import cluster
 from hybridflow.controller.launch import algorithm_class, all_roles, check_files, launched
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.placement import device_type, placement_lines
 from hybridflow.controller.run_folder import reserved
 from hybridflow.controller.watch import watched
+from hybridflow.ending import phase, what_happened
 from hybridflow.trackers.trial import try_trackers
 
 logger = logging.getLogger("hybridflow")

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hybridflow import interrupts
 from hybridflow.batch import Batch
-from hybridflow.controller import interrupts
 from hybridflow.controller.waiting import SECONDS_OF_SILENCE, thread_line
 from hybridflow.errors import CallTimeoutError
 

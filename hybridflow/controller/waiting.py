@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import ray
 from ray.actor import ActorHandle
 
-from hybridflow.controller import interrupts, stacks
+from hybridflow import interrupts
+from hybridflow.controller import stacks
 from hybridflow.controller.rank_process import RankProcess
 from hybridflow.controller.stacks import RankIdentity, Stack
 from hybridflow.errors import CallTimeoutError, HybridflowError, WorkerDiedError, WorkerError

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hybridflow import interrupts
 from hybridflow.config.schema import Config
-from hybridflow.controller import interrupts
 from hybridflow.controller.boundary import ended_by
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.waiting import SECONDS_OF_SILENCE, thread_line, thread_text

@@ -7,11 +7,13 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hybridflow.ending import ended_command, show
 from hybridflow.errors import DataError
 
 Example = Mapping[str, object]
@@ -55,11 +57,14 @@ def run_from_command_line(map_row: MapRow, *, hub: HubName, arguments: Sequence[
     parser.add_argument("--local_dir", type=Path, required=True, help="where the files go")
     parser.add_argument("--source", type=Path, help="folder with train and test as .jsonl, .json or .parquet")
     options = parser.parse_args(arguments)
-    try:
-        for path, count in prepare(map_row, hub=hub, source=options.source, local_dir=options.local_dir).items():
-            sys.stdout.write(f"{path}: {count:,} rows\n")
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    if code := ended_command("The preparation", partial(_prepared, map_row, hub, options)):
+        sys.exit(code)
+
+
+def _prepared(map_row: MapRow, hub: HubName, options: argparse.Namespace) -> int:
+    for path, count in prepare(map_row, hub=hub, source=options.source, local_dir=options.local_dir).items():
+        show(f"{path}: {count:,} rows\n")
+    return 0
 
 
 def prepare(map_row: MapRow, *, hub: HubName, source: Path | None, local_dir: Path) -> dict[Path, int]:

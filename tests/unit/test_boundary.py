@@ -13,10 +13,11 @@ from unittest.mock import MagicMock
 import pytest
 import ray
 
-from hybridflow import errors
+from hybridflow import ending, errors, interrupts
 from hybridflow.config.schema import Config, RunConfig
-from hybridflow.controller import boundary, interrupts, run
-from hybridflow.controller.boundary import ended_by, phase, without_trace
+from hybridflow.controller import run
+from hybridflow.controller.boundary import ended_by
+from hybridflow.ending import phase, without_trace
 
 train = importlib.import_module("hybridflow.train")
 """The module: `hybridflow.train` may be the function of that name, too."""
@@ -104,7 +105,7 @@ def test_where_the_folder_cannot_be_written_the_trace_is_somewhere_else(
         return written(path, text, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(boundary.tempfile, "gettempdir", lambda: str(tmp_path.parent))
+    monkeypatch.setattr(ending.tempfile, "gettempdir", lambda: str(tmp_path.parent))
     assert ended_by(ValueError("x"), Config(run=RunConfig(folder=str(tmp_path)))) == 1
     named = Path(capsys.readouterr().err.splitlines()[-1].removeprefix("The whole trace is in "))
     assert named.parent == tmp_path.parent and "ValueError: x" in named.read_text()

@@ -21,7 +21,7 @@ FOR_PEOPLE = {
     "hybridflow/trackers/jsonl.py",  # the time of each line, and of a file that is put aside
     "hybridflow/trackers/mlflow.py",
     "hybridflow/checkpoint/lineage.py",  # the name of a folder of what is put aside
-    "hybridflow/controller/boundary.py",  # the head of a trace
+    "hybridflow/ending.py",  # the head of a trace
     "hybridflow/controller/rank_process.py",  # when a call began, for timeline.json
     "hybridflow/environments/sessions.py",  # `created` of OpenAI's answers
 }

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from hybridflow import errors
-from hybridflow.controller.boundary import ended_command
+from hybridflow.data.prepare import HubName, PreparedRow, run_from_command_line
+from hybridflow.ending import ended_command
 
 ANY: list[Callable[[], BaseException]] = [
     lambda: ZeroDivisionError("no rows"),
@@ -57,7 +58,7 @@ def test_what_the_package_itself_has_to_say_stands_alone(capsys: pytest.CaptureF
 LONG = """
 import sys, time
 from pathlib import Path
-from hybridflow.controller.boundary import ended_command, leave
+from hybridflow.ending import as_process, ended_command
 def work():
     try:
         print("ready", flush=True)
@@ -65,7 +66,7 @@ def work():
     finally:
         Path(sys.argv[1]).touch()  # as what removes a file that is half written
     return 0
-leave(ended_command("The export", work))
+as_process(lambda: ended_command("The export", work))
 """
 
 
@@ -87,22 +88,70 @@ def test_a_signal_has_its_exit_code_and_cleans_up(number: signal.Signals, tmp_pa
     assert (tmp_path / "cleaned").exists()
 
 
-@pytest.mark.parametrize("module", ["export", "report", "evaluate", "model_merger"])
+COMMANDS = {
+    "export": ("checkpoint.export:export_checkpoint", "'c', 'd'"),
+    "report": ("trackers.plots:plot_run", "'r'"),
+    "evaluate": ("evaluate:evaluation_config", "'m', '--data', 'd'"),
+    "model_merger": ("checkpoint.export:export_checkpoint", "'merge', '--local_dir', 'c'"),
+    "data.__main__": ("data.__main__:check_file", "'check', 'f'"),
+}
+"""Module -> a part of it that is to fail, and arguments."""
+
+
+@pytest.mark.parametrize("module", COMMANDS)
 def test_every_command_ends_there(module: str) -> None:
     """By what it says and the code that it ends with where it fails in a way that nobody has foreseen."""
-    arguments = {"evaluate": "'m', '--data', 'd'", "report": "'r'", "model_merger": "'merge', '--local_dir', 'c'"}
-    parts = {"export": "checkpoint.export:export_checkpoint", "report": "trackers.plots:plot_run"}
-    parts |= {"evaluate": "evaluate:evaluation_config", "model_merger": parts["export"]}
-    place, _, name = parts[module].partition(":")
+    part, arguments = COMMANDS[module]
+    place, _, name = part.partition(":")
     code = f"""
 import sys, hybridflow.{module}, hybridflow.{place}
 def fails(*_, **__):
     raise LookupError("nobody has foreseen this")
 hybridflow.{place}.{name} = fails
-sys.exit(hybridflow.{module}.main([{arguments.get(module, "'c', 'd'")}]))
+sys.exit(hybridflow.{module}.main([{arguments}]))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 1
     head, what, where = found.stderr.strip().splitlines()
     assert re.fullmatch(r"The \w+ failed\.", head) and what.startswith("LookupError: nobody has foreseen this")
     Path(where.removeprefix("The whole trace is in ")).unlink()
+
+
+def test_a_preparation_ends_there_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1"}\n')
+
+    def fails(*_: object) -> PreparedRow:
+        raise LookupError("nobody has foreseen this")
+
+    arguments = ["--local_dir", str(tmp_path / "out"), "--source", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        run_from_command_line(fails, hub=HubName(name="none"), arguments=arguments)
+    head, what, where = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 1 and head == "The preparation failed." and what.startswith("LookupError: nobody has")
+    Path(where.removeprefix("The whole trace is in ")).unlink()
+
+
+SAYS = """
+import os, sys
+from hybridflow.ending import as_process, ended_command, show
+def work():
+    for number in range(5000):
+        show(f"line {number}\\n" * 20)
+    with open(sys.argv[1], "w") as file:
+        assert file.fileno() > 2, "what is written to a closed stream would go into this file"
+    return 3
+as_process(lambda: ended_command("The check", work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "lines"),
+    [("| head -1", 141, 1), (">&- 2>&- <&-", 3, 0), (">/dev/full", 1, 0)],
+    ids=["nobody reads on", "closed", "full"],
+)
+def test_streams_that_take_nothing_end_no_command_in_a_trace(redirection: str, code: int, lines: int, tmp_path: Path) -> None:
+    command = f"set -o pipefail; {sys.executable} -c '{SAYS}' {tmp_path}/file {redirection}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (found.returncode, len(found.stdout.splitlines())) == (code, lines)
+    assert "Traceback" not in found.stderr and "Exception ignored" not in found.stderr
+    assert ("No space left" in found.stderr) == (redirection == ">/dev/full")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hybridflow.controller import interrupts
+from hybridflow import interrupts
 from tests.ray.forgetful import InterruptedAtItsEnd
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -125,10 +126,12 @@ def test_the_command_line_says_where_the_files_are(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out == f"{tmp_path}/out/test.parquet: 1 rows\n"
 
 
-def test_the_command_line_ends_with_the_mistake(tmp_path: Path) -> None:
+def test_the_command_line_ends_with_the_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = script("gsm8k")
-    with pytest.raises(SystemExit, match=r"error: --source .*no such folder"):
+    with pytest.raises(SystemExit) as ended:
         run_from_command_line(module.map_row, hub=module.HUB, arguments=["--local_dir", "x", "--source", str(tmp_path / "no")])
+    assert ended.value.code == 1
+    assert re.fullmatch(r"--source .*no such folder\n", capsys.readouterr().err)
 
 
 def test_a_response_in_some_rows_only_is_refused(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from hybridflow import interrupts
 from hybridflow.config.schema import Config, RunConfig
-from hybridflow.controller import interrupts, watch
+from hybridflow.controller import watch
 from hybridflow.controller.cost import CallLog
 from hybridflow.controller.waiting import bounded
 from hybridflow.errors import CallTimeoutError
