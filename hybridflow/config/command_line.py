@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,14 +40,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.config is not None and not is_file(options.config):
         options.overrides.insert(0, options.config)
         options.config = None
-    if options.config_name and options.config_name != VERLS_OWN_FILE:
+    if found := VERLS_FILES.fullmatch(options.config_name or ""):
+        options.overrides += [f"trainer.v1.trainer_mode={found['mode'].strip('_')}"] if found["mode"] else []
+        options.overrides += ["model_engine=megatron"] if found["engine"] else []
+    elif options.config_name:
         if options.config is not None:
             parser.error(f"found the file {options.config} and --config-name {options.config_name}; give one of them")
         options.config = str(Path(options.config_path, options.config_name).with_suffix(".yaml"))
     return options
 
 
-VERLS_OWN_FILE = "ppo_trainer"
+VERLS_FILES = re.compile(r"(?P<mode>one_step_off_|fully_async_)?(?:ppo_|dapo_)(?P<engine>megatron_)?trainer(?:\.yaml)?")
+"""Names of verl's own files; what they say beside its defaults are the trainer's mode and the engine."""
 
 
 def is_file(argument: str) -> bool:

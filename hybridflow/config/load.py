@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from hybridflow.config.schema import AlgorithmConfig, Config
 from hybridflow.config.secrets import FromEnvironment, referred, with_references
 from hybridflow.config.settings import DROPPED, KNOWN_KEYS, MAPPINGS, Chosen, Settings
 from hybridflow.config.tree import Setting
-from hybridflow.config.yaml_values import read_yaml
+from hybridflow.config.yaml_values import read_value, read_yaml
 from hybridflow.errors import ConfigError, FieldError, FieldReport
 
 logger = logging.getLogger("hybridflow")
@@ -111,7 +113,7 @@ def read_overrides(overrides: Sequence[str], reports: list[FieldReport]) -> list
         >>> read_overrides(["+rollout.stop=[a, b]", "actor.learning_rate=1e-6"], reports=[])
         [Setting(key='rollout.stop', value=['a', 'b'], place='command line'), Setting(key='actor.learning_rate', ...)]
     """
-    settings = []
+    settings, now = [], time.localtime()
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip().lstrip("+")
@@ -128,13 +130,13 @@ def read_overrides(overrides: Sequence[str], reports: list[FieldReport]) -> list
             reports.append(FieldError(override, "is not of the form key=value", COMMAND_LINE))
             continue
         try:
-            value = OmegaConf.to_container(OmegaConf.create({"value": read_yaml(text)}), resolve=False)
+            value = OmegaConf.to_container(OmegaConf.create({"value": read_value(text)}), resolve=False)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             problem = f"the value {text!r} cannot be read as YAML: {_first_line(error)}"
             reports.append(FieldError(key, problem, COMMAND_LINE))
             continue
         assert isinstance(value, dict)
-        settings.append(Setting(key, value["value"], COMMAND_LINE))
+        settings.append(Setting(key, _with_time(value["value"], now), COMMAND_LINE))
     return settings
 
 
@@ -313,6 +315,11 @@ def _flatten(tree: Mapping[Any, object], path: str, lines: Mapping[str, int], se
             yield from _flatten(value, path, lines, key)
         else:
             yield Setting(key, value, f"{path}:{lines.get(key, 1)}" if path else IN_PYTHON)
+
+
+def _with_time(value: object, now: time.struct_time) -> object:
+    """Text in which `${now:%Y-%m-%d}` is the time, as in Hydra."""
+    return re.sub(r"\$\{now:([^{}]+)\}", lambda found: time.strftime(found[1], now), value) if isinstance(value, str) else value
 
 
 def _resolved_child(section: DictConfig, name: str) -> object:

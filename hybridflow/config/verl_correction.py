@@ -25,7 +25,8 @@ def correction(given: Given) -> Values:
             raise UntranslatableError(f"in verl bypass_mode puts the clipped loss in place of {mode}. {advice}")
         yield "algorithm.old_log_probs", "rollout"
         known = choice("Set it to one of these", ppo_clip="clipped_ratio", reinforce="policy_gradient")
-        surrogate = known(given(f"{CORRECTION}.loss_type"))
+        is_plain = is_true(given(f"{CORRECTION}.use_policy_gradient"))
+        surrogate = "policy_gradient" if is_plain else known(given(f"{CORRECTION}.loss_type"))
         yield "algorithm.surrogate", surrogate
         is_weighing = surrogate == "policy_gradient"
     if weights is not None and is_weighing:

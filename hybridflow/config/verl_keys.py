@@ -33,6 +33,11 @@ ALIASES = {
     "actor_rollout_ref.ref.fsdp": "actor_rollout_ref.ref.fsdp_config",
     "ray_init": "ray_kwargs.ray_init",
     "trainer.val_generations_to_log_to_wandb": "trainer.log_val_generations",
+    "trainer.max_ckpt_to_keep": "trainer.max_actor_ckpt_to_keep",
+    "trainer.seed": "data.seed",
+    "actor_rollout_ref.actor.policy_loss.rollout_correction": "algorithm.rollout_correction",
+    "hydra/job_logging": "hydra.job_logging",
+    "hydra/hydra_logging": "hydra.hydra_logging",
 } | {
     f"{part}.lora.{name}": f"{model}.{ours}"
     for part, model in (("actor_rollout_ref.actor", MODEL), (MODEL, MODEL))
@@ -45,6 +50,14 @@ ALIASES = {
     }.items()
 }
 ALIASES |= {"critic.model.lora.rank": "critic.model.lora_rank"}
+ALIASES |= {  # of the first scripts for Clip-Cov and KL-Cov
+    f"actor_rollout_ref.actor.{name}": f"actor_rollout_ref.actor.policy_loss.{name}"
+    for name in ("loss_mode", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef")
+}
+ALIASES |= {
+    f"reward_model.{name}": f"reward.{name}"
+    for name in ("max_concurrent", "max_rpm", "max_tpm", "estimated_tokens_per_request", "timeout")
+}
 ALIASES |= {f"{part}.optim.lr_scheduler_type": f"{part}.optim.warmup_style" for part in ("actor_rollout_ref.actor", "critic")}
 """Other names of keys and sections, of older and newer releases of verl and in documents about it."""
 

@@ -189,6 +189,24 @@ def kl(given: Given) -> Values:
             yield "algorithm.kl_horizon", given("algorithm.kl_ctrl.horizon")
 
 
+def grad_clip(given: Given) -> Values:
+    """The largest norm of gradients, which releases of verl read under one of three names."""
+    for section, ours in ((ACTOR, "actor"), ("critic", "critic")):
+        names = [name for name in ("grad_clip", "optim.clip_grad", "optim.grad_clip") if given.has(f"{section}.{name}")]
+        norms = [given(f"{section}.{name}") for name in names or ["grad_clip"]]
+        if any(norm != norms[0] for norm in norms):
+            problem = f"releases of verl read {' or '.join(names)}, which say {' and '.join(map(str, norms))}"
+            raise UntranslatableError(f"{problem}. Set {ours}.max_grad_norm, or all of them to one number")
+        yield f"{ours}.max_grad_norm", norms[0]
+
+
+def lora(given: Given) -> Values:
+    """Rank and scale of the adapters, of which scripts set both to 0 where there are none."""
+    rank, alpha = given(f"{MODEL}.lora_rank"), given(f"{MODEL}.lora_alpha")
+    yield "model.lora_rank", rank
+    yield "model.lora_alpha", alpha if rank or alpha else 16
+
+
 def overlong_prompts(given: Given) -> Values:
     """Filtering goes before truncation."""
     is_dropped = is_true(given("data.filter_overlong_prompts"))
@@ -386,6 +404,8 @@ _RULES = [
     scale,
     kl,
     correction,
+    grad_clip,
+    lora,
     overlong_prompts,
     microbatch,
     warmup,

@@ -81,6 +81,7 @@ CONVERSIONS: Mapping[str, Convert] = {
     # verl's first step is 1, and its actor learns in the step that has this number.
     "critic_warmup": lambda value: max(0, int(str(as_type(int, value))) - 1),
     "engine": choice("Set it to vllm, sglang or hf", vllm="vllm", sglang="sglang", hf="torch"),
+    "device": choice("Models run on CUDA and on CPUs: set it to cuda or cpu", auto="auto", cuda="cuda", cpu="cpu"),
     "freed": lambda value: "auto" if is_true(value) else False,
     "loggers": _loggers,
 }

@@ -58,3 +58,29 @@ def read_yaml(text: str) -> object:
         yaml.YAMLError: it is no YAML.
     """
     return yaml.load(text, Loader=Loader)
+
+
+def read_value(text: str) -> object:
+    """What the value of a `key=value` argument says: as in Hydra, a mapping may go without the space behind its colons.
+
+    Example:
+        >>> read_value("{a:1,b:{c:x}}"), read_value("[s3://b/x, {d:/y}]")
+        ({'a': 1, 'b': {'c': 'x'}}, ['s3://b/x', {'d': '/y'}])
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    return _with_values(read_yaml(text))
+
+
+def _with_values(value: object) -> object:
+    """`a:1`, which YAML takes for a key without a value, as a key with one."""
+    if isinstance(value, list):
+        return [_with_values(element) for element in value]
+    if not isinstance(value, dict):
+        return value
+    found: dict[object, object] = {}
+    for key, element in value.items():
+        name, colon, rest = key.partition(":") if isinstance(key, str) and element is None else (key, "", "")
+        found[name] = read_yaml(rest) if colon and rest else _with_values(element)
+    return found
