@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal, cast
@@ -137,7 +138,8 @@ class Episodes:
             os._exit(0)
         if ask.method == "close":
             return
-        self.connection.send(MethodAnswer(ask.episode, result, is_stuck))  # all of it is plain: base.py sees to that
+        with suppress(ConnectionError):  # where nobody is at the other end any more, the reader ends this process
+            self.connection.send(MethodAnswer(ask.episode, result, is_stuck))  # all of it is plain: base.py sees to that
 
     async def call(self, ask: Ask) -> Opening | Outcome:
         """The checked result of a method."""
@@ -191,4 +193,5 @@ def main() -> None:
     async def serve() -> None:
         await Episodes(connection, config, make).serve()
 
-    asyncio.run(serve())
+    with suppress(ConnectionError):
+        asyncio.run(serve())

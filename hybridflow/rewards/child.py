@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -42,7 +43,11 @@ def main() -> None:
     """Serve until the other end closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     end_with_parent()  # a function that never returns must not outlive a killed parent
-    connection = Connection(int(sys.argv[1]))
+    with suppress(EOFError, ConnectionError):  # nobody is at the other end any more
+        _serve(Connection(int(sys.argv[1])))
+
+
+def _serve(connection: Connection) -> None:
     try:
         scorer = Scorer(connection.recv())
     except HybridflowError as error:
@@ -54,10 +59,7 @@ def main() -> None:
     connection.send(Ready(scorer.name, scorer.kind, scorer.concurrency if scorer.is_async else 1))
     own = os.getpid()
     while True:
-        try:
-            number, inputs = connection.recv()
-        except EOFError:
-            return
+        number, inputs = connection.recv()
         for index, answer in enumerate(_answers(scorer, inputs)):
             if os.getpid() != own:  # a function that forks returns twice: what the copy says is nobody's answer
                 os._exit(0)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,22 @@ def test_a_process_that_was_stopped_holds_nobody_up(tmp_path: Path) -> None:
         assert time.monotonic() - started_at < 30
         assert all(result == Score(2.0**20) or isinstance(result, Failure) for result in results)
         assert sum(result == Score(2.0**20) for result in results) >= 6
+
+
+@pytest.mark.parametrize("parent", ["has heard nothing", "has heard the beginning"])
+def test_a_process_whose_parent_has_gone_says_nothing(parent: str, tmp_path: Path) -> None:
+    path = tmp_path / "reward.py"
+    path.write_text("def compute_score(reward_input):\n    return 1.0\n")
+    ours, theirs = Pipe()
+    code = "from hybridflow.rewards.child import main; main()"
+    command = [sys.executable, "-c", code, str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True) as process:
+        theirs.close()
+        ours.send(RewardConfig(path=str(path)))
+        if parent == "has heard the beginning":
+            ours.recv()
+        ours.send((1, inputs(200)))
+        ours.poll(60)
+        ours.close()  # with answers in it that nobody has read
+        assert process.communicate(timeout=60)[1] == ""
+        assert process.returncode == 0
