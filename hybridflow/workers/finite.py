@@ -19,6 +19,8 @@ LARGE = 1e4
 LARGEST = 1e18
 """Weights beyond are as good as infinite: in float32 the square of ten times that is."""
 
+IN_ORDER = "The weights are in order: what they are to learn from is too large."
+
 
 class WeightCheck:
     """Checks the weights of one model, or other numbers of it, and remembers when they were finite last."""
@@ -133,10 +135,10 @@ class SkippedUpdates:
 
     def _ended(self, what: str) -> DivergenceError:
         role = self.context.role
-        error = DivergenceError(
-            f"{role} no longer learns: {what}, since step {self.since_step}. {self.why} {self.remedy}Or give rewards "
-            "of a smaller scale"
-        )
+        advice = f"{self.remedy}Or give rewards of a smaller scale"
+        if self.why.endswith(IN_ORDER):
+            advice = f"Give rewards of a smaller scale. {self.remedy.replace('Lower', 'Or lower')}".rstrip(". ")
+        error = DivergenceError(f"{role} no longer learns: {what}, since step {self.since_step}. {self.why} {advice}")
         error.since_step = self.since_step
         return error
 
@@ -152,4 +154,6 @@ def why_skipped(norm: float, gradients: dict[str, float], weights: dict[str, flo
         parts.append(f"Weights are not finite: {listed(bad)}.")
     elif weights and (name := max(weights, key=lambda name: weights[name])) and weights[name] > LARGE:
         parts.append(f"The weights have diverged: the largest is {weights[name]:.3g}, in {name}.")
+    elif weights:
+        parts.append(IN_ORDER)
     return " ".join(parts)

@@ -109,6 +109,15 @@ def test_updates_that_are_made_in_between_begin_the_count_anew(model_path: str) 
         assert worker.update(rows(), loss=ValueLoss(clip=None))["critic/skipped_updates"] == 0
 
 
+def test_rewards_that_are_too_large_are_blamed_before_the_rate(model_path: str) -> None:
+    worker = worker_of(CriticWorker, training_config(model_path))
+    with pytest.raises(DivergenceError) as raised:
+        for _ in range(5):
+            worker.update(rows(scale=1e30), loss=ValueLoss(clip=None))
+    advice = str(raised.value).partition("The weights are in order: what they are to learn from is too large. ")[2]
+    assert advice.startswith("Give rewards of a smaller scale. Or lower critic.learning_rate=")
+
+
 def test_the_number_of_updates_is_the_users(model_path: str) -> None:
     config = training_config(model_path)
     for most, num_allowed in ((1, 0), (2, 1), (None, 9)):
