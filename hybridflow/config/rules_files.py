@@ -17,6 +17,8 @@ from hybridflow.tokenizers import TOKENIZER_FILES, has_tokenizer
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("*.safetensors", "*.bin")
 PARQUET = b"PAR1"
+PANDAS = {".jsonl": "read_json({!r}, lines=True)", ".json": "read_json({!r})", ".csv": "read_csv({!r})"}
+"""What reads files of other kinds."""
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
 HEADS_NAMES = ("num_attention_heads", "n_head")
 
@@ -35,7 +37,7 @@ def data_files_exist(config: Config, roles: tuple[str, ...]) -> Iterator[FieldEr
             if not os.path.isfile(file):  # False too where this user may not look
                 yield FieldError(key, missing(file, "file"), is_local=True)
             elif not is_parquet(file):
-                yield FieldError(key, f"file {file!r} is not a whole Parquet file. Was it written completely?")
+                yield FieldError(key, f"file {file!r} is not a whole Parquet file. {parquet_advice(file)}")
 
 
 def is_parquet(file: str) -> bool:
@@ -46,6 +48,15 @@ def is_parquet(file: str) -> bool:
         first = opened.read(len(PARQUET))
         opened.seek(-len(PARQUET), os.SEEK_END)
         return first == opened.read() == PARQUET
+
+
+def parquet_advice(file: str) -> str:
+    """What to do with a file that should be Parquet and is not."""
+    path = Path(file)
+    if path.suffix not in PANDAS:
+        return "Was it written completely?"
+    parquet = path.with_suffix(".parquet").name
+    return f"With pandas imported, this writes one: pandas.{PANDAS[path.suffix].format(path.name)}.to_parquet({parquet!r})"
 
 
 def models_are_complete(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chunks import check_prompt
-from hybridflow.data.conversations import CHAT_COLUMNS, Conversations, checked_messages, template_options
-from hybridflow.data.examples import BadRowError, Example, Findings, Row, UselessRowError
-from hybridflow.data.parquet import ColumnSpec, open_parquet, read_batches
+from hybridflow.data.conversations import CHAT_COLUMNS, Conversations, checked_chat, template_options
+from hybridflow.data.examples import BadRowError, Example, Findings, Row
+from hybridflow.data.formats import advice
+from hybridflow.data.parquet import ColumnSpec, open_parquet, read_batches, without_nulls
 from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences, checked_pair
 from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS
 from hybridflow.data.responses import RESPONSE_COLUMNS
@@ -49,6 +50,8 @@ class Report:
     """Row -> what is wrong."""
     unread: list[str]
     """Columns that nobody reads."""
+    form: str
+    """What to do with those of a form that is known."""
     without_rule: Counter[str]
     """Data sources that `by_data_source` has no rule for, where it is to score, with their numbers of rows."""
 
@@ -58,6 +61,8 @@ class Report:
             yield f"row {row}: {problem}"
         if self.unread:
             yield f"columns that are not read: {', '.join(self.unread)}"
+        if self.form:
+            yield self.form
         for source, count in sorted(self.without_rule.items()):
             yield f"data_source {source!r} ({count} rows) has no rule of its own: name one as --reward, or write a function"
         yield f"{self.kind}: {self.num_rows - len(self.problems)} of {self.num_rows} rows can be used"
@@ -89,6 +94,7 @@ def check_file(
 
     for batch in read_batches(file, kind.columns, where=path):
         for row in batch.to_pylist():
+            row = {name: without_nulls(value) for name, value in row.items()}  # as training reads it
             findings.examples(row, make)
             if (
                 rule == BY_DATA_SOURCE
@@ -100,7 +106,7 @@ def check_file(
     known = {spec.name for spec in kind.columns}
     unread = [name for name in file.schema_arrow.names if name not in known]
     problems = findings.bad | {row: f"left out: {problem}" for row, problem in findings.useless.items()}
-    return Report(kind.name, findings.num_rows, problems, unread, without_rule)
+    return Report(kind.name, findings.num_rows, problems, unread, advice(unread and file.schema_arrow.names), without_rule)
 
 
 def kind_of(file: pq.ParquetFile, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig, rule: str) -> Kind:
@@ -117,10 +123,8 @@ def kind_of(file: pq.ParquetFile, tokenizer: PreTrainedTokenizerBase | None, dat
 
 
 def _chat(row: Row) -> None:
-    messages = checked_messages(row["messages"], "messages")
+    checked_chat(row)
     template_options(row)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UselessRowError("the conversation has no assistant turn")
 
 
 def _prompt(row: Row, *, rule: str = "none") -> None:

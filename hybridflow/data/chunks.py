@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from hybridflow.batch import Ragged
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, RowError, Tokenizer, encode, is_templated, prompt_texts
-from hybridflow.data.conversations import TEMPLATE_COLUMNS, checked_messages, template_options
+from hybridflow.data.conversations import TEMPLATE_COLUMNS, check_text, checked_messages, template_options
 from hybridflow.data.examples import BadRowError
 from hybridflow.data.parquet import ColumnSpec, is_messages, read_batches, without_nulls
 from hybridflow.errors import DataError
@@ -170,6 +170,7 @@ def check_prompt(prompt: object) -> None:
     asked = [prompt] if isinstance(prompt, str) else [message["content"] for message in messages if message["role"] == "user"]
     if prompt is None:
         raise BadRowError("column 'prompt' is null")
+    check_text(prompt, "prompt")
     if not prompt or (asked and not str(asked[-1] or "").strip()):
         raise BadRowError(f"the prompt is empty: column 'prompt' holds {prompt!r:.200}. Leave the row out")
     if messages and messages[-1]["role"] == "assistant":

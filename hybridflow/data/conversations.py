@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.examples import BadRowError, Example, Row, UselessRowError, limited
-from hybridflow.data.marks import MarkError, Template, marked
+from hybridflow.data.marks import MarkError, Template, is_learned, marked
 from hybridflow.data.parquet import ColumnSpec, has_fields, is_messages, is_text
 from hybridflow.errors import DataError
 
@@ -51,10 +51,7 @@ class Conversations:
 
     def __call__(self, row: Row) -> list[Example]:
         """One example for the whole conversation. Raises as `read_examples` expects it."""
-        messages = checked_messages(row["messages"], "messages")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise UselessRowError("the conversation has no assistant turn")
-        return [limited(self.example(messages, row), self.data)]
+        return [limited(self.example(checked_chat(row), row), self.data)]
 
     def example(self, messages: Sequence[Message], row: Row, *, first: int = 0) -> Example:
         """The conversation, of which the assistant's turns from message `first` on are learned.
@@ -79,6 +76,22 @@ class Conversations:
         return Example(prompt, response, mask, str(decode(prompt)), str(decode(response, skip_special_tokens=True)))
 
 
+def checked_chat(row: Row) -> list[Message]:
+    """The messages of a row of chats, of which something is learned.
+
+    Raises:
+        BadRowError: as of `checked_messages`.
+        UselessRowError: the assistant says nothing, or nothing that is learned.
+    """
+    messages = checked_messages(row["messages"], "messages")
+    roles = {str(message["role"]) for message in messages}
+    if "assistant" not in roles:
+        raise UselessRowError(f"the conversation has no assistant turn: its roles are {', '.join(sorted(roles))}")
+    if not any(is_learned(message) for message in messages):
+        raise UselessRowError("every assistant turn of the conversation has the weight 0")
+    return messages
+
+
 def checked_messages(value: object, name: str) -> list[Message]:
     """Messages without the fields that only other rows of the file have.
 
@@ -96,6 +109,18 @@ def checked_messages(value: object, name: str) -> list[Message]:
             raise BadRowError(f"message {number} of column {name!r} has neither content nor tool_calls")
         messages.append({"content": "", **given})
     return messages
+
+
+def check_text(value: object, name: str) -> None:
+    """Raises BadRowError where a text is messages written as JSON, which a model would read as they stand."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return
+    try:
+        loaded = json.loads(value)
+    except json.JSONDecodeError:
+        return
+    if all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in loaded):
+        raise BadRowError(f"column {name!r} is JSON text of messages: write the file with json.loads of it")
 
 
 def template_options(row: Row) -> dict[str, object]:

@@ -31,6 +31,11 @@ class Marked:
     """Of each token: whether it is learned."""
 
 
+def is_learned(message: Message) -> bool:
+    """Whether it is a turn of the assistant without `weight` 0, by which chats for OpenAI's fine-tuning leave turns out."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
 @dataclass(frozen=True)
 class Template:
     """A tokenizer with the options of its chat template."""
@@ -86,7 +91,7 @@ def _by_segments(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[
 def _marked_text(template: Template, messages: Sequence[Message], first: int) -> tuple[str, list[Span]]:
     """The whole text, with the spans of the assistant's turns from message `first` on."""
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    learned = [number >= first for number in turns]
+    learned = [number >= first and is_learned(messages[number]) for number in turns]
     if GENERATION_MARK.search(str(template.tokenizer.chat_template)):
         text, spans = _by_template(template, messages)
         if len(spans) != len(turns):

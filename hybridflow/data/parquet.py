@@ -14,6 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hybridflow.config.rules_files import parquet_advice
+from hybridflow.data.formats import advice
 from hybridflow.errors import DataError
 from hybridflow.registry import nearest
 
@@ -115,11 +117,13 @@ def open_parquet(path: str, specs: Sequence[ColumnSpec], *, key: str) -> pq.Parq
     try:
         file = pq.ParquetFile(resolved)  # not mapped into memory: a file that is cut short then ends the process by a signal
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{where}: is not a Parquet file that can be read ({error}). Was it written completely?") from error
+        said = f"{where}: is not a Parquet file that can be read ({error!s:.200})"
+        raise DataError(f"{said}. {parquet_advice(path)}") from error
     problems = [problem for spec in specs if (problem := _problem(spec, file.schema_arrow))]
     if problems:
         found = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow) or "no columns"
-        raise DataError(f"{where}: {'; '.join(problems)}. The file has: {found}. docs/data.md shows how to write one")
+        do = advice(file.schema_arrow.names) or "docs/data.md shows how to write one"
+        raise DataError(f"{where}: {'; '.join(problems)}. The file has: {found}. {do}")
     return file
 
 
@@ -146,7 +150,8 @@ def warn_of_unread(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: 
     """Log the columns that the file has and nobody reads."""
     known = {spec.name for spec in specs}
     if unread := [name for name in file.schema_arrow.names if name not in known]:
-        logger.warning("%s: columns that are not read: %s", where, ", ".join(unread))
+        form = advice(file.schema_arrow.names)
+        logger.warning("%s: columns that are not read: %s%s", where, ", ".join(unread), f"; {form}" if form else "")
 
 
 def read_batches(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: str) -> Iterator[pa.RecordBatch]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, Tokenizer, encode, is_templated
-from hybridflow.data.conversations import TEMPLATE_COLUMNS, Conversations, checked_messages, template_options
+from hybridflow.data.conversations import TEMPLATE_COLUMNS, Conversations, check_text, checked_messages, template_options
 from hybridflow.data.examples import BadRowError, Example, Row, UselessRowError, limited
 from hybridflow.data.marks import Template
 from hybridflow.data.parquet import ColumnSpec, is_messages, is_number, is_text
@@ -66,8 +66,6 @@ class Preferences:
         prompt, options = row.get("prompt"), {**self.data.chat_template_options, **template_options(row)}
         if prompt is None:  # both tell the whole conversation, in a format of their own
             prompt = _shared(chosen, rejected)
-            if not prompt:
-                raise BadRowError("there is no 'prompt', and 'chosen' and 'rejected' begin differently")
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
             text, is_rendered = prompt, False
         else:
@@ -102,6 +100,10 @@ def checked_pair(row: Row) -> None:
             raise BadRowError(f"column {name!r} is {'null' if row[name] is None else 'empty'}")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRowError("of 'chosen' and 'rejected' one is text and the other messages")
+    for name in ("prompt", "chosen", "rejected"):
+        check_text(row.get(name), name)
+    if isinstance(chosen, str) and isinstance(rejected, str) and "prompt" not in row and not _shared(chosen, rejected):
+        raise BadRowError("there is no 'prompt', and 'chosen' and 'rejected' begin differently")
     if "prompt" in row and not prompt:
         raise BadRowError(f"column 'prompt' is {'null' if prompt is None else 'empty'}")
     if chosen == rejected:

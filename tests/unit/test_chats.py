@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer
 
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations
-from hybridflow.data.examples import Example, Examples, read_examples
+from hybridflow.data.examples import Example, Examples, UselessRowError, read_examples
 from hybridflow.data.marks import Template, marked
 from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences
 from hybridflow.errors import DataError
@@ -87,6 +87,16 @@ def test_turns_before_the_first_that_counts_are_context():
     assert tokenizer.decode([token for token, mark in zip(found.ids, found.mask, strict=True) if mark]) == "7<eos>"
 
 
+def test_a_turn_of_weight_zero_is_context():
+    chat = [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[2], {**CHAT[3], "weight": 1}]
+    tokenizer = tokenizer_of()
+    make = Conversations(tokenizer, DataConfig())
+    (example,) = make({"messages": chat})
+    assert learned(tokenizer, example) == "7<eos>"
+    with pytest.raises(UselessRowError, match="weight 0"):
+        make({"messages": chat[:2]})
+
+
 def written(path: Path, rows: list[dict[str, object]], **types: pa.DataType) -> str:
     table = pa.Table.from_pylist(rows)
     for name, kind in types.items():
@@ -110,7 +120,10 @@ def test_chats_without_an_assistant_turn_are_left_out_and_counted(tmp_path: Path
         dataset = chats(written(tmp_path / "chats.parquet", rows))
     assert len(dataset) == 1
     assert dataset.row_numbers.tolist() == [1]
-    assert "2 of 3 rows are left out: the conversation has no assistant turn; the first is row 0" in caplog.text
+    assert (
+        "2 of 3 rows are left out: the conversation has no assistant turn: its roles are user; the first is row 0"
+        in caplog.text
+    )
 
 
 def test_malformed_rows_are_named_and_counted(tmp_path: Path):

@@ -98,6 +98,53 @@ def test_what_would_spoil_a_step_is_named(tmp_path: Path, capsys: pytest.Capture
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"prompt": "1+1", "completion": "2", "label": True}, "as for KTO"),
+        ({"prompt": "1+1", "completion": "2"}, "Call texts 'response'"),
+        ({"prompt": "1+1", "response_j": "2", "response_k": "3"}, "pairs under other names"),
+        ({"prompt": "1+1", "ground_truth": "2"}, "what 'reward_model' should hold"),
+        ({**GOOD, "images": ["x"]}, "pictures, which are not read"),
+        ({"conversations": [{"from": "gpt", "value": "2"}]}, "examples/chats/prepare.py writes them"),
+        ({"instruction": "1+1", "input": "", "output": "2"}, "Alpaca's form"),
+        ({"question": "1+1", "answer": "2"}, "examples/new_dataset/prepare.py"),
+    ],
+)
+def test_a_file_in_another_form_is_told_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, object], form: str
+):
+    assert main(["check", written(tmp_path, [row])]) > 0
+    shown = capsys.readouterr()
+    assert form in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    "row", [{**GOOD, "answer": "2", "ground_truth": "2"}, {"prompt": "1", "question": "1", "chosen": "2", "rejected": "3"}]
+)
+def test_columns_beside_those_of_a_form_of_ours_are_only_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict):
+    assert said(capsys, written(tmp_path, [row]))[0] == 0
+
+
+def test_messages_as_json_text_are_no_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    text = '[{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]'
+    pairs = [
+        {"prompt": "1+1", "chosen": text, "rejected": text.replace("2", "3")},
+        {"prompt": "a", "chosen": "[{", "rejected": "b"},
+    ]
+    assert said(capsys, written(tmp_path, pairs))[1] == [
+        "row 0: column 'chosen' is JSON text of messages: write the file with json.loads of it",
+        "preferences: 1 of 2 rows can be used",
+    ]
+    assert "row 0: column 'prompt' is JSON text" in said(capsys, written(tmp_path, [{**GOOD, "prompt": text}]))[1][0]
+
+
+def test_a_file_of_json_lines_is_told_how_to_become_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}')
+    assert main(["check", str(tmp_path / "chats.jsonl")]) == 2
+    assert "pandas.read_json('chats.jsonl', lines=True).to_parquet('chats.parquet')" in capsys.readouterr().err
+
+
 def test_a_file_without_rows_is_not_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = written(tmp_path, [GOOD])
     pq.write_table(pq.read_table(path).slice(0, 0), path)

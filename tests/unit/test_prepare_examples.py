@@ -11,6 +11,7 @@ import pytest
 
 from hybridflow.data.check import check_file
 from hybridflow.data.prepare import run_from_command_line
+from hybridflow.errors import DataError
 
 TALK = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 1+1?\n\nAssistant: "
 SOURCES = {
@@ -34,6 +35,15 @@ def test_a_prepared_file_has_no_bad_rows(tmp_path: Path, name: str, suffix: str)
     run_from_command_line(module.map_row, hub=module.HUB, arguments=["--local_dir", str(tmp_path), "--source", str(tmp_path)])
     report = check_file(str(tmp_path / "train.parquet"))
     assert (report.num_rows, report.problems, report.unread) == (1, {}, [])
+
+
+def test_chats_of_parts_and_of_other_roles_are_messages():
+    map_row = importlib.import_module("examples.chats.prepare").map_row
+    parts = [{"type": "text", "text": "1+1"}, {"type": "text", "text": "?"}]
+    row = map_row({"conversation": [{"role": "human", "content": parts}, {"role": "model", "content": "2"}]}, "train", 0)
+    assert row == {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+    with pytest.raises(DataError, match="part of type 'image'"):
+        map_row({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "train", 0)
 
 
 def test_turns_of_a_conversation_are_messages(tmp_path: Path):
