@@ -139,7 +139,7 @@ class DataWorker(Worker):
             raise DamagedCheckpointError(
                 f"{path} should hold how many prompts were drawn of how many, for each stream, and does not"
             )
-        self.train.load_state_dict({"drawn": drawn, "num_rows": num_rows})
+        self.train.load_state_dict({**state, "drawn": drawn, "num_rows": num_rows})
 
     def _refuse_other_files(self, then: object) -> None:
         """The same number of rows in another file would be taken for the old ones, in silence."""

@@ -15,7 +15,9 @@ from hybridflow.config.schema import Config, DataConfig, ModelConfig
 from hybridflow.controller.batch_metrics import success_rates
 from hybridflow.data.chat import load_tokenizer
 from hybridflow.data.loader import PromptLoader, build_loaders
+from hybridflow.workers.data import DataWorker
 from tests.toy import make_tiny_model
+from tests.training_rows import context_of
 
 LEVELS = [3, 1, None, 2, 1, 3]
 
@@ -58,6 +60,27 @@ def test_success_orders_the_next_epoch_and_a_resumed_one_alike(tmp_path: Path, m
     assert first + rest == [1, 3, 4, 5, 2, 0]
     assert [int(row) for row in resumed.next_batch(4)["prompt_id"]] == rest
     assert epoch(resumed, 5) == epoch(prompts, 5) == [1, 4, 3, 2, 0, 5]
+
+
+def test_a_checkpoint_holds_the_success_rates(tmp_path: Path, model: str):
+    drawn = []
+    for resumes in (False, True):
+        prompts = loader(tmp_path, model, "success_rate", shuffle=False)
+        worker = opened_with(prompts)
+        epoch(prompts)
+        prompts.note_success(np.array([0, 1, 2, 3]), np.array([0.0, 1.0, 0.25, 0.75]))
+        worker.save(str(tmp_path))
+        if resumes:
+            prompts = loader(tmp_path, model, "success_rate", shuffle=False)
+            opened_with(prompts).restore(str(tmp_path))
+        drawn.append(epoch(prompts, 3))
+    assert drawn[0] == drawn[1] == [1, 3, 4, 5, 2, 0]
+
+
+def opened_with(prompts: PromptLoader) -> DataWorker:
+    worker = DataWorker(Config(), context_of("data"))
+    worker.train = prompts
+    return worker
 
 
 def test_a_success_rate_is_of_a_prompt():
