@@ -93,7 +93,7 @@ BUDGETS = {
     "hybridflow": 35400,
     "hybridflow/algorithms": 2480,
     "hybridflow/checkpoint": 1540,
-    "hybridflow/config": 4330,
+    "hybridflow/config": 4345,
     "hybridflow/controller": 4350,
     "hybridflow/controller/stream.py": 250,
     "hybridflow/data": 2690,
