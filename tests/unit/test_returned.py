@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.options import GroupOptions
 from hybridflow.batch import Batch
 from hybridflow.config.schema import Config as RunConfig
-from hybridflow.config.schema import DataConfig
+from hybridflow.config.schema import DataConfig, TrackerConfig
 from hybridflow.controller.loop import Loop
 from hybridflow.controller.returned import ROUNDS_WITHOUT_A_PROMPT, bounded_keep, checked_collect
 from hybridflow.controller.stream import Stream, StreamSettings
@@ -105,14 +104,43 @@ def test_a_class_of_ones_own_may_be_called_as_one_of_the_packages(tmp_path: Path
     assert checked(result, own.Own, "later") is result
 
 
+class NoRanks:
+    """What is launched, syncs and gives rows, where nobody takes part in a step but the algorithm."""
+
+    groups: dict[str, object] = {}  # noqa: RUF012
+
+    @property
+    def log(self) -> NoRanks:
+        return self
+
+    def drain(self) -> Metrics:
+        return Metrics()
+
+    def sync(self, *, version: int) -> Metrics:
+        return Metrics()
+
+    def sleep(self) -> None:
+        """No engine does."""
+
+    def take(self, step: int) -> tuple[Batch, None]:
+        return ROWS, None
+
+
+class LocalLoop(Loop):
+    """A loop whose steps are taken here."""
+
+    def __init__(self, algorithm: Any):
+        parts: Any = NoRanks()
+        self.config = RunConfig(trackers=TrackerConfig(save_rollouts="none"))
+        self.algorithm, self.total_steps = algorithm, 2
+        self.launched = self.weights = self.rows = parts
+
+
 @pytest.mark.parametrize("result", [None, {"a": 1.0}, ROWS])
 def test_what_an_algorithm_returns_in_place_of_metrics_is_told(result: object) -> None:
-    loop: Any = MagicMock(total_steps=2)
-    loop.config.data.curriculum = None
-    loop.rows.take.return_value = (ROWS, None)
-    loop.algorithm = type("Mine", (), {"learn": lambda self, batch: result})()
+    loop = LocalLoop(type("Mine", (), {"learn": lambda self, batch: result})())
     with pytest.raises(ReturnError, match=r"Mine\.learn returns a Metrics; found "):
-        Loop.step(loop, 1)
+        loop.step(1)
 
 
 @pytest.mark.parametrize(
