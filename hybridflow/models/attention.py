@@ -21,7 +21,8 @@ from hybridflow.models.packing import RowSpans
 from hybridflow.parallel.sequence import SequenceGroup
 
 NAME = "hybridflow_packed"
-FLASH_NAME = "hybridflow_packed_flash"
+FLASH_NAME = "hybridflow_packed_fa"
+"""Without the word flash: transformers looks for such names in a hub of kernels, and refuses what it does not find there."""
 FLASH_MODULES = ("flash_attn_interface", "flash_attn", "flash_attn.cute")
 """Where releases 3, 2 and 4 of flash-attn keep `flash_attn_varlen_func`; they take the same keywords."""
 HALF_DTYPES = (torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 from hybridflow.errors import ModelError
 from hybridflow.models.attention import FLASH_NAME, NAME, flash_attention, implementation
@@ -117,3 +117,12 @@ def test_without_flash_attn_torch_is_taken_and_asking_for_it_is_refused(monkeypa
     with pytest.raises(ModelError, match="flash-attn is not installed"):
         implementation("flash_attn", torch.device("cuda"), torch.bfloat16)
     flash_attention.cache_clear()
+
+
+@pytest.mark.parametrize("name", [NAME, FLASH_NAME])
+def test_transformers_takes_the_names_for_what_is_registered_here(name: str) -> None:
+    """Names with `flash` in them it would look for in a hub of kernels."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    config = Qwen2Config(**sizes, num_key_value_heads=1)
+    model = Qwen2ForCausalLM._from_config(config, attn_implementation=name)
+    assert model.config._attn_implementation == name
