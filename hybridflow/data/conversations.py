@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hybridflow.config.schema import DataConfig
@@ -72,8 +72,21 @@ class Conversations:
         mask = found.mask[start:]
         end = len(mask) - mask[::-1].index(True)  # what follows the last turn is neither learned nor context
         response, mask = response[:end], mask[:end]
-        decode = self.tokenizer.decode
-        return Example(prompt, response, mask, str(decode(prompt)), str(decode(response, skip_special_tokens=True)))
+        texts = str(self.tokenizer.decode(prompt)), str(self.tokenizer.decode(response, skip_special_tokens=True))
+        if unwritten := [name for name in _called(messages) if not any(name in text for text in texts)]:
+            raise BadRowError(
+                f"the chat template does not write the tool call of {unwritten[0]!r}: the turn would be learned empty"
+            )
+        return Example(prompt, response, mask, *texts)
+
+
+def _called(messages: Sequence[Message]) -> Iterator[str]:
+    """Names of the functions that messages call."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else []:
+            function = call.get("function", call) if isinstance(call, Mapping) else {}
+            yield str(function.get("name", "")) if isinstance(function, Mapping) else ""
 
 
 def checked_chat(row: Row) -> list[Message]:

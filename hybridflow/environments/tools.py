@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hybridflow.environments.base import Message, Row
 
@@ -96,11 +96,46 @@ def message_of(text: str, tool_format: ToolFormat) -> Message:
     return {"role": "assistant", "content": content, "tool_calls": listed}
 
 
+def schema_of(tool: Callable[..., object]) -> Mapping[str, object]:
+    """By which a chat template shows a tool. What its annotations and its docstring do not say is left open.
+
+    Raises:
+        TypeHintParsingException: an annotation is of a class that JSON has no kind for.
+    """
+    from transformers.utils.chat_template_utils import (
+        DocstringParsingException,
+        TypeHintParsingException,
+        get_json_schema,
+        parse_google_format_docstring,
+    )
+
+    try:
+        return get_json_schema(tool)
+    except (DocstringParsingException, TypeHintParsingException):
+        summary, said, _ = parse_google_format_docstring(inspect.getdoc(tool) or "")
+    parameters = [
+        parameter.replace(annotation=Any if parameter.annotation is parameter.empty else parameter.annotation)
+        for parameter in inspect.signature(tool, eval_str=True).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+
+    def described() -> None:
+        pass
+
+    described.__name__ = tool.__name__
+    described.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    described.__dict__["__signature__"] = inspect.Signature(parameters)
+    arguments = [f"    {parameter.name}: {(said or {}).get(parameter.name, parameter.name)}" for parameter in parameters]
+    described.__doc__ = "\n".join([summary or tool.__name__, "", "Args:", *arguments])
+    return get_json_schema(described)
+
+
 class ToolEnvironment:
     """Python functions as tools. To inherit from: a class of your own names `tools`, and may replace `score`.
 
     An episode ends with the first message that calls no tool. A function is described to the model by its annotations and its
-    docstring (Google's style, with a section Args); it may be `async`. What it raises goes to the model as text.
+    docstring (Google's style, with a section Args where arguments need words); it may be `async`. What it raises goes to the
+    model as text.
 
     Example:
         >>> def add(a: int, b: int) -> int:
@@ -117,10 +152,8 @@ class ToolEnvironment:
 
     def reset(self, row: Row) -> tuple[list[Message], dict[str, object]]:
         """The dataset's prompt, and the schemas of the tools."""
-        from transformers.utils.chat_template_utils import get_json_schema
-
         self.row, self.num_calls, self.num_errors = row, 0, 0
-        return row["messages"], {"tools": [get_json_schema(tool) for tool in self.tools]}
+        return row["messages"], {"tools": [schema_of(tool) for tool in self.tools]}
 
     async def step(self, message: Message) -> tuple[list[Message], float | None, bool, bool, dict[str, object]]:
         """What the called tools have given; or, where none is called, the end and `score`."""

@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer
 
 from hybridflow.config.schema import DataConfig
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations
-from hybridflow.data.examples import Example, Examples, UselessRowError, read_examples
+from hybridflow.data.examples import BadRowError, Example, Examples, UselessRowError, read_examples
 from hybridflow.data.marks import Template, marked
 from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences
 from hybridflow.errors import DataError
@@ -95,6 +95,15 @@ def test_a_turn_of_weight_zero_is_context():
     assert learned(tokenizer, example) == "7<eos>"
     with pytest.raises(UselessRowError, match="weight 0"):
         make({"messages": chat[:2]})
+
+
+def test_a_tool_call_that_the_template_does_not_write_is_no_empty_turn():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
+    with pytest.raises(BadRowError, match="does not write the tool call of 'weather'"):
+        Conversations(tokenizer_of(), DataConfig())({"messages": [CHAT[0], call, *CHAT[2:]]})
+    writes = CHATML.replace("m.content", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '')")
+    (example,) = Conversations(tokenizer_of(writes), DataConfig())({"messages": [CHAT[0], call, *CHAT[2:]]})
+    assert "weather" in example.response_text
 
 
 def written(path: Path, rows: list[dict[str, object]], **types: pa.DataType) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from examples.environments.calculator import Calculator
 from hybridflow.environments.base import Row
-from hybridflow.environments.tools import FORMATS, format_of, message_of
+from hybridflow.environments.tools import FORMATS, format_of, message_of, schema_of
 
 ROW: Row = {
     "messages": [{"role": "user", "content": "6*7="}],
@@ -86,3 +86,40 @@ def test_what_a_tool_raises_is_told_to_the_model(message: dict[str, object], tol
     calculator.reset(ROW)
     (answer,), _, terminated, _, info = asyncio.run(calculator.step(message))
     assert told in str(answer["content"]) and not terminated and info["tool_errors"] == 1
+
+
+def add(a: int, b: int | None = None, *rest: int, **options: int) -> object:
+    """The sum."""
+    return a + (b or 0)
+
+
+def bare(x, y="z"):  # type: ignore[no-untyped-def]
+    return x
+
+
+class Shelf:
+    def find(self, title: str) -> str:
+        """Finds a book.
+
+        Args:
+            title: Of the book.
+        """
+        return title
+
+
+def test_a_tool_is_described_as_far_as_it_says() -> None:
+    integer = {"type": "integer", "description": "a"}
+    assert schema_of(add)["function"] == {
+        "name": "add",
+        "description": "The sum.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": integer, "b": {"type": "integer", "nullable": True, "description": "b"}},
+            "required": ["a"],
+        },
+    }
+    described = schema_of(bare)["function"]
+    assert isinstance(described, dict) and described["description"] == "bare"
+    assert described["parameters"]["properties"] == {"x": {"description": "x"}, "y": {"description": "y"}}
+    found = schema_of(Shelf().find)["function"]
+    assert isinstance(found, dict) and found["parameters"]["properties"]["title"]["description"] == "Of the book."
