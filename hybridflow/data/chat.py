@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from hybridflow.errors import DataError, ModelError
 from hybridflow.tokenizers import TOKENIZER_FILES, has_tokenizer, loaded
@@ -18,34 +18,11 @@ Message = Mapping[str, object]
 TemplateUse = Literal["auto", "always", "never"]
 
 
-class Tokenizer(Protocol):
-    """What this package asks of a transformers tokenizer."""
-
-    chat_template: str | None
-    eos_token_id: int | None
-
-    def __call__(
-        self, text: list[str], *, add_special_tokens: bool, return_attention_mask: bool, verbose: bool
-    ) -> Mapping[str, list[list[int]]]:
-        """`input_ids`: token ids of each text."""
-        ...
-
-    def apply_chat_template(
-        self, conversation: list[list[Message]], *, tokenize: bool, add_generation_prompt: bool, **options: object
-    ) -> list[str]:
-        """Each conversation as one text."""
-        ...
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        ...
-
-
-def load_tokenizer(config: Config) -> Tokenizer:
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.tokenizer`, or of `model.path` where that is null. Raises as `tokenizer_at`."""
     model = config.model
     key = "model.path" if model.tokenizer is None else "model.tokenizer"
-    return cast(Tokenizer, tokenizer_at(model.tokenizer or model.path, key=key, trust_remote_code=model.trust_remote_code))
+    return tokenizer_at(model.tokenizer or model.path, key=key, trust_remote_code=model.trust_remote_code)
 
 
 def tokenizer_at(path: str, *, key: str = "model.tokenizer", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -77,15 +54,15 @@ def _check_folder(path: str, key: str) -> None:
     )
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
     """Token ids of each text."""
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
-    return encoded["input_ids"]
+    return cast(list[list[int]], encoded["input_ids"])
 
 
-def is_templated(tokenizer: Tokenizer, *, has_messages: bool, use: TemplateUse) -> bool:
+def is_templated(tokenizer: PreTrainedTokenizerBase, *, has_messages: bool, use: TemplateUse) -> bool:
     """Whether prompts go through the chat template: message lists always, strings as `data.apply_chat_template` says.
 
     Raises:
@@ -111,7 +88,9 @@ class RowError(Exception):
 
 
 def prompt_texts(
-    tokenizer: Tokenizer, conversations: list[list[Message]], options: Sequence[Mapping[str, object]] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    options: Sequence[Mapping[str, object]] | None = None,
 ) -> list[str]:
     """Each conversation as the text that ends where the model's answer begins; `options` of each are variables of the template.
 
@@ -119,8 +98,10 @@ def prompt_texts(
         RowError: the chat template refuses a conversation.
     """
 
+    apply = cast(Callable[..., list[str]], tokenizer.apply_chat_template)  # its types know fewer variables than templates have
+
     def render(some: list[list[Message]], given: Mapping[str, object]) -> list[str]:
-        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=True, **given)
+        return apply(some, tokenize=False, add_generation_prompt=True, **given)
 
     each = options or [{}] * len(conversations)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 
 from hybridflow.batch import Ragged
 from hybridflow.config.schema import DataConfig
-from hybridflow.data.chat import Message, RowError, Tokenizer, encode, is_templated, prompt_texts
+from hybridflow.data.chat import Message, RowError, encode, is_templated, prompt_texts
 from hybridflow.data.conversations import TEMPLATE_COLUMNS, check_text, checked_messages, template_options
 from hybridflow.data.examples import BadRowError
 from hybridflow.data.parquet import ColumnSpec, is_messages, read_batches, without_nulls
 from hybridflow.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_TEXT = "prompt_text"
 PROMPT = "prompt"
@@ -46,7 +49,7 @@ class Chunk:
 class ChunkReader:
     """Reads files by one tokenizer and one treatment of overlong prompts."""
 
-    def __init__(self, tokenizer: Tokenizer, data: DataConfig, columns: Sequence[ColumnSpec]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, columns: Sequence[ColumnSpec]):
         self.tokenizer, self.data, self.columns = tokenizer, data, columns
 
     def chunks(self, file: pq.ParquetFile, *, where: str, max_prompts: int | None = None) -> Iterator[Chunk]:

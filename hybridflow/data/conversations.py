@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MESSAGES = ColumnSpec(
     name="messages",
     expected="a list of structs with the strings role and content",
-    fits=lambda kind: is_messages(kind),
+    fits=is_messages,
 )
 TOOLS = ColumnSpec(
     name="tools", expected="a list of tool schemas, or one as JSON text", fits=lambda kind: True, is_required=False

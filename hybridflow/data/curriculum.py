@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,27 +15,25 @@ UNKNOWN = -1.0
 """Success rate of a prompt that was not answered yet."""
 
 
-class Curriculum(Protocol):
+class Curriculum(ABC):
     """Says by which numbers an epoch is ordered, from low to high."""
 
+    @abstractmethod
     def keys(self, stream: int, epoch: int, rows: slice) -> Numbers:
         """One number for each of a stream's rows, the same whenever an epoch is asked about."""
-        ...
 
-    def note(self, rows: Rows, rates: Numbers) -> None:
+    def note(self, rows: Rows, rates: Numbers) -> None:  # noqa: B027, not every order depends on it
         """These rows were answered with these success rates."""
-        ...
 
     def state_dict(self) -> dict[str, object]:
         """What a resumed run needs."""
-        ...
+        return {}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:  # noqa: B027, likewise
         """Take back what `state_dict` gave."""
-        ...
 
 
-class ByColumn:
+class ByColumn(Curriculum):
     """By a column of the files: each epoch goes from its lowest to its highest numbers; rows without one come last."""
 
     def __init__(self, values: Sequence[object]):
@@ -44,17 +42,8 @@ class ByColumn:
     def keys(self, stream: int, epoch: int, rows: slice) -> Numbers:
         return self.values[rows]
 
-    def note(self, rows: Rows, rates: Numbers) -> None:
-        pass
 
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        pass
-
-
-class BySuccess:
+class BySuccess(Curriculum):
     """By what this run has answered: each epoch goes from the prompts that succeeded most often, when they were answered last,
     to those that never did; what was not answered yet comes in between, as half a success would.
 

@@ -15,21 +15,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridflow.batch import Array, Batch, ShardColumn
+from hybridflow.batch import Batch
 from hybridflow.config.schema import Config
-from hybridflow.data.chat import Tokenizer
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations
 from hybridflow.data.curriculum import SUCCESS_RATE, ByColumn, BySuccess, Curriculum
-from hybridflow.data.examples import read_examples
+from hybridflow.data.examples import Examples, read_examples
 from hybridflow.data.parquet import ColumnSpec, has_column, is_number, open_parquet, values_of
 from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences
 from hybridflow.data.prompts import DATA_SOURCE, EPISODE_COLUMNS, PROMPT_COLUMNS, Prompts, read_prompts
-from hybridflow.data.responses import RESPONSE_COLUMNS, read_responses
+from hybridflow.data.responses import RESPONSE_COLUMNS, Responses, read_responses
 from hybridflow.errors import ConfigError, DataError, FieldError
 from hybridflow.rewards.ground_truths import why_unscored
 
@@ -44,23 +43,8 @@ RowKind = Literal["prompts", "responses", "preferences"]
 """What an algorithm's rows are: see `Algorithm.rows`."""
 
 
-class Dataset(Protocol):
-    """Rows that a loader draws from: `Prompts` or `Responses`."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def rows_per_file(self) -> tuple[int, ...]:
-        """Rows of each file, in file order."""
-        ...
-
-    def columns(self, rows: Rows) -> dict[str, Array | ShardColumn]:
-        """Batch columns of the given rows."""
-        ...
-
-    def rows_of(self, prompt_ids: Rows) -> Rows:
-        """The rows that have these `prompt_id`s."""
-        ...
+Dataset = Prompts | Responses | Examples
+"""Rows that a loader draws from."""
 
 
 class PromptLoader:
@@ -227,7 +211,7 @@ class Loaders:
     """Rows like those of `train`."""
 
 
-def build_loaders(config: Config, tokenizer: Tokenizer, rows: RowKind) -> Loaders:
+def build_loaders(config: Config, tokenizer: PreTrainedTokenizerBase, rows: RowKind) -> Loaders:
     """The loader of training rows, and those of validation prompts and held-out rows where there are files of them.
 
     Raises:
@@ -260,18 +244,17 @@ def build_loaders(config: Config, tokenizer: Tokenizer, rows: RowKind) -> Loader
     return Loaders(train, validation, held_out)
 
 
-def read_rows(config: Config, files: Sequence[str], tokenizer: Tokenizer, rows: RowKind, *, key: str) -> Dataset:
+def read_rows(config: Config, files: Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: RowKind, *, key: str) -> Dataset:
     """The rows of files as an algorithm wants them. Responses are either the column `response` or those of `messages`."""
-    whole = cast("PreTrainedTokenizerBase", tokenizer)
     match rows:
         case "prompts":
             columns = [*prompt_columns(config), *order_columns(config)]
             return read_prompts(files, tokenizer, data=config.data, key=key, columns=columns)
         case "preferences":
-            return read_examples(files, PREFERENCE_COLUMNS, Preferences(whole, config.data), key=key, per_row=2)
+            return read_examples(files, PREFERENCE_COLUMNS, Preferences(tokenizer, config.data), key=key, per_row=2)
         case "responses":
             if all(has_column(path, "messages", key=key) for path in files):
-                return read_examples(files, CHAT_COLUMNS, Conversations(whole, config.data), key=key)
+                return read_examples(files, CHAT_COLUMNS, Conversations(tokenizer, config.data), key=key)
             return read_responses(files, tokenizer, data=config.data, key=key)
 
 
@@ -325,7 +308,7 @@ def order_columns(config: Config) -> list[ColumnSpec]:
     name = config.data.curriculum
     if name in (None, SUCCESS_RATE):
         return []
-    return [ColumnSpec(name=name, expected="a number, by which data.curriculum orders", fits=lambda kind: is_number(kind))]
+    return [ColumnSpec(name=name, expected="a number, by which data.curriculum orders", fits=is_number)]
 
 
 def curriculum_of(config: Config, dataset: Dataset) -> Curriculum | None:

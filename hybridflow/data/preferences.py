@@ -5,38 +5,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from hybridflow.config.schema import DataConfig
-from hybridflow.data.chat import Message, Tokenizer, encode, is_templated
+from hybridflow.data.chat import Message, encode, is_templated
 from hybridflow.data.conversations import TEMPLATE_COLUMNS, Conversations, check_text, checked_messages, template_options
 from hybridflow.data.examples import BadRowError, Example, Row, UselessRowError, limited
 from hybridflow.data.marks import Template
-from hybridflow.data.parquet import ColumnSpec, is_messages, is_number, is_text
+from hybridflow.data.parquet import ColumnSpec, is_number
+from hybridflow.data.prompts import PROMPT
 from hybridflow.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def _response(name: str) -> ColumnSpec:
-    return ColumnSpec(
-        name=name,
-        expected="a string, or a list of structs with the strings role and content",
-        fits=lambda kind: is_text(kind) or is_messages(kind),
-    )
-
-
 PREFERENCE_COLUMNS = (
-    ColumnSpec(
-        name="prompt",
-        expected="a string, or a list of structs with the strings role and content",
-        fits=lambda kind: is_text(kind) or is_messages(kind),
-        is_required=False,
-    ),
-    _response("chosen"),
-    _response("rejected"),
-    ColumnSpec(name="margin", expected="a number", fits=lambda kind: is_number(kind), is_required=False),
+    replace(PROMPT, is_required=False),
+    replace(PROMPT, name="chosen"),
+    replace(PROMPT, name="rejected"),
+    ColumnSpec(name="margin", expected="a number", fits=is_number, is_required=False),
     *TEMPLATE_COLUMNS,
 )
 
@@ -69,7 +58,7 @@ class Preferences:
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
             text, is_rendered = prompt, False
         else:
-            tokenizer = cast(Tokenizer, self.tokenizer)
+            tokenizer = self.tokenizer
             has_messages = not isinstance(prompt, str)
             is_rendered = is_templated(tokenizer, has_messages=has_messages, use=self.data.apply_chat_template)
             messages = checked_messages(prompt, "prompt") if has_messages else [{"role": "user", "content": prompt}]
@@ -78,11 +67,11 @@ class Preferences:
                 text = template.render(messages, add_generation_prompt=True) if is_rendered else str(prompt)
             except Exception as error:  # a template may end in anything
                 raise BadRowError(f"the chat template refuses the prompt: {error}") from error
-        (ids,) = encode(cast(Tokenizer, self.tokenizer), [text], add_special_tokens=not is_rendered)
+        (ids,) = encode(self.tokenizer, [text], add_special_tokens=not is_rendered)
         return [self._answered(ids, text, response) for response in (chosen, rejected)]
 
     def _answered(self, prompt: list[int], text: str, response: str) -> Example:
-        (ids,) = encode(cast(Tokenizer, self.tokenizer), [response], add_special_tokens=False)
+        (ids,) = encode(self.tokenizer, [response], add_special_tokens=False)
         ids = [*ids, self.eos_token_id]
         return Example(prompt, ids, [True] * len(ids), text, response)
 
@@ -137,11 +126,11 @@ def _conversations(row: Row) -> tuple[list[list[Message]], int]:
 
 def _shared(one: str, other: str) -> str:
     """What both texts begin with, up to the last whitespace in it."""
-    length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    length = _num_shared(one, other)
     begun = re.search(r"\S*$", one[:length])  # a word that may go on differently
     return one[: begun.start() if begun else length].rstrip()
 
 
-def _num_shared(one: Sequence[Message], other: Sequence[Message]) -> int:
-    """Messages that both begin with."""
+def _num_shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """Messages, or characters, that both begin with."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

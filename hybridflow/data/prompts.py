@@ -6,14 +6,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hybridflow.batch import Array, Ragged, ShardColumn
 from hybridflow.config.schema import DataConfig
-from hybridflow.data.chat import Message, Tokenizer
+from hybridflow.data.chat import Message
 from hybridflow.data.chunks import PROMPT_TEXT, Chunk, ChunkReader, conversation
 from hybridflow.data.conversations import TEMPLATE_COLUMNS
 from hybridflow.data.parquet import (
@@ -30,6 +30,9 @@ from hybridflow.data.parquet import (
 from hybridflow.data.progress import Progress
 from hybridflow.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 PROMPT = ColumnSpec(
@@ -44,10 +47,8 @@ GROUND_TRUTH = ColumnSpec(
     field="ground_truth",
 )
 DATA_SOURCE = ColumnSpec(name="data_source", expected="a string", fits=is_text)
-EXTRA_INFO = ColumnSpec(name="extra_info", expected="a struct", fits=lambda kind: has_fields(kind), is_required=False)
-MAX_RESPONSE_TOKENS = ColumnSpec(
-    name="max_response_tokens", expected="an integer", fits=lambda kind: is_integer(kind), is_required=False
-)
+EXTRA_INFO = ColumnSpec(name="extra_info", expected="a struct", fits=has_fields, is_required=False)
+MAX_RESPONSE_TOKENS = ColumnSpec(name="max_response_tokens", expected="an integer", fits=is_integer, is_required=False)
 PROMPT_COLUMNS = (PROMPT, GROUND_TRUTH, DATA_SOURCE, EXTRA_INFO, MAX_RESPONSE_TOKENS, *TEMPLATE_COLUMNS)
 EPISODE_COLUMNS = (
     PROMPT,
@@ -138,7 +139,7 @@ class Prompts:
 
 def read_prompts(
     files: Sequence[str],
-    tokenizer: Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     data: DataConfig,
     key: str = "data.train_files",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hybridflow.batch import Array, Ragged, ShardColumn
 from hybridflow.config.rules_agreement import turn_end
 from hybridflow.config.schema import DataConfig
-from hybridflow.data.chat import Tokenizer, encode
+from hybridflow.data.chat import encode
 from hybridflow.data.conversations import TEMPLATE_COLUMNS
 from hybridflow.data.parquet import ColumnSpec, is_text
 from hybridflow.data.prompts import DATA_SOURCE, EXTRA_INFO, GROUND_TRUTH, PROMPT, Prompts, PromptSummary, read_prompts
@@ -38,7 +38,7 @@ class Responses:
     """Prompts and their responses. A response is tokenised when its row is drawn."""
 
     prompts: Prompts
-    tokenizer: Tokenizer
+    tokenizer: PreTrainedTokenizerBase
     ends: tuple[int, ...]
     """Tokens that end a response; the first is the one that is added."""
     max_response_tokens: int
@@ -90,12 +90,14 @@ class Responses:
     def _ended(self, ids: list[int]) -> list[int]:
         """With one end, also where the file's text brings its own, with or without a line's end behind it."""
         last = max((place for place, token_id in enumerate(ids) if token_id in self.ends), default=None)
-        if last is not None and not self.tokenizer.decode(ids[last + 1 :]).strip():
+        if last is not None and not str(self.tokenizer.decode(ids[last + 1 :])).strip():
             return ids[: last + 1]
         return [*ids, self.ends[0]]
 
 
-def read_responses(files: Sequence[str], tokenizer: Tokenizer, *, data: DataConfig, key: str = "data.train_files") -> Responses:
+def read_responses(
+    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, data: DataConfig, key: str = "data.train_files"
+) -> Responses:
     """The prompts and responses of Parquet files, in file order.
 
     Raises:
@@ -105,6 +107,6 @@ def read_responses(files: Sequence[str], tokenizer: Tokenizer, *, data: DataConf
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     prompts = read_prompts(files, tokenizer, data=data, key=key, columns=RESPONSE_COLUMNS)
-    turn = None if data.apply_chat_template == "never" else turn_end(cast("PreTrainedTokenizerBase", tokenizer))
+    turn = None if data.apply_chat_template == "never" else turn_end(tokenizer)
     ends = (tokenizer.eos_token_id,) if turn is None else (turn, tokenizer.eos_token_id)
     return Responses(prompts, tokenizer, ends, data.max_response_tokens, key)

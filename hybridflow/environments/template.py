@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
-from hybridflow.data.chat import Tokenizer, encode
+from hybridflow.data.chat import encode
 from hybridflow.environments.base import Message
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class TemplateTokens:
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         if self.tokenizer.is_fast:  # past its Python layer: called for each turn
             return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        (tokens,) = encode(cast(Tokenizer, self.tokenizer), [text], add_special_tokens=add_special_tokens)
+        (tokens,) = encode(self.tokenizer, [text], add_special_tokens=add_special_tokens)
         return list(tokens)
 
     def _render(

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hybridflow.batch import Ragged
-from hybridflow.errors import ModelError
+from hybridflow.errors import ModelError, listed
 from hybridflow.models.heads import ValueModel
 from hybridflow.models.packing import Packed, pack, to_device
 from hybridflow.models.policy import PolicyModel
 from hybridflow.parallel import fsdp
-from hybridflow.parallel.finite import largest, listed, not_finite
+from hybridflow.parallel.finite import largest, not_finite
 
 OWN_ATTENTION = "eager"
 """The attention that every model of transformers has."""

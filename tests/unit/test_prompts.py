@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hybridflow.config.schema import Config, DataConfig, ModelConfig
-from hybridflow.data.chat import Tokenizer, load_tokenizer
+from hybridflow.data.chat import load_tokenizer
 from hybridflow.data.check import check_file
 from hybridflow.data.prompts import read_prompts
 from hybridflow.errors import DataError, ModelError
