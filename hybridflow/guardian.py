@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ MAX_TRACE_CHARACTERS = 4000
 """Of what is said of an error in code of a user, which goes to the log: its message may be a whole tensor."""
 LOAD_TIMEOUT_S = 300.0
 """For the code of a user to be loaded, which may import large packages from a slow disk."""
+CHECK_PARENT_EVERY_S = 1.0
 ENDING_S = 5.0
 """For what was killed to end. A process in the kernel may not."""
 
@@ -190,6 +192,17 @@ def descendants(number: int) -> list[int]:
         waiting += children.get(waiting[0], [])
         found.append(waiting.pop(0))
     return found[1:]
+
+
+def end_with_parent() -> None:
+    """End this process, whatever it is busy with, soon after its parent has ended, however that happened."""
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(CHECK_PARENT_EVERY_S)
+    os._exit(1)
 
 
 def _ask_linux(option: int, value: int) -> None:

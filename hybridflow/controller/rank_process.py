@@ -27,8 +27,8 @@ from hybridflow.batch import Batch, LocalShard, ShardColumn, Source
 from hybridflow.config.schema import Config
 from hybridflow.controller.stacks import DUMP_SIGNAL, RankIdentity
 from hybridflow.errors import HybridflowError, WorkerError
+from hybridflow.guardian import end_with_parent
 from hybridflow.metrics import Metrics
-from hybridflow.orphan import end_with_parent
 from hybridflow.parallel.addresses import own_host
 from hybridflow.parallel.layout import Layout
 from hybridflow.user_file import import_file

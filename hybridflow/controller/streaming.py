@@ -35,7 +35,7 @@ KEPT = (*STARTED, "loss_mask", "ended")
 """Columns of what a row has said so far."""
 
 
-class StreamingDispatcher:
+class StreamingDispatcher(Dispatcher):
     """Carries calls to the ranks, but for some methods, which are answered here."""
 
     is_streaming = True
@@ -45,16 +45,13 @@ class StreamingDispatcher:
 
     @property
     def pool_name(self) -> str:
-        """As of `Dispatcher`."""
         return self.inner.pool_name
 
     @property
     def num_data_ranks(self) -> int:
-        """As of `Dispatcher`."""
         return self.inner.num_data_ranks
 
     def start(self, method: str, protocol: str, /, *args: object, **kwargs: object) -> CallFuture[object]:
-        """As of `Dispatcher`."""
         if method in self.answers:
             return self.answers[method](*args, **kwargs)
         return self.inner.start(method, protocol, *args, **kwargs)
@@ -102,23 +99,41 @@ class GenerateCall:
     num_finished: int = 0
 
 
-class Generation:
+class OnThread:
+    """Work of a thread of its own, from construction to `close`."""
+
+    def __init__(self, name: str):
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; calls that wait get an error."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join(CLOSING_TIMEOUT_S)  # a call through Ray that outlives Ray would abort the process
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Generation(OnThread):
     """`generate` of many collects on one group of engines, by a thread that submits rows and takes what has finished."""
 
     def __init__(self, rollout: RolloutWorker, *, on_failure: Callable[[BaseException], None]):
         self.rollout, self.on_failure = rollout, on_failure
         self.begun: dict[tuple[int, int], Batch] = {}
         """What rows of (group, call) have said before a restart, with `place` and `ended`."""
-        self._changed = threading.Condition()
         self._calls: dict[int, list[GenerateCall]] = defaultdict(list)
         """By group, until the stream forgets it."""
         self._waiting: list[GenerateCall] = []
         self._under_way: dict[int, GenerateCall] = {}
         """By position of each row."""
         self._num_rows = 0
-        self._is_paused, self._is_busy, self._is_closed = True, False, False
-        self._thread = threading.Thread(target=self._run, name="hybridflow-generation", daemon=True)
-        self._thread.start()
+        self._is_paused, self._is_busy = True, False
+        super().__init__("hybridflow-generation")
 
     def generate(self, rows: Batch, *, sampling: Sampling | None = None) -> StreamedFuture:
         """What stands for `rollout.generate` on the streaming handle."""
@@ -172,13 +187,6 @@ class Generation:
             )
             parts += [_as_started(call, unfinished.select(own))] if len(own) else []
         return Batch.concatenate(parts) if parts else None
-
-    def close(self) -> None:
-        """End the thread; calls that wait get an error."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        self._thread.join(CLOSING_TIMEOUT_S)  # a call through Ray that outlives Ray would abort the process
 
     def _run(self) -> None:
         try:
@@ -262,16 +270,13 @@ def _as_started(call: GenerateCall, part: Batch) -> Batch:
     )
 
 
-class Scoring:
+class Scoring(OnThread):
     """`score` of many collects: one call to the reward group at a time, for all rows that wait."""
 
     def __init__(self, reward: RewardWorker):
         self.reward = reward
-        self._changed = threading.Condition()
         self._waiting: list[tuple[Batch, StreamedFuture]] = []
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="hybridflow-scoring", daemon=True)
-        self._thread.start()
+        super().__init__("hybridflow-scoring")
 
     def score(self, rows: Batch) -> StreamedFuture:
         """What stands for `reward.score` on the streaming handle."""
@@ -282,13 +287,6 @@ class Scoring:
             self._waiting.append((with_numbers(rows, COLUMNS_SCORED), answer))
             self._changed.notify_all()
         return answer
-
-    def close(self) -> None:
-        """End the thread; calls that wait get an error."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        self._thread.join(CLOSING_TIMEOUT_S)  # a call through Ray that outlives Ray would abort the process
 
     def _run(self) -> None:
         while True:

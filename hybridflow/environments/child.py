@@ -23,8 +23,7 @@ from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments.base import Message, Opening, Outcome, Row, load_environment, opening_of, outcome_of
 from hybridflow.environments.threads import on_thread
 from hybridflow.errors import HybridflowError
-from hybridflow.guardian import shortened
-from hybridflow.orphan import end_with_parent
+from hybridflow.guardian import end_with_parent, shortened
 
 MAX_THREADS = 64
 """Plain methods that run at once; others wait, and their time has not begun."""

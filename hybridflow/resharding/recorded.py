@@ -1,4 +1,7 @@
-"""The engine's own loading without its Python: recorded once, bucket by bucket, and replayed from then on.
+"""Many small kernels as one launch, and the engine's own loading without its Python: recorded once, replayed from then on.
+
+A sync copies and sums hundreds of tensors; launching that from Python takes several times what the GPU needs. Addresses
+stay the same from sync to sync, so the launches are recorded in a CUDA graph and replayed.
 
 An engine's loader copies hundreds of small tensors, and finding out where each goes takes it several times as long as the
 copies. Buckets and parameters stay where they are, so the copies of the second sync are recorded in CUDA graphs. The first
@@ -10,15 +13,48 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybridflow.resharding.replay import recording_into
 from hybridflow.rollout.base import Engine
 
 logger = logging.getLogger("hybridflow")
+
+_pool = cache(torch.cuda.graph_pool_handle)
+"""The memory that all recordings of this process share: they run one after the other, and none leaves results there."""
+
+
+def recording_into(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+    """A block in which launches are recorded and not made. Other threads of the process may use the device meanwhile."""
+    return torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local")
+
+
+class Replay:
+    """Work that does nothing but launch kernels on tensors at fixed addresses."""
+
+    def __init__(self) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._addresses: tuple[int, ...] = ()
+
+    def run(self, work: Callable[[], None], tensors: Sequence[torch.Tensor]) -> None:
+        """Do `work`, whose inputs and outputs are `tensors`: as it is for the first time and whenever an address has
+        changed, recorded the second time, and replayed from then on. Always as it is where a tensor lies in CPU memory."""
+        if not tensors or not all(tensor.is_cuda for tensor in tensors):
+            work()
+            return
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        if addresses != self._addresses:
+            self._addresses, self._graph = addresses, None
+            work()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with recording_into(self._graph):
+                work()
+        self._graph.replay()
 
 
 class CudaRecording:

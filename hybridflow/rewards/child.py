@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from hybridflow.errors import HybridflowError, RewardError
-from hybridflow.guardian import shortened
-from hybridflow.orphan import end_with_parent
+from hybridflow.guardian import end_with_parent, shortened
 from hybridflow.rewards.call import Kind, RewardInput
 from hybridflow.rewards.results import Failure, Score
 from hybridflow.rewards.scorer import Scorer

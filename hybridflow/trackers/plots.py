@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -68,6 +68,12 @@ class Line:
     color: str
     with_ends: bool = False
     """Say the first and the last value in the legend, and mark every point."""
+
+
+def lines_of(labels: Mapping[str, str], *, with_ends: bool = False) -> tuple[Line, ...]:
+    """A line for each metric with its label, in different colors."""
+    colored = zip(labels.items(), cycle(COLORS), strict=False)
+    return tuple(Line(metric, label, color, with_ends) for (metric, label), color in colored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,17 +159,8 @@ def _own(run: ReadRun) -> tuple[Panel, ...]:
     for name in own_metrics(run.names("")):
         if "/" in name and name not in drawn_elsewhere:
             words.setdefault(name.partition("/")[0], []).append(name)
-    return tuple(
-        Panel(
-            title=word.replace("_", " "),
-            unit="as reported",
-            lines=tuple(
-                Line(name, name.partition("/")[2].replace("_", " "), color)
-                for name, color in zip(names, cycle(COLORS), strict=False)
-            ),
-        )
-        for word, names in words.items()
-    )
+    labels = {word: {name: name.partition("/")[2].replace("_", " ") for name in names} for word, names in words.items()}
+    return tuple(Panel(title=word.replace("_", " "), unit="as reported", lines=lines_of(own)) for word, own in labels.items())
 
 
 def _quality(run: ReadRun) -> tuple[Panel, ...]:
@@ -174,22 +171,13 @@ def _quality(run: ReadRun) -> tuple[Panel, ...]:
     beside = [run.series(name) for name in _scores(run, "validation/reward/")]
     if all(run.series(name) in beside for name in worth):  # one response to each prompt: the panel beside has it all
         worth = []
-    parts = {
-        "Validation: what answers are worth": ("validation/", worth),
-        "Held-out rows": ("held_out/", run.names("held_out/")),
-    }
-    return tuple(
-        Panel(
-            title=title,
-            unit="share" if prefix == "validation/" else "as measured",
-            lines=tuple(
-                Line(name, name.removeprefix(prefix), color, with_ends=True)
-                for name, color in zip(names, cycle(COLORS), strict=False)
-            ),
-        )
-        for title, (prefix, names) in parts.items()
-        if names
+    answers = {name: name.removeprefix("validation/") for name in worth}
+    held_out = {name: name.removeprefix("held_out/") for name in run.names("held_out/")}
+    panels = (
+        Panel(title="Validation: what answers are worth", unit="share", lines=lines_of(answers, with_ends=True)),
+        Panel(title="Held-out rows", unit="as measured", lines=lines_of(held_out, with_ends=True)),
     )
+    return tuple(panel for panel in panels if panel.lines)
 
 
 def _scores(run: ReadRun, prefix: str) -> dict[str, str]:
@@ -314,34 +302,34 @@ HEALTH = (
     Panel(
         title="How far the policy has moved",
         unit="KL divergence, nats per token",
-        lines=(
-            Line("kl/mean", "from the reference", "tab:red"),
-            Line("actor/kl_to_reference", "from the reference, in the loss", "tab:orange"),
-            Line("actor/approx_kl", "within the step", "tab:purple"),
+        lines=lines_of(
+            {
+                "kl/mean": "from the reference",
+                "actor/kl_to_reference": "from the reference, in the loss",
+                "actor/approx_kl": "within the step",
+            }
         ),
     ),
-    Panel(
-        title="Entropy of the policy",
-        unit="nats per token",
-        lines=(Line("actor/entropy", "entropy", "tab:green"),),
-    ),
-    Panel(title="Loss of the actor", unit="loss", lines=(Line("actor/loss", "actor", "tab:blue"),)),
+    Panel(title="Entropy of the policy", unit="nats per token", lines=lines_of({"actor/entropy": "entropy"})),
+    Panel(title="Loss of the actor", unit="loss", lines=lines_of({"actor/loss": "actor"})),
     Panel(title="Loss of the critic", unit="half the squared error", lines=(Line("critic/loss", "critic", "tab:orange"),)),
     Panel(
         title="Clipped by the loss",
         unit="share of tokens",
         axis="from zero",
-        lines=(
-            Line("actor/clip_fraction_upper", "ratio above", "tab:blue"),
-            Line("actor/clip_fraction_lower", "ratio below", "tab:cyan"),
-            Line("critic/clip_fraction", "value", "tab:orange"),
+        lines=lines_of(
+            {
+                "actor/clip_fraction_upper": "ratio above",
+                "critic/clip_fraction": "value",
+                "actor/clip_fraction_lower": "ratio below",
+            }
         ),
     ),
     Panel(
         title="Gradients before clipping",
         unit="L2 norm",
         axis="logarithmic",
-        lines=(Line("actor/grad_norm", "actor", "tab:blue"), Line("critic/grad_norm", "critic", "tab:orange")),
+        lines=lines_of({"actor/grad_norm": "actor", "critic/grad_norm": "critic"}),
     ),
     Panel(
         title="What the critic knows",
@@ -353,21 +341,19 @@ HEALTH = (
         title="Lengths",
         unit="tokens",
         axis="from zero",
-        lines=(
-            Line("response/tokens_mean", "response, mean", "tab:blue"),
-            Line("response/tokens_max", "response, longest", "tab:cyan"),
-            Line("prompt/tokens_mean", "prompt, mean", "tab:gray"),
+        lines=lines_of(
+            {
+                "response/tokens_mean": "response, mean",
+                "response/tokens_max": "response, longest",
+                "prompt/tokens_mean": "prompt, mean",
+            }
         ),
     ),
     Panel(
         title="Engine against trainer",
         unit="|difference of log-probabilities|, nats",
         axis="logarithmic",
-        lines=(
-            Line("mismatch/mean", "mean", "tab:green"),
-            Line("mismatch/p99", "99th percentile", "tab:orange"),
-            Line("mismatch/max", "largest", "tab:red"),
-        ),
+        lines=lines_of({"mismatch/mean": "mean", "mismatch/p99": "99th percentile", "mismatch/max": "largest"}),
     ),
 )
 
@@ -383,27 +369,24 @@ SPEED = (
         title="Throughput",
         unit="prompt and response tokens per second",
         axis="from zero",
-        lines=(Line("tokens_per_second", "tokens per second", "tab:blue"),),
+        lines=lines_of({"tokens_per_second": "tokens per second"}),
     ),
     Panel(
         title="Model FLOPs utilisation in training",
         unit="share of the GPU's peak",
         axis="from zero",
-        lines=(Line("actor/mfu", "actor", "tab:green"), Line("critic/mfu", "critic", "tab:orange")),
+        lines=lines_of({"actor/mfu": "actor", "critic/mfu": "critic"}),
     ),
     Panel(
         title="GPU memory of the fullest rank, most so far",
         unit="GiB",
         axis="from zero",
-        lines=(
-            Line("memory/peak_reserved_gib", "peak reserved", "tab:cyan"),
-            Line("memory/peak_allocated_gib", "peak allocated", "tab:blue"),
-        ),
+        lines=lines_of({"memory/peak_reserved_gib": "peak reserved", "memory/peak_allocated_gib": "peak allocated"}),
     ),
     Panel(
         title="What the controller costs",
         unit="milliseconds per step",
         axis="from zero",
-        lines=(Line("controller/milliseconds_per_step", "its own work", "tab:purple"),),
+        lines=lines_of({"controller/milliseconds_per_step": "its own work"}),
     ),
 )

@@ -98,7 +98,7 @@ class Dispatcher(Protocol):
     @property
     def is_streaming(self) -> bool:
         """Whether calls of several collects are carried out together, each as its rows are done."""
-        ...
+        return False
 
     def start(self, method: str, protocol: str, /, *args: object, **kwargs: object) -> Future[object]:
         """Send the call; arguments may be futures of other calls."""

@@ -15,7 +15,7 @@ from tests.architecture import limits
 PACKAGE = limits.sources("hybridflow")
 
 LEVELS = (
-    ("disk", "ending", "errors", "guardian", "interrupts", "orphan", "pickled", "registry", "tokenizers", "user_file"),
+    ("disk", "ending", "errors", "guardian", "interrupts", "pickled", "registry", "tokenizers", "user_file"),
     ("config", "batch", "columns", "metrics"),
     ("ops", "planner", "parallel", "rewards", "trackers", "data"),
     ("models", "rollout", "resharding", "checkpoint", "environments"),
