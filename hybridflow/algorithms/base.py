@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from hybridflow.algorithms.annotations import is_worker
+from hybridflow import registry
 from hybridflow.algorithms.importance import ImportanceOptions as ImportanceOptions
 from hybridflow.algorithms.options import GroupOptions, old_column
 from hybridflow.algorithms.options import NoOptions as NoOptions
@@ -100,7 +101,7 @@ class Algorithm(ABC):
         for base in reversed(cls.__mro__):
             if issubclass(base, Algorithm) and base is not Algorithm:
                 kinds = inspect.get_annotations(base)
-                declared |= {name: None for name in kinds if name in named or is_worker(kinds[name], base)}
+                declared |= {name: None for name in kinds if name in named or _is_worker(kinds[name], base)}
         if run.reward_model.path is not None and "reward" in declared:  # its score is part of every reward
             declared["reward_model"] = None
         unused = cls.unused_roles(run)
@@ -227,3 +228,16 @@ class PolicyAlgorithm(Algorithm):
         """Learn from the rows of each update of the step."""
         updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
         return Metrics.merged(update.result() for update in updates)
+
+
+def _is_worker(annotation: object, owner: type) -> bool:
+    """Whether an annotation of an algorithm, as written or as a class, names a class of worker.
+
+    Names that are imported for type checkers only do not resolve: what is written is looked up among the built-in roles, and
+    else in the module of the algorithm.
+    """
+    if isinstance(annotation, str):
+        if annotation in {name.partition(":")[2] for name in registry.ROLES.values()}:
+            return True
+        annotation = vars(sys.modules[owner.__module__]).get(annotation)
+    return isinstance(annotation, type) and "layout_of" in {name for base in annotation.__mro__ for name in vars(base)}

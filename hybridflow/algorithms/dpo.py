@@ -16,7 +16,7 @@ from hybridflow.batch import Batch
 from hybridflow.config.ranges import BELOW_ONE, COUNT, POSITIVE
 from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
-from hybridflow.workers.token_functions import RowLogRatios
+from hybridflow.workers.token_functions import row_log_ratios
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
@@ -77,7 +77,7 @@ class DPO(Algorithm):
         responses = shifted.without([name for name in shifted.names if name not in RESPONSE_COLUMNS])
         mixed = rows.without(("reference_log_probs",)).join(responses)
         pending = [self.actor.log_probs.start(mixed), self.reference.log_probs.start(mixed)]
-        ratios = self.actor.compute(mixed.join(*(call.result() for call in pending)), RowLogRatios())["log_ratio"]
+        ratios = self.actor.compute(mixed.join(*(call.result() for call in pending)), row_log_ratios)["log_ratio"]
         return rows.with_columns(kl_baseline=np.full(len(rows), max(0.0, float(ratios.mean())), np.float32))
 
     def loss(self) -> ops.PreferenceLoss:

@@ -68,7 +68,8 @@ class ImportanceCorrection:
     is_weighing: bool = True
     """False: weights are 0 and 1, by `rejections` alone."""
     is_normalized: bool = False
-    """Divide weights by their mean over these tokens or, at level `sequence`, rows."""
+    """Whoever has all rows of a step (workers/token_functions.py) divides their weights by the mean over these tokens or, at
+    level `sequence`, rows."""
 
     @torch.no_grad()
     def weights(self, old_T: Tensor, rollout_T: Tensor, lengths_B: Tensor) -> tuple[Tensor, dict[str, TokenMetric]]:
@@ -87,8 +88,6 @@ class ImportanceCorrection:
         if self.mask_above is not None:
             is_outside_T |= ratio_T > self.mask_above
         weights_T = ratio_T.clamp(max=self.cap).masked_fill(is_outside_T, 0.0)
-        if self.is_normalized:
-            weights_T = weights_T / self._mean(weights_T, lengths_B)
         weights_T = weights_T.masked_fill(is_masked_T, 0.0)
         return weights_T, {
             "correction_weight": TokenMetric.mean(weights_T),
@@ -128,13 +127,6 @@ class ImportanceCorrection:
             return torch.ones_like(old_T)
         share_B = row_means(self.kept(old_T, rollout_T, lengths_B).to(old_T.dtype), lengths_B)
         return repeat_rows(torch.where(share_B > 0, share_B, 1.0), lengths_B, num_tokens=len(old_T))
-
-    def _mean(self, weights_T: Tensor, lengths_B: Tensor) -> Tensor:
-        if self.level == "token":
-            mean = weights_T.mean()
-        else:
-            mean = row_means(weights_T, lengths_B).sum() / (lengths_B > 0).sum().clamp(min=1)
-        return torch.where(mean > 1e-8, mean, 1.0)
 
 
 def _row_largest(values_T: Tensor, lengths_B: Tensor) -> Tensor:

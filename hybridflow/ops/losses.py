@@ -39,27 +39,27 @@ class TokenBatch:
 
 
 class Loss(Protocol):
-    """What a worker's `update` takes. Must pickle."""
+    """What a worker's `update` takes. Must pickle. Whoever inherits from it says what differs."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Batch columns that it reads."""
-        ...
+        return ()
 
     @property
     def needs_entropy(self) -> bool:
         """Whether `TokenBatch.entropy_T` must be there."""
-        ...
+        return False
 
     @property
     def aggregation(self) -> Aggregation:
         """How token losses become one number."""
-        ...
+        return "token_mean"
 
     @property
     def max_tokens(self) -> int | None:
         """The constant length of aggregation `sequence_sum`."""
-        ...
+        return None
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
         """This microbatch's part of the loss of the update, shape [], and metrics."""
@@ -161,7 +161,7 @@ class PolicyLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValueLoss:
+class ValueLoss(Loss):
     """Half the squared error of the critic, the larger of the one as it is and the one with the value's change clipped.
 
     Not in a paper's equation: the reference implementation of PPO (openai/baselines, ppo2); without the clip
@@ -176,10 +176,6 @@ class ValueLoss:
     @property
     def columns(self) -> tuple[str, ...]:
         return ("returns",) if self.clip is None else ("returns", "values")
-
-    @property
-    def needs_entropy(self) -> bool:
-        return False
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
         assert batch.values_T is not None, "a value loss needs values"
@@ -219,19 +215,11 @@ def explained_variance(metrics: Mapping[str, float], prefix: str = "") -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NextTokenLoss:
+class NextTokenLoss(Loss):
     """The mean negative log-probability of the dataset's tokens: supervised fine-tuning."""
 
     aggregation: Aggregation = "token_mean"
     max_tokens: int | None = None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def needs_entropy(self) -> bool:
-        return False
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
         assert batch.log_probs_T is not None, "a next-token loss needs log-probabilities"
@@ -240,7 +228,7 @@ class NextTokenLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingLoss:
+class PretrainingLoss(Loss):
     """A policy's loss on the rows that it has sampled, and the negative log-probability of the text in the others.
 
     The per-row columns `policy_weight` and `text_weight` are 0 for rows of the other kind; for its own, all tokens of the
@@ -258,14 +246,6 @@ class PretrainingLoss:
     @property
     def needs_entropy(self) -> bool:
         return self.policy.needs_entropy
-
-    @property
-    def aggregation(self) -> Aggregation:
-        return "token_mean"
-
-    @property
-    def max_tokens(self) -> int | None:
-        return None
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
         assert batch.log_probs_T is not None, "a loss of text needs log-probabilities"

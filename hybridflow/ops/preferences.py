@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from hybridflow.ops.losses import TokenBatch
+from hybridflow.ops.losses import Loss, TokenBatch
 from hybridflow.ops.reduce import Aggregation, TokenMetric, row_sums
 
 PreferenceKind = Literal["sigmoid", "ipo", "kto"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelLoss:
+class RewardModelLoss(Loss):
     """-log sigmoid(r_chosen - r_rejected - margin) of a model that reads one number r per row (Bradley and Terry).
 
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1; with a margin, Touvron et al. 2023, arXiv:2307.09288, eq. 2; centred by
@@ -38,10 +38,6 @@ class RewardModelLoss:
     @property
     def columns(self) -> tuple[str, ...]:
         return ("margin",) if self.has_margin else ()
-
-    @property
-    def needs_entropy(self) -> bool:
-        return False
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
         assert batch.values_T is not None, "a reward model's loss needs its scores"
@@ -61,7 +57,7 @@ class RewardModelLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceLoss:
+class PreferenceLoss(Loss):
     """Losses of a policy whose implicit reward of a response is beta log(policy / reference).
 
     `sigmoid` is DPO, Rafailov et al. 2023, arXiv:2305.18290, eq. 7, with labels smoothed as in its follow-up (cDPO); `ipo` is
@@ -79,10 +75,6 @@ class PreferenceLoss:
     @property
     def columns(self) -> tuple[str, ...]:
         return ("reference_log_probs", *(("kl_baseline",) if self.kind == "kto" else ()))
-
-    @property
-    def needs_entropy(self) -> bool:
-        return False
 
     def __call__(self, batch: TokenBatch) -> tuple[Tensor, dict[str, TokenMetric]]:
         assert batch.log_probs_T is not None, "a preference loss needs log-probabilities"

@@ -198,7 +198,7 @@ class EngineThread:
             known = self._num_taken + len(self._submitted)
             is_idle = not (self._unanswered or self._submitted)
             num_pauses = self._num_pauses_asked if is_idle else self._num_pauses_begun
-            fresh = [[request for request, _ in submission] for submission in self._submitted]
+            fresh = [[request for request, _ in submission] for submission in self._submitted] if self._agree else ()
             num_interrupts = max(self._num_interrupts_asked, self._num_interrupts)
             decision = Decision(known, num_interrupts, self._is_closed, num_pauses, fresh)
         decision = decision if self._agree is None else self._agree(decision)

@@ -85,13 +85,13 @@ class CorrectTokens:
     def __call__(self, batch: Batch, context: RankContext) -> Batch:
         import torch
 
-        own = replace(self.correction, is_normalized=False)
+        own = self.correction
         response = batch.tokens("response")
         sampled = sampled_tokens(batch, response)
         lengths_B = torch.tensor(sampled.lengths)
         given = _tensor(batch, "log_probs"), _tensor(batch, "rollout_log_probs"), lengths_B
         weights_T, _ = replace(own, rejections=()).weights(*given)
-        if self.correction.is_normalized:
+        if own.is_normalized:
             of_B = (lengths_B > 0).double() if own.level == "sequence" else lengths_B.double()
             total = (ops.row_means(weights_T.double(), lengths_B) * of_B).sum()
             total, count = _sum_over_ranks(torch.stack([total, of_B.sum()]), context)
@@ -183,23 +183,17 @@ def _of_response(batch: Batch, sampled: Ragged) -> Ragged:
     return sampled.spread(mask.values.astype(np.bool_), mask.offsets)
 
 
-@dataclass(frozen=True)
-class CountLossTokens:
+def count_loss_tokens(batch: Batch, context: RankContext) -> Batch:
     """Column `loss_tokens` of a batch with `loss_mask`, for whoever wrote the mask and not the count."""
-
-    def __call__(self, batch: Batch, context: RankContext) -> Batch:
-        mask = batch.tokens("loss_mask")
-        return Batch({"loss_tokens": sampled_tokens(batch, mask).lengths})
+    mask = batch.tokens("loss_mask")
+    return Batch({"loss_tokens": sampled_tokens(batch, mask).lengths})
 
 
-@dataclass(frozen=True)
-class RowLogRatios:
+def row_log_ratios(batch: Batch, context: RankContext) -> Batch:
     """Column `log_ratio`: of each row, the sum of `log_probs` less `reference_log_probs` over its sampled tokens, in nats."""
-
-    def __call__(self, batch: Batch, context: RankContext) -> Batch:
-        log_probs, reference = (sampled_tokens(batch, batch.tokens(name)) for name in ("log_probs", "reference_log_probs"))
-        cumulative = np.concatenate([[0.0], np.cumsum(log_probs.values.astype(np.float64) - reference.values)])
-        return Batch({"log_ratio": np.diff(cumulative[log_probs.offsets]).astype(np.float32)})
+    log_probs, reference = (sampled_tokens(batch, batch.tokens(name)) for name in ("log_probs", "reference_log_probs"))
+    cumulative = np.concatenate([[0.0], np.cumsum(log_probs.values.astype(np.float64) - reference.values)])
+    return Batch({"log_ratio": np.diff(cumulative[log_probs.offsets]).astype(np.float32)})
 
 
 @dataclass(frozen=True)
@@ -231,17 +225,14 @@ def _sum_over_ranks(sums: torch.Tensor, context: RankContext) -> torch.Tensor:
     return on_device.to(sums.device)
 
 
-@dataclass(frozen=True)
-class AnswerKeys:
+def answer_keys(batch: Batch, context: RankContext) -> Batch:
     """Column `answer_key`: a number for what each response answers, equal where the answers are."""
+    from hybridflow.rewards.answers import answer_of  # imports sympy: half a second that the controller does not need
 
-    def __call__(self, batch: Batch, context: RankContext) -> Batch:
-        from hybridflow.rewards.answers import answer_of  # imports sympy: half a second that the controller does not need
-
-        digests = [
-            hashlib.blake2b(answer_of(str(text)).encode(), digest_size=8).digest() for text in batch.objects("response_text")
-        ]
-        return Batch({"answer_key": np.array([int.from_bytes(digest, "little") >> 1 for digest in digests], np.int64)})
+    digests = [
+        hashlib.blake2b(answer_of(str(text)).encode(), digest_size=8).digest() for text in batch.objects("response_text")
+    ]
+    return Batch({"answer_key": np.array([int.from_bytes(digest, "little") >> 1 for digest in digests], np.int64)})
 
 
 @dataclass(frozen=True)

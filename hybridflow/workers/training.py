@@ -26,7 +26,7 @@ from hybridflow.workers.base import RankContext
 from hybridflow.workers.finite import SkippedUpdates, WeightCheck, why_skipped
 from hybridflow.workers.microbatches import Microbatch, Microbatches
 from hybridflow.workers.model_core import CPU, ModelCore, Outputs
-from hybridflow.workers.utilisation import flops_per_token, peak_flops, utilisation
+from hybridflow.workers.utilisation import flops_per_token, peak_flops
 
 logger = logging.getLogger("hybridflow")
 
@@ -165,7 +165,8 @@ class TrainingCore(ModelCore):
         }
         if self.peak_flops is not None:
             flops = self.flops_per_token.of(microbatches.num_tokens, microbatches.num_trained_tokens)
-            counted["mfu"] = utilisation(flops / self.context.layout.sequence, seconds, self.peak_flops)
+            # Merged, it is the share over all ranks and updates.
+            counted["mfu"] = Metric(flops / self.context.layout.sequence, self.peak_flops * seconds)
         numbers = to_metrics(metrics | observed)
         self.context.report(numbers.only(observed))
         return (numbers.only(metrics) + Metrics(counted)).prefixed(self.context.role)

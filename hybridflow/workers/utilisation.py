@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hybridflow.metrics import Metric
 from hybridflow.models.heads import ValueModel
 from hybridflow.models.load import output_layer
 from hybridflow.models.policy import PolicyModel
@@ -54,8 +53,3 @@ def flops_per_token(model: PolicyModel | ValueModel) -> FlopsPerToken:
 
 def _flops(weights: Iterable[nn.Parameter]) -> float:
     return float(sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights if weight.ndim >= 2))
-
-
-def utilisation(flops: float, seconds: float, peak: float) -> Metric:
-    """The share of `peak` that was used; merged, it is the share over all ranks and updates."""
-    return Metric(flops, peak * seconds)

@@ -31,7 +31,7 @@ from hybridflow.workers.reference import ReferenceWorker
 from hybridflow.workers.remote import remote
 from hybridflow.workers.reward import RewardWorker
 from hybridflow.workers.rollout import RolloutWorker
-from hybridflow.workers.token_functions import CountLossTokens
+from hybridflow.workers.token_functions import count_loss_tokens
 from tests.architecture import limits
 from tests.metric_names import unexplained
 from tests.training_rows import (
@@ -60,7 +60,7 @@ RESPONSES = random_batch([(3, 5), (3, 40), (3, 7), (20, 1), (20, 9), (20, 6)])
 PROMPTS = RESPONSES.select([0, 3]).with_columns(group=np.array([0, 1]))
 REWARDS = np.array([1.0, 0.0, 0.25, 0.5, 1.0, 0.0], np.float32)
 WITH_MASK = masked(RESPONSES)
-WITH_MASK = WITH_MASK.join(CountLossTokens()(WITH_MASK, context_of("data")))
+WITH_MASK = WITH_MASK.join(count_loss_tokens(WITH_MASK, context_of("data")))
 
 
 class Answers(RolloutWorker):

@@ -21,7 +21,7 @@ from hybridflow.workers.reference import ReferenceWorker
 from hybridflow.workers.remote import remote
 from hybridflow.workers.reward import RewardWorker
 from hybridflow.workers.rollout import RolloutWorker
-from hybridflow.workers.token_functions import CountLossTokens
+from hybridflow.workers.token_functions import count_loss_tokens
 from tests.training_rows import (
     context_of,
     disturbed,
@@ -199,7 +199,7 @@ def test_what_stands_at_a_masked_token_changes_no_bit_of_a_step(
     model_path: str, monkeypatch: pytest.MonkeyPatch, algorithm: type[Algorithm], options: dict[str, object]
 ) -> None:
     with_mask = masked(RESPONSES)
-    with_mask = with_mask.join(CountLossTokens()(with_mask, context_of("data")))
+    with_mask = with_mask.join(count_loss_tokens(with_mask, context_of("data")))
     found = []
     for responses in (with_mask, disturbed(with_mask), RESPONSES):
         monkeypatch.setattr(f"{__name__}.RESPONSES", responses)

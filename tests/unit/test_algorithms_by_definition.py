@@ -21,7 +21,7 @@ from hybridflow.workers.critic import CriticWorker
 from hybridflow.workers.microbatches import Microbatches
 from hybridflow.workers.reference import ReferenceWorker
 from hybridflow.workers.remote import remote
-from hybridflow.workers.token_functions import CountLossTokens
+from hybridflow.workers.token_functions import count_loss_tokens
 from hybridflow.workers.training import token_batch
 from tests.reference import algorithms as reference
 from tests.training_rows import context_of
@@ -118,7 +118,7 @@ def rows_of(seed: int, *, rewards: list[float] = REWARDS, spread: float = 0.3, w
         return batch
     mask = Ragged(np.arange(num_tokens) % 4 != 3, response.offsets)
     batch = batch.join(Batch.from_columns({"loss_mask": mask}))
-    return batch.join(CountLossTokens()(batch, context_of("data")))
+    return batch.join(count_loss_tokens(batch, context_of("data")))
 
 
 def learn(name: str, rows: Batch, **options: Any) -> tuple[float, list[list[float]]]:

@@ -14,7 +14,7 @@ from hybridflow.controller.batch_metrics import length_metrics
 from hybridflow.metrics import Metrics
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.critic import CriticWorker
-from hybridflow.workers.token_functions import CountLossTokens, TokenAdvantages
+from hybridflow.workers.token_functions import TokenAdvantages, count_loss_tokens
 from tests.training_rows import (
     context_of,
     disturbed,
@@ -136,7 +136,7 @@ def test_advantages_with_a_mask_are_those_of_rows_without_the_masked_tokens() ->
 
 
 def test_lengths_are_those_of_sampled_tokens() -> None:
-    counted = MASKED.join(CountLossTokens()(MASKED, context_of("data")))
+    counted = MASKED.join(count_loss_tokens(MASKED, context_of("data")))
     sampled = [int(row.sum()) for row in MASKED.tokens("loss_mask")]
     assert counted["loss_tokens"].tolist() == sampled
     assert length_metrics(counted)["response/tokens_mean"] == pytest.approx(np.mean(sampled))
