@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
+
+
+def listed(names: Iterable[str], most: int = 5, *, separator: str = ", ") -> str:
+    """The first of several names, for messages.
+
+    Example:
+        >>> listed(["a", "b", "c"], most=2)
+        'a, b and 1 more'
+    """
+    every = list(names)
+    return separator.join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 class HybridflowError(Exception):

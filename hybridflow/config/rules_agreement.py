@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridflow.config.rules_files import model_paths, settings_in
 from hybridflow.config.schema import Config
-from hybridflow.errors import FieldError, FieldReport, FieldWarning
+from hybridflow.errors import FieldError, FieldReport, FieldWarning, listed
 from hybridflow.tokenizers import has_tokenizer, loaded
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 ADAPTERS = "adapter_config.json"
 CONTENT = "Said 4711 times"
 """Of the messages by which a chat template shows where turns begin and end; no template has it of its own."""
-MOST_NAMED = 3
 
 
 def adapters_are_merged(config: Config, roles: tuple[str, ...]) -> Iterator[FieldError]:
@@ -107,14 +106,13 @@ def _tokens_have_rows(key: str, path: str, policy: Side) -> Iterator[FieldError]
     if not isinstance(rows, int):
         return
     if beyond := sorted((token_id, token) for token, token_id in policy.ids.items() if token_id >= rows):
-        named = ", ".join(f"{token!r} (id {token_id})" for token_id, token in beyond[:MOST_NAMED])
-        more = ", ..." if len(beyond) > MOST_NAMED else ""
+        named = listed((f"{token!r} (id {token_id})" for token_id, token in beyond), most=3)
         problem = (
             f"{path!r} has {rows} embeddings, and {len(beyond)} tokens of the tokenizer {policy.path!r} have none: {named}"
         )
         resized = f"resize_token_embeddings({beyond[-1][0] + 1})"
         advice = f"Give the model rows for them ({resized}, then save it), or take its own tokenizer"
-        yield FieldError(key, f"{problem}{more}. {advice}", related=("model.tokenizer",))
+        yield FieldError(key, f"{problem}. {advice}", related=("model.tokenizer",))
 
 
 def _same_ids(key: str, own: Side, policy: Side) -> Iterator[FieldError]:

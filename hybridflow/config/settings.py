@@ -167,17 +167,14 @@ class Settings:
                 problem = f"found {found(setting.value)}, but {ours} is {other!r}{because}. Set it to {other!r}"
                 self.reports.append(FieldError(setting.key, problem, setting.place))
 
-    def _unresolved(self, key: str) -> object:
-        return lookup(self.values, key)
-
     def _put(self, key: str, value: object, place: str) -> None:
         if key == "algorithm" and isinstance(value, str):
             self._forget_algorithm()
             key = "algorithm.name"
-        if key == "algorithm.name" and value != self._unresolved("algorithm.name"):
+        if key == "algorithm.name" and value != lookup(self.values, "algorithm.name"):
             self._forget_algorithm()
         mapping = key.rpartition(".")[0]
-        if mapping in MAPPINGS and self._unresolved(mapping) is None:
+        if mapping in MAPPINGS and lookup(self.values, mapping) is None:
             insert(self.values, mapping, dict(MAPPINGS[mapping]))
         if value is None and key in SECTIONS:
             return  # a section whose keys are all commented out changes nothing
@@ -254,6 +251,4 @@ def _verls_defaults() -> Mapping[str, object]:
 
 
 def _text(value: object) -> str:
-    return (
-        str(list(value) if isinstance(value, tuple) else value).replace(".0", "") if not isinstance(value, bool) else str(value)
-    )
+    return str(list(value) if isinstance(value, tuple) else value).replace(".0", "")

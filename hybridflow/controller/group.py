@@ -22,7 +22,7 @@ from hybridflow.errors import CallTimeoutError
 from hybridflow.metrics import Metrics
 from hybridflow.parallel.layout import Layout
 from hybridflow.trackers.timeline import Span
-from hybridflow.workers.remote import CombinedFuture
+from hybridflow.workers.remote import CombinedFuture, Dispatcher
 
 Reply = tuple["ray.ObjectRef[RankAnswer]", "ray.ObjectRef[dict[str, ShardColumn]]"]
 ARGUMENTS_LATE_S = 120.0
@@ -100,7 +100,7 @@ class GroupFuture:
         return self
 
 
-class GroupDispatcher:
+class GroupDispatcher(Dispatcher):
     """Carries the calls of one role to the ranks of its pool."""
 
     def __init__(self, role: str, pool: Pool, layout: Layout, *, timeout_s: float, log: CallLog):
@@ -109,18 +109,11 @@ class GroupDispatcher:
 
     @property
     def pool_name(self) -> str:
-        """As of `Dispatcher`."""
         return self.pool.name
 
     @property
     def num_data_ranks(self) -> int:
-        """As of `Dispatcher`."""
         return self.layout.data
-
-    @property
-    def is_streaming(self) -> bool:
-        """As of `Dispatcher`."""
-        return False
 
     def start(self, method: str, protocol: str, /, *args: object, **kwargs: object) -> GroupFuture:
         """Send the call to every rank and return at once.

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -28,15 +28,13 @@ from hybridflow.data.loader import check_columns, check_sources
 from hybridflow.errors import HybridflowError
 from hybridflow.rewards.ground_truths import is_scored_by_rules
 from hybridflow.user_file import split_name
+from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.base import Worker
-
-if TYPE_CHECKING:
-    from hybridflow.workers.actor import ActorWorker
-    from hybridflow.workers.data import DataSummary, DataWorker
-    from hybridflow.workers.remote import Future
-    from hybridflow.workers.reward import RewardWorker
-    from hybridflow.workers.reward_model import RewardModelWorker
-    from hybridflow.workers.rollout import RolloutWorker
+from hybridflow.workers.data import DataSummary, DataWorker
+from hybridflow.workers.remote import Future
+from hybridflow.workers.reward import RewardWorker
+from hybridflow.workers.reward_model import RewardModelWorker
+from hybridflow.workers.rollout import RolloutWorker
 
 logger = logging.getLogger("hybridflow")
 W = TypeVar("W", bound=Worker)
@@ -65,8 +63,6 @@ class Launched:
     @property
     def data(self) -> DataWorker:
         """The group that reads the dataset."""
-        from hybridflow.workers.data import DataWorker
-
         data = self._role("data", DataWorker)
         assert data is not None, "every run has the role 'data'"
         return data
@@ -74,36 +70,26 @@ class Launched:
     @property
     def actor(self) -> ActorWorker | None:
         """The group that trains the policy, where the algorithm has one."""
-        from hybridflow.workers.actor import ActorWorker
-
         return self._role("actor", ActorWorker)
 
     @property
     def rollout(self) -> RolloutWorker | None:
         """The group that generates, where the algorithm has one."""
-        from hybridflow.workers.rollout import RolloutWorker
-
         return self._role("rollout", RolloutWorker)
 
     @property
     def validation(self) -> RolloutWorker | None:
         """The engines that generate for validation alone, where validation is concurrent."""
-        from hybridflow.workers.rollout import RolloutWorker
-
         return self._role("validation", RolloutWorker)
 
     @property
     def reward(self) -> RewardWorker | None:
         """The group that scores, where the algorithm has one."""
-        from hybridflow.workers.reward import RewardWorker
-
         return self._role("reward", RewardWorker)
 
     @property
     def reward_model(self) -> RewardModelWorker | None:
         """The group whose score is part of every reward; None where there is none, or where it is what is trained."""
-        from hybridflow.workers.reward_model import RewardModelWorker
-
         return self._role("reward_model", RewardModelWorker) if "reward" in self.groups else None
 
     def _role(self, role: str, kind: type[W]) -> W | None:
@@ -236,8 +222,6 @@ def _start_building(config: Config, place: RolePlace, pool: Pool) -> Jobs:
 
 def _opening(data: Worker, algorithm: type[Algorithm]) -> Future[DataSummary]:
     """Have the files read while the other roles still start."""
-    from hybridflow.workers.data import DataWorker
-
     assert isinstance(data, DataWorker)
     return data.open.start(algorithm.rows)
 

@@ -18,7 +18,7 @@ from hybridflow.controller.streaming import Generation, Scoring, streaming_handl
 from hybridflow.errors import ConfigError, FieldError
 from hybridflow.metrics import Metric, Metrics
 from hybridflow.workers.respond import with_model_score
-from hybridflow.workers.token_functions import CountLossTokens, PolicyAges
+from hybridflow.workers.token_functions import PolicyAges, count_loss_tokens
 
 
 class RowSource:
@@ -90,7 +90,7 @@ class RowSource:
         if self.generation is not None:  # a reward model scores the rows of a step at once, ahead of it only rules do
             rows = self._with_model_score(rows)
         if "loss_mask" in rows and "loss_tokens" not in rows:
-            rows = rows.join(self.launched.data.compute(rows, CountLossTokens()))
+            rows = rows.join(self.launched.data.compute(rows, count_loss_tokens))
         if self.generation is not None and "policy_versions" in rows:
             assert self.launched.rollout is not None
             self.launched.rollout.compute(rows, PolicyAges(version=step - 1))

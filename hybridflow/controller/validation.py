@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,11 +20,8 @@ from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Trackers
 from hybridflow.trackers.jsonl import read_lines
 from hybridflow.workers.respond import respond, with_model_score
-from hybridflow.workers.rollout import validation_sampling
-from hybridflow.workers.token_functions import AnswerKeys, CopyObjects
-
-if TYPE_CHECKING:
-    from hybridflow.workers.rollout import RolloutWorker
+from hybridflow.workers.rollout import RolloutWorker, validation_sampling
+from hybridflow.workers.token_functions import CopyObjects, answer_keys
 
 
 class Validation:
@@ -126,7 +122,7 @@ def estimates(config: Config, launched: Launched, rows: Batch, ks: Sequence[int]
     """What the answers are worth, over all prompts and by data source."""
     num_responses = config.validation.responses_per_prompt
     sources = launched.data.compute(rows, CopyObjects(("data_source",))).objects("data_source")
-    keys = launched.data.compute(rows, AnswerKeys())["answer_key"] if num_responses > 1 else np.zeros(len(rows), np.int64)
+    keys = launched.data.compute(rows, answer_keys)["answer_key"] if num_responses > 1 else np.zeros(len(rows), np.int64)
     answers = Answers(
         rewards=rows["reward"].astype(np.float64),
         answers=keys,

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from hybridflow import interrupts
 from hybridflow.controller import stacks
 from hybridflow.controller.rank_process import RankProcess
 from hybridflow.controller.stacks import RankIdentity, Stack
-from hybridflow.errors import CallTimeoutError, HybridflowError, WorkerDiedError, WorkerError
+from hybridflow.errors import CallTimeoutError, HybridflowError, WorkerDiedError, WorkerError, listed
 
 logger = logging.getLogger("hybridflow")
 T = TypeVar("T")
@@ -137,15 +137,9 @@ def _say(jobs: Jobs, seconds: float) -> None:
     for name in dict.fromkeys(job.name for job in late):
         members = [job for job in late if job.name == name]
         num_all = sum(job.name == name for job in jobs.values())
-        logger.info(
-            "%s: %d of %d ranks are done; after %.0f s still waiting for %s",
-            *(name, num_all - len(members), num_all, seconds, _listed(job.ranks.place(job.rank) for job in members)),
-        )
-
-
-def _listed(names: Iterable[str], separator: str = ", ") -> str:
-    every = list(names)
-    return separator.join(every[:MAX_NAMED]) + (f" and {len(every) - MAX_NAMED} more" if len(every) > MAX_NAMED else "")
+        places = listed((job.ranks.place(job.rank) for job in members), MAX_NAMED)
+        text = "%s: %d of %d ranks are done; after %.0f s still waiting for %s"
+        logger.info(text, name, num_all - len(members), num_all, seconds, places)
 
 
 def _failure(jobs: Jobs) -> WorkerError | None:
@@ -178,7 +172,7 @@ def overdue(late: Sequence[Job], limit_s: float) -> CallTimeoutError:
     """Who is stuck, found out from the stacks of all ranks of the run; all stacks are a note of the error."""
     names = " and ".join(dict.fromkeys(job.name for job in late))
     num_ranks = len({(id(job.ranks), job.rank) for job in late})
-    places = _listed(job.ranks.place(job.rank) for job in late)
+    places = listed((job.ranks.place(job.rank) for job in late), MAX_NAMED)
     text = f"{names} has not ended after run.timeout_s={limit_s:g} s on {num_ranks} rank(s): {places}. "
     lines, notes = _stuck(late)
     error = CallTimeoutError(f"{text}{lines}\nIf this takes long by nature, raise run.timeout_s")
@@ -210,7 +204,9 @@ def _stuck(late: Sequence[Job]) -> tuple[str, list[str]]:
         return "None of them is in a call: their answers did not arrive, so Ray itself may be stuck.", notes
     lines = [f"{ranks.place(rank)} of pool '{ranks.name}' is stuck: {stack}" for ranks, rank, stack in blamed]
     num_waiting = sum(stack.state == "waits for other ranks" for _, _, stack in found)
-    return _listed(lines, "; ") + (f"; {num_waiting} other rank(s) wait for it" if num_waiting else ""), notes
+    return listed(lines, MAX_NAMED, separator="; ") + (
+        f"; {num_waiting} other rank(s) wait for it" if num_waiting else ""
+    ), notes
 
 
 def _blamed(entries: Sequence[tuple[Ranks, int, Stack]]) -> list[tuple[Ranks, int, Stack]]:

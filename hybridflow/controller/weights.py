@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from hybridflow.controller.launch import Launched
 from hybridflow.controller.waiting import DEATHS_SHOW_S
@@ -12,9 +12,7 @@ from hybridflow.errors import HybridflowError, WeightMismatchError, WorkerDiedEr
 from hybridflow.metrics import Metrics
 from hybridflow.workers.proof import PROBED_SYNCS, kinds_of, not_taken
 from hybridflow.workers.remote import Future
-
-if TYPE_CHECKING:
-    from hybridflow.workers.rollout import RolloutWorker
+from hybridflow.workers.rollout import RolloutWorker
 
 T = TypeVar("T")
 

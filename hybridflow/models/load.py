@@ -18,12 +18,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from hybridflow.errors import HybridflowError, ModelError
+from hybridflow.errors import HybridflowError, ModelError, listed
 
 logger = logging.getLogger("hybridflow")
 
 LoadingInfo = Mapping[str, Collection[Any]]
-MAX_NAMED = 3
 WHOLE = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 """safetensors' names of integers."""
 RANDOM_SETTINGS = ("dropout", "layerdrop", "pdrop")
@@ -100,7 +99,7 @@ def _with_weights(source: ModelSource, config: PretrainedConfig, *, is_policy: b
     check_complete(source.path, found, may_miss=set() if is_policy else left_out)
     check_numbers(source.path, model)
     if unused := sorted(found["unexpected_keys"]):
-        logger.warning("%r: %d weight(s) have no place in the model: %s", source.path, len(unused), _some(unused))
+        logger.warning("%r: %d weight(s) have no place in the model: %s", source.path, len(unused), listed(unused))
     return model
 
 
@@ -112,9 +111,9 @@ def check_complete(path: str, found: LoadingInfo, *, may_miss: Collection[str] =
     """
     if other := sorted(found["mismatched_keys"]):
         shapes = [f"{name} has {tuple(there)}, not {tuple(wanted)}" for name, there, wanted in other]
-        raise ModelError(f"{path!r} does not fit its own config.json, by which {_some(shapes)}. Give the one of these weights")
+        raise ModelError(f"{path!r} does not fit its own config.json, by which {listed(shapes)}. Give the one of these weights")
     if missing := sorted(set(found["missing_keys"]) - set(may_miss)):
-        problem = f"{path!r} lacks {len(missing)} weight(s) of its config.json, which would be random: {_some(missing)}"
+        problem = f"{path!r} lacks {len(missing)} weight(s) of its config.json, which would be random: {listed(missing)}"
         raise ModelError(f"{problem}. Was it saved or copied completely?")
 
 
@@ -130,7 +129,7 @@ def check_numbers(path: str, model: PreTrainedModel) -> None:
         with explained(path, "a causal language model"), safe_open(file, "pt") as opened:
             names = [name for name in opened.keys() if name in parameters]  # noqa: SIM118 (no dict)
             if whole := [name for name in names if opened.get_slice(name).get_dtype() in WHOLE]:
-                problem = f"{path!r} holds {len(whole)} weight(s) as integers: {_some(whole)}"
+                problem = f"{path!r} holds {len(whole)} weight(s) as integers: {listed(whole)}"
                 raise ModelError(f"{problem}. Its config.json names no quantization; give the model in floating point")
 
 
@@ -153,10 +152,6 @@ def _file_of(path: str, name: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if found is None else Path(found)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:

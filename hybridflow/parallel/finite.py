@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
 
-MOST_NAMED = 3
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
 
 
@@ -34,8 +33,3 @@ def largest(tensors: NamedTensors) -> dict[str, float]:
 def not_finite(found: dict[str, float]) -> list[str]:
     """The names whose largest value is not a finite number."""
     return [name for name, value in found.items() if not abs(value) < float("inf")]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Some of the names, for messages."""
-    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")

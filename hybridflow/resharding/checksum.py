@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hybridflow.resharding.replay import Replay
+from hybridflow.resharding.recorded import Replay
+from hybridflow.rollout.seeds import mix
 
 K = TypeVar("K", bound=Hashable)
 """What names a tensor."""
@@ -101,9 +102,7 @@ def odd_numbers(count: int, *, stream: int) -> npt.NDArray[np.int64]:
     """Pseudo-random odd 64-bit numbers: splitmix64 of (stream, index), Steele et al. 2014."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     state = (np.arange(1, count + 1, dtype=np.uint64) + np.array(stream, np.uint64) * np.uint64(1 << 40)) * golden
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((state ^ (state >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+    return (mix(state) | np.uint64(1)).view(np.int64)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

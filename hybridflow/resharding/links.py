@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public; torch's stubs lag
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public; torch's stubs lag
 
 try:
     from torch.distributed import all_gather_single
@@ -20,6 +20,7 @@ except ImportError:  # torch before 2.13 knows the same function by its older na
 
 from hybridflow.errors import EngineError
 from hybridflow.parallel.addresses import own_host
+from hybridflow.parallel.mesh import rendezvous_store
 
 
 @dataclass
@@ -100,14 +101,12 @@ class TransferStore:
             raise EngineError(f"the other pool did not publish {name!r} within {self.timeout}; is it running?") from error
 
 
-def host_transfer(*, device: torch.device, timeout_s: float) -> tuple[TransferStore, int]:
-    """Open the rendezvous in this process, at `own_host`; the second value is its port."""
-    timeout, listening = timedelta(seconds=timeout_s), socket.create_server((own_host(), 0))
-    port = listening.getsockname()[1]
-    store = TCPStore(
-        own_host(), port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listening.detach()
-    )
-    return TransferStore(store, device, timeout), port
+def host_transfer(*, device: torch.device, timeout_s: float) -> tuple[TransferStore, str]:
+    """Open the rendezvous in this process; the second value is its `host:port`."""
+    listening = socket.create_server((own_host(), 0))
+    address = f"{own_host()}:{listening.getsockname()[1]}"
+    store = rendezvous_store(address, listening=listening, timeout_s=timeout_s)
+    return TransferStore(store, device, timedelta(seconds=timeout_s)), address
 
 
 def join_transfer(address: str, *, device: torch.device, timeout_s: float) -> TransferStore:
@@ -116,12 +115,10 @@ def join_transfer(address: str, *, device: torch.device, timeout_s: float) -> Tr
     Raises:
         EngineError: nothing answers there.
     """
-    host, _, port = address.rpartition(":")
-    timeout = timedelta(seconds=timeout_s)
     try:
-        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+        store = rendezvous_store(address, listening=None, timeout_s=timeout_s)
     except dist.DistError as error:
         raise EngineError(
             f"the pool that trains offers its weights at {address}, but nothing answers there: {error}"
         ) from error
-    return TransferStore(store, device, timeout)
+    return TransferStore(store, device, timedelta(seconds=timeout_s))

@@ -15,7 +15,7 @@ from hybridflow.resharding.buckets import Entry, Plan, Segment
 from hybridflow.resharding.checksum import Checksums
 from hybridflow.resharding.layout import Box, shard_box
 from hybridflow.resharding.partial_tensor import PartialTensor
-from hybridflow.resharding.replay import Replay
+from hybridflow.resharding.recorded import Replay
 from hybridflow.resharding.timeline import Timeline
 from hybridflow.resharding.verify import DTYPES
 

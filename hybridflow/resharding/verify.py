@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from hybridflow.errors import WeightMismatchError
+from hybridflow.errors import WeightMismatchError, listed
 from hybridflow.resharding.buckets import Plan
 from hybridflow.resharding.checksum import Checksums
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """Of weights as they travel."""
 HeldWeights = Iterable[tuple[str, torch.Tensor]]
-MOST_NAMED = 5
-"""Tensors named in a message."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,10 @@ class Verifier:
             raise WeightMismatchError(self._message(bad))
 
     def _message(self, bad: list[str]) -> str:
-        named = ", ".join(bad[:MOST_NAMED]) + (", ..." if len(bad) > MOST_NAMED else "")
         on_the_way = any(name not in self.readable for name in bad)
         where = "did not arrive as they were trained at" if on_the_way else "differ from what was trained in the engine of"
         return (
             f"after the weight sync {len(bad)} of {len(self.names)} tensors {where} {self.place.role} rank {self.place.rank}: "
-            f"{named}. Responses would come from other weights than those that learn. Look at the engine's load_weights for "
-            "these names; rollout.verify_weights=false turns this check off"
+            f"{listed(bad)}. Responses would come from other weights than those that learn. Look at the engine's load_weights "
+            "for these names; rollout.verify_weights=false turns this check off"
         )

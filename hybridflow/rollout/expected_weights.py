@@ -7,12 +7,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from transformers import AutoConfig
 
-from hybridflow.errors import EngineError
+from hybridflow.errors import EngineError, listed
 from hybridflow.models.checkpoint_names import CheckpointNames
 from hybridflow.models.load import skeleton
-
-MOST_NAMED = 5
-"""Weights named in a message."""
 
 
 class ExpectedWeights:
@@ -64,5 +61,4 @@ class CheckedWeights:
             raise EngineError(self.fault)
         names = dict.fromkeys(self.expected.first_names.values())
         if missing := [name for name in names if name not in self.given]:
-            listed = ", ".join(missing[:MOST_NAMED]) + (", ..." if len(missing) > MOST_NAMED else "")
-            raise EngineError(f"{len(missing)} of {len(names)} weights were not given to the engine: {listed}")
+            raise EngineError(f"{len(missing)} of {len(names)} weights were not given to the engine: {listed(missing)}")

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import sglang
@@ -32,24 +32,9 @@ FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 WAIT_BETWEEN_ABORTS_S = 0.2
 
 
-class Finish(TypedDict):
-    """Why SGLang ended a response."""
-
-    type: str
-
-
-class Meta(TypedDict):
-    """What SGLang tells about a response."""
-
-    finish_reason: Finish
-    output_token_logprobs: NotRequired[list[tuple[float, int, str | None]]]
-    """(log-probability, token, its text) for each token; left out where a request was aborted before its first."""
-
-
-class Output(TypedDict):
-    """A response as SGLang gives it."""
-
-    meta_info: Meta
+Output = Mapping[str, Any]
+"""A response as SGLang gives it: `meta_info` with `finish_reason` and, unless it was aborted before its first token, a list
+`output_token_logprobs` of (log-probability, token, its text)."""
 
 
 class SglangEngine(Engine):

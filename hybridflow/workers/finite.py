@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from hybridflow.config.schema import ReferenceConfig, TrainingConfig
-from hybridflow.errors import DivergenceError
-from hybridflow.parallel.finite import NamedTensors, largest, listed, local_shard, norms, not_finite
+from hybridflow.errors import DivergenceError, listed
+from hybridflow.parallel.finite import NamedTensors, largest, local_shard, norms, not_finite
 
 if TYPE_CHECKING:
     from hybridflow.workers.base import RankContext

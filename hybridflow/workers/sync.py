@@ -15,8 +15,8 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from hybridflow.config.schema import Config
+from hybridflow.errors import listed
 from hybridflow.metrics import Metric, Metrics
-from hybridflow.parallel.addresses import own_host
 from hybridflow.resharding.links import TransferStore, host_transfer, join_transfer
 from hybridflow.resharding.transfer import ColocatedSync, SyncReport, SyncSettings, WeightReceiver, WeightSender
 from hybridflow.resharding.verify import Place
@@ -27,9 +27,6 @@ from hybridflow.workers.probe import ScoresRows, probe
 from hybridflow.workers.proof import PROBED_SYNCS, FlipsSigns, prove
 
 logger = logging.getLogger("hybridflow")
-
-MOST_NAMED = 5
-"""Weights that a line of the log names."""
 
 
 @runtime_checkable
@@ -74,8 +71,8 @@ class RolloutSync:
                 metrics += Metrics({"sync/peak_allocated_gib": Metric(peak_gib, kind="max")})
             self.num_syncs += 1
             if self.num_syncs == 1 and report.unreadable and self.config.rollout.verify_weights:
-                names = ", ".join(report.unreadable[:MOST_NAMED]) + (" ..." if len(report.unreadable) > MOST_NAMED else "")
-                logger.info("the engine cannot show %d weights (%s): their effect is probed", len(report.unreadable), names)
+                count, names = len(report.unreadable), listed(report.unreadable)
+                logger.info("the engine cannot show %d weights (%s): their effect is probed", count, names)
                 if isinstance(actor, FlipsSigns):
                     sync_again = partial(self._sync, actor, engine)
                     prove(report.unreadable, actor, engine, self.config, self.context, sync=sync_again)
@@ -123,8 +120,9 @@ class ActorSync:
 
     def address(self, receiver: str) -> str:
         """Open the rendezvous with the engines of a role on this rank: `host:port`."""
-        self.stores[receiver], port = host_transfer(device=self.context.device, timeout_s=self.config.run.peer_timeout_s)
-        return f"{own_host()}:{port}"
+        device, timeout_s = self.context.device, self.config.run.peer_timeout_s
+        self.stores[receiver], address = host_transfer(device=device, timeout_s=timeout_s)
+        return address
 
     def open(self, address: str, receiver: str) -> None:
         """Meet the pool of the engines of a role at `host:port`."""

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hybridflow.config.schema import Config, DataConfig, ModelConfig, PlacementConfig, RolloutConfig
 from hybridflow.errors import WeightMismatchError
-from hybridflow.parallel.addresses import own_host
 from hybridflow.resharding.layout import Box
 from hybridflow.resharding.links import host_transfer, join_transfer
 from hybridflow.resharding.pack import NamedTensors
@@ -322,8 +321,8 @@ def _train(rank: int, num_trainers: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/trainers", rank=rank, world_size=num_trainers)
     address = Path(folder, "address")
     if rank == 0:
-        store, port = host_transfer(device=CPU, timeout_s=60)
-        address.with_suffix(".tmp").write_text(f"{own_host()}:{port}")
+        store, own_address = host_transfer(device=CPU, timeout_s=60)
+        address.with_suffix(".tmp").write_text(own_address)
         address.with_suffix(".tmp").rename(address)
     else:
         store = join_transfer(_wait_for(address), device=CPU, timeout_s=60)
