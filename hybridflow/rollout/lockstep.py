@@ -33,9 +33,9 @@ def lockstep(layout: Layout, rank: int, *, sends_requests: bool = False) -> Agre
     def agree(decision: Decision) -> Decision:
         said = pickle.dumps(decision.fresh) if sends_requests and decision.fresh else b""
         counts = decision.num_submissions, decision.num_interrupts, decision.is_closing, decision.num_pauses
-        numbers = torch.tensor([*counts, len(said)])
+        numbers = torch.tensor([*counts, decision.num_handed_out, len(said)])
         dist.broadcast(numbers, src=first, group=own)
-        num_submissions, num_interrupts, is_closing, num_pauses, num_bytes = numbers.tolist()
+        num_submissions, num_interrupts, is_closing, num_pauses, num_handed_out, num_bytes = numbers.tolist()
         fresh = ()
         if num_bytes:
             told = (
@@ -45,6 +45,6 @@ def lockstep(layout: Layout, rank: int, *, sends_requests: bool = False) -> Agre
             )
             dist.broadcast(told, src=first, group=own)
             fresh = pickle.loads(told.numpy().tobytes())
-        return Decision(num_submissions, num_interrupts, bool(is_closing), num_pauses, fresh)
+        return Decision(num_submissions, num_interrupts, bool(is_closing), num_pauses, fresh, num_handed_out)
 
     return agree

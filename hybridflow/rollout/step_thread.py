@@ -36,6 +36,8 @@ class Decision:
     """Those that have begun: the engine is idle, and belongs to whoever asked for them."""
     fresh: Sequence[Sequence[Request]] = ()
     """The submissions among them that this rank has not been given before, for ranks that have none of their own."""
+    num_handed_out: int = 0
+    """How often rows were taken from the first rank, for ranks that have none."""
 
 
 Agree = Callable[[Decision], Decision]
@@ -45,10 +47,19 @@ Agree = Callable[[Decision], Decision]
 class EngineThread:
     """Owns an engine. Every request that was submitted ends in a response or an error, whatever happens to the thread."""
 
-    def __init__(self, engine: Engine, *, agree: Agree | None = None, leads: bool = False, follows: bool = False):
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        agree: Agree | None = None,
+        leads: bool = False,
+        is_followed: bool = False,
+        follows: bool = False,
+    ):
         """`agree` is for ranks that share an engine (rollout/lockstep.py), one of which `leads`. One that `follows` is given no
-        requests by its own process, but steps its part of the engine with those of the first rank."""
+        requests by its own process, but steps its part of the engine with those of the first rank, which `is_followed`."""
         self._engine, self._agree, self._leads, self._follows = engine, agree, leads, follows
+        self._is_followed = is_followed
         self._ids = count()
         self._changed = threading.Condition()
         self._submitted: deque[Submitted] = deque()
@@ -62,8 +73,9 @@ class EngineThread:
         self._num_interrupts_asked = 0
         self._num_interrupts = 0
         """Those carried out."""
+        self._num_handed_out, self._num_told, self._num_asked_for = 0, 0, 0
         self._busy_seconds = 0.0
-        self._is_closed = False
+        self._is_closed, self._has_ended = False, False
         self._thread = threading.Thread(target=self._run, name="hybridflow-engine", daemon=True)
         self._thread.start()
 
@@ -113,6 +125,23 @@ class EngineThread:
             self._changed.wait_for(lambda: self._num_interrupts >= number or self._failure is not None or self._is_closed)
             if self._num_interrupts < number:
                 self.raise_failure()
+
+    def note_handed_out(self) -> None:
+        """Rows were taken: ranks that follow have waited for it in `wait_until_handed_out`, for a failure of their part."""
+        with self._changed:
+            self._num_handed_out += self._is_followed
+            self._changed.notify_all()
+
+    def wait_until_handed_out(self) -> None:
+        """On a rank that follows, called for each time that rows are taken from the first one: wait for it.
+
+        Raises:
+            EngineError: this part of the engine has failed, before or meanwhile.
+        """
+        with self._changed:
+            self._num_asked_for += 1
+            self._changed.wait_for(lambda: self._num_told >= self._num_asked_for or self._has_ended)
+            self.raise_failure()
 
     @property
     def busy_seconds(self) -> float:
@@ -200,7 +229,7 @@ class EngineThread:
             num_pauses = self._num_pauses_asked if is_idle else self._num_pauses_begun
             fresh = [[request for request, _ in submission] for submission in self._submitted] if self._agree else ()
             num_interrupts = max(self._num_interrupts_asked, self._num_interrupts)
-            decision = Decision(known, num_interrupts, self._is_closed, num_pauses, fresh)
+            decision = Decision(known, num_interrupts, self._is_closed, num_pauses, fresh, self._num_handed_out)
         decision = decision if self._agree is None else self._agree(decision)
         if self._follows:
             self._submitted += [[(request, Future()) for request in submission] for submission in decision.fresh]
@@ -208,6 +237,7 @@ class EngineThread:
 
     def _has_work(self) -> bool:
         is_asked = self._num_interrupts_asked > self._num_interrupts or self._num_pauses_asked > self._num_pauses_begun
+        is_asked = is_asked or self._num_handed_out > self._num_told
         return bool(is_asked or self._is_closed or self._unanswered or self._submitted)
 
     def _gather(self) -> None:
@@ -239,6 +269,7 @@ class EngineThread:
                 self._num_taken += 1
                 self._changed.notify_all()
             self._num_interrupts, self._num_pauses_begun = decision.num_interrupts, decision.num_pauses
+            self._num_told = decision.num_handed_out
             self._changed.notify_all()
 
     def _admit(self, request: Request, future: Future[Response]) -> None:
@@ -271,7 +302,7 @@ class EngineThread:
         """Tell everyone who waits that no response will come."""
         why = "was closed" if error is None else f"failed: {type(error).__name__}: {error}"
         with self._changed:
-            self._failure = error
+            self._failure, self._has_ended = error, True
             waiting = [future for _, future in self._unanswered.values()]
             waiting += [future for requests in (*self._submitted, *self._held_back) for _, future in requests]
             for future in waiting:

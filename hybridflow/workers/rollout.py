@@ -110,9 +110,10 @@ class RolloutWorker(Worker):
         # What an environment answers, and when, only one rank can know: it has the rows, and tells the others what to generate.
         agree = lockstep(context.layout, context.rank, sends_requests=config.environment.is_set)
         leads = context.layout.tensor_rank(context.rank) == 0
-        self.follows = config.environment.is_set and not leads and agree is not None
+        is_shared = config.environment.is_set and agree is not None
+        self.follows = is_shared and not leads
         engine = engine_class(engine_spec(self.config, context))
-        self.engine = EngineThread(engine, agree=agree, leads=leads, follows=self.follows)
+        self.engine = EngineThread(engine, agree=agree, leads=leads, is_followed=is_shared and leads, follows=self.follows)
         self.environment: Surroundings | None = None
         """Of episodes, where rows are such and this rank has them."""
         if config.environment.is_set and not self.follows:

@@ -104,7 +104,7 @@ BUDGETS = {
     "hybridflow/planner": 1090,
     "hybridflow/resharding": 1375,
     "hybridflow/rewards": 2230,
-    "hybridflow/rollout": 2910,
+    "hybridflow/rollout": 2950,
     "hybridflow/trackers": 1420,
     "hybridflow/workers": 3200,
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import queue
 import time
 
+import numpy as np
 import pytest
 
 from hybridflow.errors import EngineError
+from hybridflow.rollout.base import Sampling
 from hybridflow.rollout.step_thread import Decision, EngineThread
-from hybridflow.rollout.under_way import RowsElsewhere
+from hybridflow.rollout.under_way import RowsElsewhere, RowsUnderWay, RowUnderWay
 from tests.unit.test_step_thread import InterruptibleEngine, TwoRanks, request, run_in_thread
 
 
@@ -43,17 +45,52 @@ def two_ranks(first: InterruptibleEngine, second: InterruptibleEngine) -> tuple[
         decisions.put(decision)
         return decision
 
-    return EngineThread(first, agree=tell, leads=True), EngineThread(second, agree=lambda _: decisions.get(), follows=True)
+    leader = EngineThread(first, agree=tell, leads=True, is_followed=True)
+    return leader, EngineThread(second, agree=lambda _: decisions.get(), follows=True)
 
 
-def test_a_failure_on_a_rank_that_follows_is_raised_where_its_rows_are_asked_for() -> None:
-    leader, follower = two_ranks(InterruptibleEngine(), InterruptibleEngine(fails_at_step=2))
-    rows = RowsElsewhere(follower, lambda tokens: "")
-    assert rows.take(1) == []
-    leader.generate([request(1, max_tokens=9)])
-    follower._thread.join(10)
-    with pytest.raises(EngineError, match="failed before: out of memory"):
-        rows.take(1)
+def taking(rows: RowsUnderWay, results: queue.SimpleQueue[object]) -> None:
+    try:
+        results.put([row.number for row in rows.take(1)])
+    except EngineError as error:
+        results.put(error)
+
+
+def row(number: int, *, max_tokens: int) -> RowUnderWay:
+    return RowUnderWay(number, np.arange(3, dtype=np.int32), Sampling(max_tokens=max_tokens), seed=number)
+
+
+def test_a_failure_on_a_rank_that_follows_is_told_by_the_call_in_which_it_happens() -> None:
+    leader, follower = two_ranks(InterruptibleEngine(), InterruptibleEngine(fails_at_step=3))
+    elsewhere = RowsElsewhere(follower, lambda tokens: "")
+    results: queue.SimpleQueue[object] = queue.SimpleQueue()
+    waiting = run_in_thread(lambda: taking(elsewhere, results), daemon=True)
+    time.sleep(0.05)
+    assert results.empty(), "it waits for the first rank, which has not been given anything yet"
+    leader.generate([request(1, max_tokens=9)])  # the first hears of nothing, as these engines do not wait for each other
+    waiting.join(10)
+    assert "failed before: out of memory" in str(results.get(timeout=10))
+    with pytest.raises(EngineError, match="out of memory"):
+        elsewhere.take(1)
+    leader.close()
+    follower.close()
+
+
+@pytest.mark.parametrize("comes_first", [0, 1])
+def test_a_rank_that_follows_answers_when_the_first_has_handed_out_its_rows(comes_first: int) -> None:
+    leader, follower = two_ranks(InterruptibleEngine(), InterruptibleEngine())
+    here, elsewhere = RowsUnderWay(leader, lambda tokens: ""), RowsElsewhere(follower, lambda tokens: "")
+    for number in range(3):
+        here.submit([row(number, max_tokens=4)])
+        results: tuple[queue.SimpleQueue[object], ...] = (queue.SimpleQueue(), queue.SimpleQueue())
+        calls = [lambda: taking(here, results[0]), lambda: taking(elsewhere, results[1])]  # noqa: B023
+        first = run_in_thread(calls[comes_first], daemon=True)
+        time.sleep(0.02)
+        second = run_in_thread(calls[1 - comes_first], daemon=True)
+        for call in (first, second):
+            call.join(10)
+            assert not call.is_alive()
+        assert results[0].get() == [number] and results[1].get() == []
     leader.close()
     follower.close()
 
