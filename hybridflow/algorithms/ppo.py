@@ -18,7 +18,7 @@ from hybridflow import ops
 from hybridflow.algorithms.base import Algorithm
 from hybridflow.algorithms.options import PolicyOptions, old_column
 from hybridflow.batch import Batch
-from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs
+from hybridflow.config.choices import Aggregation, KLEstimator, OldLogProbs, Resampling
 from hybridflow.config.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 from hybridflow.errors import FieldError
 from hybridflow.metrics import Metrics
@@ -64,6 +64,9 @@ class Config(PolicyOptions):
     """Steps at the start in which only the critic learns."""
     value_loss_aggregation: Aggregation = "token_mean"
     """How the critic's token losses become one number."""
+    resampling: Annotated[float, POSITIVE] | Resampling | None = None
+    """Learn from as many rows drawn again by their rewards (PF-PPO, arXiv:2409.06957): each as often as this power of its
+    absolute reward says; of the best and the worst alone; or the best four times as often as any other."""
 
 
 class PPO(Algorithm):
@@ -93,8 +96,9 @@ class PPO(Algorithm):
             pending.append(self.reference.log_probs.start(batch))
         batch = self.corrected(batch.join(*(call.result() for call in pending)))
         batch = batch.join(self.critic.compute(batch, self.advantages()))
-        calls = []
-        for part in self.updates(batch):
+        calls, how, seeds = [], self.config.resampling, (self.run.run.seed, self.step)
+        drawn = batch if how is None else batch.select(ops.drawn_by_reward(batch["reward"], how, seeds=seeds))
+        for part in self.updates(drawn):
             calls.append(self.critic.update.start(part, loss=self.value_loss()))
             if self.step > self.config.critic_warmup_steps:
                 calls.append(self.actor.update.start(part, loss=self.policy_loss()))

@@ -17,6 +17,9 @@ of k2 (straight-through)."""
 OldLogProbs = Literal["log_probs", "rollout_log_probs", "current"]
 """Denominator of the probability ratio: as computed before the updates, as the engine returned them, or the present ones."""
 
+Resampling = Literal["best_and_worst", "best"]
+"""Which rows are drawn again for the updates."""
+
 OfTokens = Literal["token_k1", "token_k2", "token_k3"]
 OfSums = Literal["sequence_sum_k1", "sequence_sum_k2", "sequence_sum_k3"]
 OfMeans = Literal["sequence_mean_k1", "sequence_mean_k2", "sequence_mean_k3"]

@@ -189,6 +189,14 @@ def kl(given: Given) -> Values:
             yield "algorithm.kl_horizon", given("algorithm.kl_ctrl.horizon")
 
 
+def pf_ppo(given: Given) -> Values:
+    """Rows drawn again by their rewards, which other algorithms pass over in verl, too."""
+    if given.algorithm == "ppo" and is_true(given("algorithm.use_pf_ppo")):
+        power = given("algorithm.pf_ppo.weight_pow")
+        known = choice("Set it to one of these", pow=power, max_min="best_and_worst", max_random="best")
+        yield "algorithm.resampling", known(given("algorithm.pf_ppo.reweight_method"))
+
+
 def grad_clip(given: Given) -> Values:
     """The largest norm of gradients, which releases of verl read under one of three names."""
     for section, ours in ((ACTOR, "actor"), ("critic", "critic")):
@@ -404,6 +412,7 @@ _RULES = [
     scale,
     kl,
     correction,
+    pf_ppo,
     grad_clip,
     lora,
     overlong_prompts,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "advantages": (
-        *("best_of_group", "gae", "group_normalized", "is_varied", "kl_in_reward", "leave_one_out", "length_weighted"),
-        *("overlong_penalty", "rescaled", "token_rewards", "whiten"),
+        *("best_of_group", "drawn_by_reward", "gae", "group_normalized", "is_varied", "kl_in_reward", "leave_one_out"),
+        *("length_weighted", "overlong_penalty", "rescaled", "token_rewards", "whiten"),
     ),
     "correction": ("ImportanceCorrection", "importance_correction"),
     "kl": ("AdaptiveKL", "FixedKL", "KLController", "kl_controller", "kl_estimate"),

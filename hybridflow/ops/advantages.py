@@ -5,13 +5,16 @@ B rows, B1 row boundaries (the first is 0, the last T), T tokens of all rows end
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from hybridflow.config.choices import Resampling
 
 PerRow = Tensor | npt.NDArray[np.generic]
 
@@ -129,6 +132,28 @@ def leave_one_out(reward_B: PerRow, group_B: PerRow, *, alone: Alone = "reward")
     """
     groups = _Groups(reward_B, group_B)  # r - (n m - r) / (n - 1) = (r - m) n / (n - 1)
     return (groups.less(groups.mean_B, alone) * groups.size_B / (groups.size_B - 1).clamp(min=1)).float()
+
+
+def drawn_by_reward(reward_B: PerRow, how: float | Resampling, *, seeds: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Numbers of as many rows, drawn with replacement: each as often as this power of its absolute reward says; of the best and
+    the worst alone; or the best four times as often as any other.
+
+    PF-PPO, Shen et al. 2024, arXiv:2409.06957.
+
+    Example:
+        >>> sorted(set(drawn_by_reward(np.array([0.0, 1.0, 3.0, 2.0]), "best_and_worst", seeds=(0, 1)).tolist()) - {0, 2})
+        []
+    """
+    score_B: npt.NDArray[np.float64] = np.asarray(reward_B, np.float64)
+    best_B = score_B == score_B.max()
+    if how == "best":
+        weight_B = np.where(best_B, 0.4, 0.1)
+    elif how == "best_and_worst":
+        weight_B = (best_B | (score_B == score_B.min())) + 1e-8
+    else:  # the largest has weight 1, so that no power overflows
+        scale = float(np.abs(score_B).max()) or 1.0
+        weight_B = np.abs(score_B / scale) ** how + math.exp(min(0.0, math.log(1e-8) - how * math.log(scale)))
+    return np.random.default_rng(seeds).choice(len(score_B), len(score_B), p=weight_B / weight_B.sum())
 
 
 def length_weighted(reward_B: PerRow, group_B: PerRow, tokens_B: PerRow, *, alone: Alone = "reward") -> Tensor:

@@ -172,9 +172,8 @@ def row_losses(name: str, new: Rows, frozen: Rows, case: Case, advantage: Rows) 
             case "cispo":
                 row = [-bounded(r, 0.0, 1.28) * A * x for r, A, x in zip(ratio0, a, p, strict=True)]
             case "dppo":
-                left = [
-                    (x - y) * (1 if A > 0 else -1) > 0.2 for x, y, A in zip(map(math.exp, p0), map(math.exp, q), a, strict=True)
-                ]
+                bounds, moves = case.options.get("clip", (0.2, 0.2)), zip(map(math.exp, p0), map(math.exp, q), a, strict=True)
+                left = [(x - y if A > 0 else y - x) > bounds[A > 0] for x, y, A in moves]
                 weights = [0.0 if out else min(r, 20.0) for out, r in zip(left, ratio0, strict=True)]
                 row = [-w * A * x for w, A, x in zip(weights, a, p, strict=True)]
             case "gmpo":

@@ -35,6 +35,7 @@ REWARDS = [1.0, 0.0, 0.25, -2.0, 0.5, 3.0, 1.5, 0.75, 0.75, 0.75]
 MAX_TOKENS = 9
 OPTIONS: dict[str, dict[str, object]] = {
     "kl_cov": {"share": 0.2},
+    "dppo": {"clip": (0.05, 0.1)},  # both are passed
     "clip_cov": {"share": 0.9, "bounds": (0.1, 2.0)},  # all that may be drawn
 }
 
@@ -193,6 +194,12 @@ def test_each_of_two_rewards_of_different_scale_is_normalised_before_gdpo_adds_t
     larger = rows.with_columns(**{"reward/length": 1000 * rows["reward/length"]})
     value, other = (learn("gdpo", part, **options)[0] for part in (rows, larger))
     assert other == pytest.approx(value, rel=1e-4), "its scale does not count"
+
+
+def test_ppo_learns_from_the_rows_that_are_drawn_by_their_rewards() -> None:
+    _, gradients = learn("ppo", rows_of(6), resampling="best_and_worst")
+    assert {row for row, gradient in enumerate(gradients) if gradient} == {3, 5}  # rewards -2 and 3
+    assert sum(map(len, gradients)) > LENGTHS[3] + LENGTHS[5], "ten rows are drawn, each several times"
 
 
 @pytest.mark.parametrize("by_std", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridflow import ops
+from hybridflow.config.choices import Resampling
 from tests.reference import advantages as reference
 
 LENGTHS = [3, 1, 0, 7, 2, 7]
@@ -164,3 +166,26 @@ def test_leave_one_out_compares_with_the_others_of_the_group():
     advantages_B = ops.leave_one_out(np.array(REWARDS), np.array(GROUPS))
     expected_B = torch.tensor(reference.leave_one_out(REWARDS, GROUPS))
     torch.testing.assert_close(advantages_B, expected_B, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        (2.0, [4.0, 0.0, 1.0, 9.0, 9.0, 2.25]),  # the square of each
+        ("best_and_worst", [0.0, 0.0, 0.0, 1.0, 1.0, 0.0]),
+        ("best", [0.1, 0.1, 0.1, 0.4, 0.1, 0.1]),
+    ],
+)
+def test_rows_are_drawn_as_often_as_their_weights_say(method: float | Resampling, weights: list[float]):
+    rewards_B = np.array([2.0, 0.0, 1.0, 3.0, -3.0, 1.5])
+    drawn = [ops.drawn_by_reward(rewards_B, method, seeds=(0, step)) for step in range(4000)]
+    shares = np.bincount(np.concatenate(drawn), minlength=6) / 24000
+    assert shares == pytest.approx(np.array(weights) / sum(weights), abs=0.012)  # four deviations of a share of 0.4
+    assert (ops.drawn_by_reward(rewards_B, method, seeds=(0, 1)) == drawn[1]).all()
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, -1e38, 1e-38])
+@pytest.mark.parametrize("method", [0.5, 8.0, *get_args(Resampling)])
+def test_rows_of_equal_rewards_are_drawn_alike(method: float | Resampling, reward: float):
+    drawn = [ops.drawn_by_reward(np.full(4, reward), method, seeds=(step,)) for step in range(1000)]
+    assert np.bincount(np.concatenate(drawn)) / 4000 == pytest.approx(np.full(4, 0.25), abs=0.035)  # five deviations

@@ -158,6 +158,15 @@ def test_a_policy_gradient_by_the_name_of_verl_0_6_is_one(tmp_path: Path) -> Non
     assert (option(config, "surrogate"), option(config, "old_log_probs")) == ("policy_gradient", "rollout")
 
 
+def test_pf_ppo_draws_rows_with_gae_alone(tmp_path: Path) -> None:
+    on = ["algorithm.use_pf_ppo=True", "algorithm.pf_ppo.reweight_method=max_min", "algorithm.pf_ppo.weight_pow=3"]
+    config = loaded(tmp_path, "algorithm.adv_estimator=gae", *on)
+    assert option(config, "resampling") == "best_and_worst"
+    assert option(loaded(tmp_path, "algorithm.adv_estimator=gae", on[0], on[2]), "resampling") == 3.0
+    assert option(loaded(tmp_path, "algorithm.adv_estimator=gae", on[1]), "resampling") is None
+    assert loaded(tmp_path, *GROUPS, *on) == loaded(tmp_path, *GROUPS), "as in verl"
+
+
 def test_hydras_time_is_that_of_the_command(tmp_path: Path) -> None:
     config = loaded(tmp_path, *GROUPS, "trainer.experiment_name='x_${now:%Y}'")
     assert re.fullmatch(r"x_20\d\d", config.trackers.run_name or "")
