@@ -258,6 +258,19 @@ def test_importance_weights_multiply_the_surrogate(name: str) -> None:
         assert heavier == pytest.approx(1.5 * same, rel=1e-4), without_kl
 
 
+def test_gmpo_weighs_a_row_by_the_geometric_mean_of_its_tokens_weights() -> None:
+    rows = rows_of(3)
+    value, _ = learn("gmpo", rows, importance_cap=2.0)
+    case, new = case_of("gmpo", rows)
+    engine = rows.tokens("rollout_log_probs").where(rows.tokens("loss_mask").values)
+    losses = reference.row_losses("gmpo", new, new, case, reference.advantages("gmpo", case))
+    of_rows = []
+    for loss, old, sampled in zip(losses, case.old, engine, strict=True):
+        weights = [min(math.exp(x - y), 2.0) for x, y in zip(old, sampled.tolist(), strict=True)]
+        of_rows += [np.mean(loss) * math.prod(weights) ** (1 / len(weights))] if loss else []
+    assert value == pytest.approx(np.mean(of_rows), rel=2e-5)
+
+
 def test_a_case_has_what_the_definitions_differ_in() -> None:
     case, new = case_of("grpo", rows_of(0))
     assert torch.tensor(case.lengths).unique().numel() > 3 and min(case.lengths) < 2
