@@ -172,6 +172,7 @@ def read_examples(
     numbers: list[int] = []
     margins: list[float] = []
     per_file: list[int] = []
+    useless = Counter[str]()
     start = 0
     with Progress("reading and tokenising rows", sum(file.metadata.num_rows for file in opened)) as progress:
         for path, file in zip(files, opened, strict=True):
@@ -187,6 +188,7 @@ def read_examples(
                         margins.append(float(row.get("margin") or 0.0))
                 progress.advance(batch.num_rows)
             findings.tell()
+            useless.update(findings.useless.values())
             start += findings.num_rows
             per_file.append(len(numbers) - sum(per_file))
     summary = ExamplesSummary(
@@ -197,7 +199,8 @@ def read_examples(
         num_truncated=sum(example.is_truncated for example in examples),
     )
     if not numbers:
-        raise DataError(f"{key}: none of {start} rows can be learned from")
+        why = f": {useless.most_common(1)[0][0]}" if useless else ""
+        raise DataError(f"{key}: none of {start} rows can be learned from{why}")
     logger.info("%s: %s", key, summary)
     return Examples(
         examples,

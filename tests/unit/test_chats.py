@@ -135,6 +135,12 @@ def test_chats_without_an_assistant_turn_are_left_out_and_counted(tmp_path: Path
     )
 
 
+def test_a_file_of_which_nothing_can_be_learned_says_why(tmp_path: Path):
+    path = written(tmp_path / "chats.parquet", [{"messages": [CHAT[0], {"role": "model", "content": "2"}]}])
+    with pytest.raises(DataError, match=r"none of 1 rows can be learned from: .* its roles are model, user"):
+        chats(path)
+
+
 def test_malformed_rows_are_named_and_counted(tmp_path: Path):
     rows = [{"messages": CHAT}, {"messages": []}, {"messages": [{"role": None, "content": "x"}]}, {"messages": None}]
     with pytest.raises(DataError) as caught:
