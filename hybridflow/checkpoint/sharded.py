@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from hybridflow.config.tree import leaves
 from hybridflow.disk import free_bytes
 from hybridflow.errors import CheckpointError, DamagedCheckpointError
 
@@ -75,7 +76,8 @@ def check_same_parts(folder: str, state: Mapping[str, object]) -> None:
     """
     entries = read_metadata(folder).state_dict_metadata.items()
     saved = {name: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None for name, entry in entries}
-    wanted = dict(_shapes(state, ""))
+    held = {name: value for name, value in leaves(state) if not isinstance(value, Mapping)}
+    wanted = {name: tuple(value.shape) if isinstance(value, torch.Tensor) else None for name, value in held.items()}
     if saved == wanted:
         return
     only_saved, only_wanted = sorted(saved.keys() - wanted.keys()), sorted(wanted.keys() - saved.keys())
@@ -86,16 +88,6 @@ def check_same_parts(folder: str, state: Mapping[str, object]) -> None:
         *(f"{name} was saved as {saved[name]} and is {wanted[name]}" for name in other_shape[:1]),
     ]
     raise CheckpointError(f"{folder} is of another model: {'; '.join(filter(None, found))}")
-
-
-def _shapes(state: Mapping[str, object], path: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """Of tensors; None of other values."""
-    for key, value in state.items():
-        name = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping):
-            yield from _shapes(value, name)
-        else:
-            yield name, tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
 def read_metadata(folder: str) -> Metadata:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get
 from annotated_types import Interval
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from hybridflow.config.tree import join, leaves
 from hybridflow.errors import FieldError
 from hybridflow.registry import nearest
 
@@ -80,11 +81,8 @@ class Builder:
         self.errors.append(FieldError(key, problem, self.place_of(key)))
 
     def _unknown(self, key: str, value: object) -> None:
-        if isinstance(value, Mapping) and value:
-            for name, element in value.items():
-                self._unknown(join(key, name), element)
-        else:
-            self.add(key, f"no such key{suggestion(key, self.known_keys, self.aliases)}")
+        for leaf, _ in leaves({key: value}):
+            self.add(leaf, f"no such key{suggestion(leaf, self.known_keys, self.aliases)}")
 
     def _value(self, key: str, hint: object, value: object, default: object) -> object:
         if isinstance(hint, type) and is_dataclass(hint):
@@ -262,8 +260,3 @@ def default_of(field: Field[object]) -> object:
 def last(key: str) -> str:
     """The last word of a dotted key."""
     return key.rpartition(".")[2]
-
-
-def join(path: str, name: object) -> str:
-    """`path.name`, or `name` where there is no path."""
-    return f"{path}.{name}" if path else str(name)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -18,12 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridflow import registry
 from hybridflow.config import verl_keys
-from hybridflow.config.build import Builder, default_of, found, join, keys_of
+from hybridflow.config.build import Builder, default_of, found, keys_of
 from hybridflow.config.rules import AlgorithmClass, check
 from hybridflow.config.schema import AlgorithmConfig, Config
 from hybridflow.config.secrets import FromEnvironment, referred, with_references
 from hybridflow.config.settings import DROPPED, KNOWN_KEYS, MAPPINGS, Chosen, Settings
-from hybridflow.config.tree import Setting
+from hybridflow.config.tree import Setting, join, leaves, with_texts
 from hybridflow.config.yaml_values import read_value, read_yaml
 from hybridflow.errors import ConfigError, FieldError, FieldReport
 
@@ -60,7 +59,8 @@ def load_config(
     unread: list[FieldError] = []
     settings = Settings(resolve_value, _chosen)
     layers = read_files(path, unread) if isinstance(path, str) else []
-    layers += [list(_flatten(tree, "", {})) for tree in (path, over) if isinstance(tree, Mapping)]
+    in_python = [tree for tree in (path, over) if isinstance(tree, Mapping)]
+    layers += [[Setting(*leaf, IN_PYTHON) for leaf in leaves(tree, whole=MAPPINGS)] for tree in in_python]
     layers.append(read_overrides(overrides, settings.reports))
     settings.take(layers, has_file=len(layers) > 1)
     values, unresolved = resolve(settings)
@@ -96,7 +96,7 @@ def read_files(path: str, errors: list[FieldError]) -> list[list[Setting]]:
             errors += error.errors
             break
         base = tree.pop("base", None)
-        layers.insert(0, list(_flatten(tree, path, lines)))
+        layers.insert(0, [Setting(*leaf, f"{path}:{lines.get(leaf[0], 1)}") for leaf in leaves(tree, whole=MAPPINGS)])
         place = f"{path}:{lines.get('base', 1)}"
         if base is not None and not isinstance(base, str):
             errors.append(FieldError("base", f"found {found(base)}; needed: the path of a YAML file", place))
@@ -199,7 +199,7 @@ def _chosen(name: str) -> Chosen | None:
 
 def to_yaml(value: Mapping[str, object], *, flow: bool = False) -> str:
     """`value` as YAML that this file reads back unchanged; `flow` for one line."""
-    text = OmegaConf.to_yaml(OmegaConf.create({key: _escaped(element) for key, element in value.items()}))
+    text = OmegaConf.to_yaml(OmegaConf.create(with_texts(value, _escaped)))
     return yaml.safe_dump(yaml.safe_load(text), default_flow_style=True, width=10000, sort_keys=False) if flow else text
 
 
@@ -258,15 +258,9 @@ def _tell(reports: Iterable[FieldReport], *, is_dry_run: bool) -> None:
         raise ConfigError(errors)
 
 
-def _escaped(value: object) -> object:
+def _escaped(text: str) -> str:
     """Text that looks like an interpolation, and is none, is written with a backslash; what was one, as such."""
-    if isinstance(value, FromEnvironment):
-        return value.written
-    if isinstance(value, Mapping):
-        return {key: _escaped(element) for key, element in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(element) for element in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return text.written if isinstance(text, FromEnvironment) else text.replace("${", "\\${")
 
 
 def _read_yaml(path: str, place: str) -> tuple[dict[object, object], dict[str, int]]:
@@ -306,15 +300,6 @@ def _lines(node: yaml.Node | None, path: str) -> Iterator[tuple[str, int]]:
         else:
             yield join(path, key.value), key.start_mark.line + 1
             yield from _lines(value, join(path, key.value))
-
-
-def _flatten(tree: Mapping[Any, object], path: str, lines: Mapping[str, int], section: str = "") -> Iterator[Setting]:
-    for name, value in tree.items():
-        key = join(section, name)
-        if isinstance(value, Mapping) and value and key not in MAPPINGS:
-            yield from _flatten(value, path, lines, key)
-        else:
-            yield Setting(key, value, f"{path}:{lines.get(key, 1)}" if path else IN_PYTHON)
 
 
 def _with_time(value: object, now: time.struct_time) -> object:

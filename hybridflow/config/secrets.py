@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 from hybridflow.config.schema import Config
+from hybridflow.config.tree import with_texts
 
 REFERENCE = re.compile(r"\$\{\s*oc\.env:\s*([^,}\s]+)")
 SHORTEST = 4
@@ -47,27 +48,19 @@ def with_references(config: Config, variables: Mapping[str, str]) -> Config:
 
 def as_written(config: Config) -> dict[str, Any]:
     """`config` as nested dicts, for files and for services: what came from the environment is a reference."""
-    return {key: written(value) for key, value in asdict(config).items()}
+    return {key: with_texts(value, written) for key, value in asdict(config).items()}
 
 
-def written(value: object) -> object:
-    """A value of a configuration as it is in files."""
-    if isinstance(value, FromEnvironment):
-        return value.written
-    if isinstance(value, Mapping):
-        return {key: written(element) for key, element in value.items()}
-    return type(value)(map(written, value)) if isinstance(value, list | tuple) else value
+def written(text: str) -> str:
+    """A text of a configuration as it is in files."""
+    return text.written if isinstance(text, FromEnvironment) else text
 
 
 def _marked(value: Any, variables: Mapping[str, str]) -> Any:
-    if isinstance(value, str):
-        return _text(value, variables)
-    if isinstance(value, Mapping):
-        return {key: _marked(element, variables) for key, element in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         held = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
         return replace(value, **{name: _marked(element, variables) for name, element in held.items()})
-    return type(value)(_marked(element, variables) for element in value) if isinstance(value, list | tuple) else value
+    return with_texts(value, lambda text: _text(text, variables))
 
 
 def _text(value: str, variables: Mapping[str, str]) -> str:

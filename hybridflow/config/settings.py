@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from hybridflow.config import verl_keys
 from hybridflow.config.build import found, keys_of, suggestion
 from hybridflow.config.schema import RENAMED, AlgorithmConfig, Config
-from hybridflow.config.tree import Setting, insert, lookup, merged
+from hybridflow.config.tree import Setting, insert, leaves, lookup, merged
 from hybridflow.config.verl import OF_A_FORK, OF_THE_MACHINE, PAGE, Translated, VerlSet
 from hybridflow.config.verl_values import is_off
 from hybridflow.errors import FieldError, FieldReport, FieldWarning
@@ -64,9 +64,9 @@ class Settings:
 
     def take(self, layers: Sequence[Sequence[Setting]], *, has_file: bool) -> None:
         """Put the layers over one another, the lowest first; where any key of verl's is among them, on verl's defaults."""
-        leaves = [[self._renamed(leaf) for setting in layer for leaf in _leaves(setting)] for layer in layers]
-        leaves = [_without_dropped(layer, leaves[number + 1 :]) for number, layer in enumerate(leaves)]
-        ours, verls = self._divided(leaves)
+        given = [[self._renamed(leaf) for setting in layer for leaf in _leaves(setting)] for layer in layers]
+        given = [_without_dropped(layer, given[number + 1 :]) for number, layer in enumerate(given)]
+        ours, verls = self._divided(given)
         if verls:
             ours = self._with_verls(ours, verls, has_file=has_file)
         for layer in ours:
@@ -176,7 +176,7 @@ class Settings:
         mapping = key.rpartition(".")[0]
         if mapping in MAPPINGS and lookup(self.values, mapping) is None:
             insert(self.values, mapping, dict(MAPPINGS[mapping]))
-        if value is None and key in SECTIONS:
+        if value in (None, {}) and key in SECTIONS:
             return  # a section whose keys are all commented out changes nothing
         if not insert(self.values, key, value):
             self.reports.append(FieldError(key, "the section around it was given as one value, not as keys", place))
@@ -191,14 +191,8 @@ class Settings:
         self._places = {key: place for key, place in self._places.items() if not f"{key}.".startswith(f"{section}.")}
 
 
-def _leaves(setting: Setting) -> Iterator[Setting]:
-    is_section = isinstance(setting.value, Mapping) and setting.key not in MAPPINGS
-    if not is_section or not (setting.value or setting.key in SECTIONS):
-        yield setting
-        return
-    assert isinstance(setting.value, Mapping)
-    for name, value in setting.value.items():
-        yield from _leaves(Setting(f"{setting.key}.{name}", value, setting.place))
+def _leaves(setting: Setting) -> list[Setting]:
+    return [Setting(*leaf, setting.place) for leaf in leaves({setting.key: setting.value}, whole=MAPPINGS)]
 
 
 def _without_dropped(layer: Sequence[Setting], above: Sequence[Sequence[Setting]]) -> list[Setting]:

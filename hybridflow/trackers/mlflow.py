@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from mlflow import MlflowClient
@@ -14,6 +14,7 @@ from mlflow.entities import Metric, Param
 
 from hybridflow.config.schema import Config
 from hybridflow.config.secrets import as_written
+from hybridflow.config.tree import leaves
 from hybridflow.metrics import Metrics
 from hybridflow.trackers.base import Sample, Tracker, run_folder, run_name
 
@@ -37,7 +38,7 @@ class MlflowTracker(Tracker):
             return
         self.run_id = self._client.create_run(self._experiment(), run_name=run_name(config)).info.run_id
         id_file.write_text(self.run_id)
-        parameters = [Param(key, str(value)) for key, value in _flat(as_written(config))]
+        parameters = [Param(NOT_IN_NAMES.sub("_", key), str(value)) for key, value in leaves(as_written(config))]
         for first in range(0, len(parameters), PARAMETERS_PER_CALL):
             self._client.log_batch(self.run_id, params=parameters[first : first + PARAMETERS_PER_CALL])
 
@@ -76,11 +77,3 @@ def _client(config: Config) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     return MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder(config).absolute()}/mlflow.db")
-
-
-def _flat(tree: Mapping[str, object], section: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{section}{name}.")
-        else:
-            yield NOT_IN_NAMES.sub("_", f"{section}{name}"), value
