@@ -25,7 +25,6 @@ from hybridflow.workers.token_functions import CorrectTokens, RowKL, TokenAdvant
 
 if TYPE_CHECKING:
     from hybridflow.config.schema import Config as RunConfig
-    from hybridflow.ops import Loss
     from hybridflow.rollout.base import Sampling
     from hybridflow.workers.actor import ActorWorker
     from hybridflow.workers.base import Worker
@@ -223,11 +222,6 @@ class PolicyAlgorithm(Algorithm):
 
     def collect(self, prompts: Batch) -> Batch:
         return self.respond(prompts.repeat(self.config.responses_per_prompt))
-
-    def update_policy(self, batch: Batch, loss: Loss) -> Metrics:
-        """Learn from the rows of each update of the step."""
-        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
-        return Metrics.merged(update.result() for update in updates)
 
 
 def _is_worker(annotation: object, owner: type) -> bool:

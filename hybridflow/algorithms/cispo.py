@@ -38,4 +38,5 @@ class CISPO(PolicyAlgorithm):
         advantage = ops.group_normalized(batch["reward"], batch["group"])
         loss = self.config.policy_loss(self.run, partial(ops.clipped_weight, clip=self.config.clip))
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -49,4 +49,5 @@ class ClipCov(PolicyAlgorithm):
         chosen = partial(ops.clip_covariance, clip=c.clip, share=c.share, bounds=c.bounds, seed=seed)
         loss = c.policy_loss(self.run, chosen)
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

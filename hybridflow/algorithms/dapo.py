@@ -46,7 +46,8 @@ class DAPO(PolicyAlgorithm):
         advantage = ops.group_normalized(batch["reward"], batch["group"])
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        metrics = self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        metrics = Metrics.merged(call.result() for call in updates)
         if "length_penalty" in batch:
             metrics += Metrics({"dapo/overlong_penalty": float(batch["length_penalty"].mean())})
         return metrics

@@ -50,4 +50,5 @@ class DPPO(PolicyAlgorithm):
         region = partial(ops.within_divergence, divergence=own.divergence, bounds=own.clip, cap=cap)
         loss = own.policy_loss(self.run, region)
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -38,4 +38,5 @@ class DrGRPO(PolicyAlgorithm):
         advantage = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=False)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -55,4 +55,5 @@ class DRO(PolicyAlgorithm):
         advantage = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=self.config.scale_by_std)
         loss = self.config.policy_loss(self.run, partial(ops.quadratic, beta=self.config.beta))
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -85,4 +85,5 @@ class GDPO(PolicyAlgorithm):
         each = [weight * ops.group_normalized(part, batch["group"]) for weight, part in zip(weights, parts, strict=True)]
         batch = self.with_returns(batch.with_columns(reward=sum(each[1:], each[0]).numpy()), whiten=True)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

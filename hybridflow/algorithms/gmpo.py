@@ -43,4 +43,5 @@ class GMPO(PolicyAlgorithm):
             self.config.policy_loss(self.run, partial(ops.geometric_mean, clip=self.config.clip)), pools_weights=True
         )
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -44,4 +44,5 @@ class GPG(PolicyAlgorithm):
         advantage = ops.rescaled(ops.group_normalized(reward, group, scale_by_std=self.config.scale_by_std), informative)
         loss = self.config.policy_loss(self.run, ops.policy_gradient)
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -41,4 +41,5 @@ class GRPOPassAtK(PolicyAlgorithm):
         advantage = ops.best_of_group(batch["reward"], batch["group"], scale_by_std=self.config.scale_by_std)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -47,4 +47,5 @@ class GSPO(PolicyAlgorithm):
         surrogate = partial(ops.clipped, clip=self.config.clip, dual_clip=bound, ratio=ops.sequence_ratio)
         loss = self.config.policy_loss(self.run, surrogate)
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -52,4 +52,5 @@ class KLCov(PolicyAlgorithm):
         chosen = partial(ops.kl_covariance, share=self.config.share, coefficient=self.config.covariance_kl)
         loss = self.config.policy_loss(self.run, chosen)
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

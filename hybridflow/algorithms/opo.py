@@ -41,4 +41,5 @@ class OPO(PolicyAlgorithm):
         advantage = ops.length_weighted(batch["reward"], batch["group"], tokens)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

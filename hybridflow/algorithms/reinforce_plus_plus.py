@@ -46,4 +46,5 @@ class ReinforcePlusPlus(PolicyAlgorithm):
     def learn(self, batch: Batch) -> Metrics:
         batch = self.with_returns(self.with_log_probs(batch), gamma=self.config.gamma, whiten=True)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

@@ -43,4 +43,5 @@ class ReinforcePlusPlusBaseline(PolicyAlgorithm):
         deviation = ops.group_normalized(batch["reward"], batch["group"], scale_by_std=False)
         batch = self.with_returns(batch.with_columns(reward=deviation.numpy()), whiten=True, with_kl=False)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

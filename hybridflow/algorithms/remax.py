@@ -59,4 +59,5 @@ class ReMax(PolicyAlgorithm):
         batch = self.with_log_probs(batch.with_columns(reward=batch["reward"] - batch["greedy_reward"]))
         batch = self.with_returns(batch)
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run), advantage="advantages")
-        return baseline + self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return baseline + Metrics.merged(call.result() for call in updates)

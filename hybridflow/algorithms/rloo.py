@@ -49,4 +49,5 @@ class RLOO(PolicyAlgorithm):
         advantage = ops.leave_one_out(batch["reward"], batch["group"])
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)

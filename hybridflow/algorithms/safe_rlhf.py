@@ -66,7 +66,8 @@ class SafeRLHF(PolicyAlgorithm):
         told = Metrics({"safe_rlhf/cost": float(cost.mean()), "safe_rlhf/multiplier": weight})
         loss = self.config.policy_loss(self.run, self.config.clipped(self.run))
         batch = batch.with_columns(advantage=advantage.numpy())
-        return told + self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return told + Metrics.merged(call.result() for call in updates)
 
     def state_dict(self) -> dict[str, float]:
         return {"multiplier": self.multiplier}

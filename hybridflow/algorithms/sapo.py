@@ -46,4 +46,5 @@ class SAPO(PolicyAlgorithm):
         gate = partial(ops.soft_gate, positive=self.config.tau_positive, negative=self.config.tau_negative)
         loss = self.config.policy_loss(self.run, gate)
         batch = batch.with_columns(advantage=advantage.numpy())
-        return self.update_policy(batch, loss)
+        updates = [self.actor.update.start(part, loss=loss) for part in self.updates(batch)]
+        return Metrics.merged(call.result() for call in updates)
