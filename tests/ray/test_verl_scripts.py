@@ -163,7 +163,7 @@ def test_the_merged_model_is_read_by_the_evaluation_harness(place: Path) -> None
         pytest.skip("the run whose model is merged did not end well")
     (place / "task.yaml").write_text(
         f"task: toy_sums\ndataset_path: parquet\ndataset_kwargs: {{data_files: {{test: {place}/test.parquet}}}}\n"
-        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{prompt[0].content}}'\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{prompt}}'\n"
         "doc_to_target: '{{reward_model.ground_truth}}'\ngeneration_kwargs: {until: ['\\n'], max_gen_toks: 4}\n"
         "metric_list: [{metric: exact_match}]\n"
     )
