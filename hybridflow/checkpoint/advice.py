@@ -54,6 +54,17 @@ def after_failed_write(number: int | None, *, folder: Path, free: int, needed: i
     return f"Room was not short. See what is wrong at {folder}, or choose another run.folder."
 
 
+def after_failed_export(number: int | None, *, folder: Path) -> str:
+    """What is in the way of an export to a folder below `folder`, by the error's number."""
+    if number in NO_ROOM:
+        return f"Make room at {folder}, or export elsewhere"
+    if number in NOT_ALLOWED:
+        return f"This user may not write at {folder}: correct its permissions, or export elsewhere"
+    if number in PASSING:
+        return "The disk, or the network before it, failed: see that it works, or export elsewhere"
+    return "Export elsewhere"
+
+
 def for_misfit(changed: Sequence[str]) -> str:
     """Where a whole checkpoint does not fit the run. `changed` has a line `key: value then, value now` for each setting of
     model and data that is another."""

@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from hybridflow.checkpoint.advice import export_from
+from hybridflow.checkpoint.advice import after_failed_export, export_from
 from hybridflow.checkpoint.sharded import METADATA, load_sharded, read_metadata
 from hybridflow.checkpoint.store import CheckpointStore, find
 from hybridflow.data.chat import tokenizer_at
+from hybridflow.disk import errno_of
 from hybridflow.errors import CheckpointError, ModelError
 from hybridflow.models import lora
 from hybridflow.models.checkpoint_names import CheckpointNames
@@ -90,7 +91,8 @@ def export_checkpoint(
             target.rmdir()
         temporary.rename(target)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target} could not be written: {error}. Make room there, or export elsewhere") from error
+        advice = after_failed_export(errno_of(error), folder=target.parent)
+        raise CheckpointError(f"{target} could not be written: {error}. {advice}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

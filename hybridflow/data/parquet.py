@@ -114,6 +114,8 @@ def open_parquet(path: str, specs: Sequence[ColumnSpec], *, key: str) -> pq.Parq
         raise DataError(f"{where}: there is no such file{nearest(resolved.name, siblings)}")
     if resolved.is_dir():
         raise DataError(f"{where}: is a folder; name its Parquet files one by one")
+    if not resolved.is_file():  # a pipe, from which nothing may ever come
+        raise DataError(f"{where}: is no ordinary file, so it cannot be read from its end as Parquet is. Write it to one")
     try:
         file = pq.ParquetFile(resolved)  # not mapped into memory: a file that is cut short then ends the process by a signal
     except (pa.ArrowException, OSError) as error:

@@ -169,7 +169,8 @@ class RewardPool:
     def _time_out(self, place: int, job: _Job) -> None:
         child = self._children[place]
         if not child.is_ready:
-            raise RewardError(f"the reward function was not loaded within {LOAD_TIMEOUT_S:.0f} s")
+            problem = f"the reward {self.config.path or self.config.name} was not loaded within {LOAD_TIMEOUT_S:.0f} s"
+            raise RewardError(f"{problem}: see what it waits for when it is imported")
         self._replace(place, patience_s=0.0)
         self._fail(child, job, Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s}"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -165,3 +166,9 @@ def test_what_is_no_data_file_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "x.parquet").write_text("no")
     assert main(["check", str(tmp_path / "x.parquet")]) == 2
     assert "is not a Parquet file" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    os.mkfifo(tmp_path / "rows.parquet")
+    assert main(["check", str(tmp_path / "rows.parquet")]) == 2
+    assert "rows.parquet: is no ordinary file" in capsys.readouterr().err

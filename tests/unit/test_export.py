@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -366,3 +368,30 @@ def test_what_is_fixed_in_a_model_comes_from_its_source(tmp_path: Path):
     weights = weights_of(trained(source))
     folder = export_checkpoint(checkpoint_of(tmp_path / "run", source, weights), tmp_path / "out")
     assert torch.equal(load_file(folder / "model.safetensors")[name], torch.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    ("number", "advised"),
+    [
+        (errno.ENOSPC, "Make room at"),
+        (errno.EACCES, "correct its permissions"),
+        (errno.EIO, "see that it works"),
+        (errno.ENAMETOOLONG, "Export elsewhere"),
+        (None, "Export elsewhere"),
+    ],
+)
+def test_what_is_advised_when_an_export_cannot_be_written_is_of_its_cause(
+    number: int | None, advised: str, tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint = checkpoint_of(tmp_path / "run", tiny_model, weights_of(trained(tiny_model)))
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, "cannot") if number is not None else SafetensorError("cannot")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+        patch.setattr(export, "save_file", fails)
+        export_checkpoint(checkpoint, tmp_path / "out")
+    advice = str(caught.value).rpartition("cannot")[2]
+    assert advised in advice and ("room" in advice) == (number == errno.ENOSPC)
+    assert "lsewhere" in advice and export_checkpoint(checkpoint, tmp_path / "elsewhere").is_dir()
+    assert not (tmp_path / "out").exists()

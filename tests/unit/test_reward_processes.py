@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from hybridflow.config.schema import RewardConfig
+from hybridflow.errors import RewardError
 from hybridflow.guardian import MAX_OUTPUT_BYTES, descendants
+from hybridflow.rewards import process_pool
 from hybridflow.rewards.call import RewardInput
 from hybridflow.rewards.process_pool import RewardPool
 from hybridflow.rewards.results import Failure, Score
@@ -176,3 +178,11 @@ def test_a_process_whose_parent_has_gone_says_nothing(parent: str, tmp_path: Pat
         ours.close()  # with answers in it that nobody has read
         assert process.communicate(timeout=60)[1] == ""
         assert process.returncode == 0
+
+
+def test_a_file_that_hangs_when_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_pool, "LOAD_TIMEOUT_S", 2.0)
+    path = tmp_path / "waits.py"
+    path.write_text("import time\ntime.sleep(3600)\ndef compute_score(reward_input):\n    return 1.0\n")
+    with pytest.raises(RewardError, match=r"waits\.py was not loaded within 2 s: see what it waits for"):
+        RewardPool(RewardConfig(path=str(path), num_processes=1)).score(inputs(1))
