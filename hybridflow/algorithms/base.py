@@ -211,8 +211,7 @@ class Algorithm(ABC):
 
 
 class PolicyAlgorithm(Algorithm):
-    """To inherit from: several scored responses to each prompt, and updates of the policy alone. `learn` is left, which
-    says what advantages and loss are."""
+    """To inherit from: the roles of algorithms without a critic, and several scored responses to a prompt. `learn` is left."""
 
     config: Any  # a dataclass with `responses_per_prompt`
     actor: ActorWorker
