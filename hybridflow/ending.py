@@ -40,12 +40,8 @@ WHILE = "while "
 
 def as_process(main: Callable[[], int]) -> NoReturn:
     """Run the command `main` as this process, and end it with its exit code, although threads may be stuck that Python would
-    wait for. Streams that were closed before it began (`>&-`) lead nowhere, rather than into the first files that it opens."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            if (nowhere := os.open(os.devnull, os.O_RDWR)) != number:
-                os.dup2(nowhere, number)
-            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+    wait for."""
+    open_closed_streams()
     code = main()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -54,6 +50,16 @@ def as_process(main: Callable[[], int]) -> NoReturn:
     if any(thread.name.startswith("hybridflow") for thread in threading.enumerate()):
         os._exit(code)  # such a thread may be in a call to Ray, which would abort the process
     sys.exit(code)
+
+
+def open_closed_streams() -> None:
+    """Have streams that were closed before the process began (`>&-`) lead nowhere, rather than into the first files that it
+    opens."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            if (nowhere := os.open(os.devnull, os.O_RDWR)) != number:
+                os.dup2(nowhere, number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def show(text: str) -> None:
@@ -80,6 +86,7 @@ def phase(doing: str) -> Iterator[None]:
 def ended_command(what: str, action: Callable[[], int]) -> int:
     """The exit code of a command that trains nothing: that of `action`, or of what ended it, which is told on stderr. What this
     package itself has to say needs no more words; of any other error the trace is kept."""
+    open_closed_streams()
     try:
         with interrupts.noticed():
             return action()

@@ -155,3 +155,12 @@ def test_streams_that_take_nothing_end_no_command_in_a_trace(redirection: str, c
     assert (found.returncode, len(found.stdout.splitlines())) == (code, lines)
     assert "Traceback" not in found.stderr and "Exception ignored" not in found.stderr
     assert ("No space left" in found.stderr) == (redirection == ">/dev/full")
+
+
+def test_a_preparation_with_closed_streams_writes_its_file(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1", "answer": "two #### 2"}\n')
+    script = Path(__file__).parents[2] / "examples/gsm8k/prepare.py"
+    command = f"{sys.executable} {script} --source {tmp_path} --local_dir {tmp_path}/out <&- >&-"
+    found = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert (tmp_path / "out/train.parquet").is_file()
