@@ -176,8 +176,6 @@ class Settings:
         mapping = key.rpartition(".")[0]
         if mapping in MAPPINGS and lookup(self.values, mapping) is None:
             insert(self.values, mapping, dict(MAPPINGS[mapping]))
-        if value in (None, {}) and key in SECTIONS:
-            return  # a section whose keys are all commented out changes nothing
         if not insert(self.values, key, value):
             self.reports.append(FieldError(key, "the section around it was given as one value, not as keys", place))
         self._forget_places(key)
@@ -192,7 +190,9 @@ class Settings:
 
 
 def _leaves(setting: Setting) -> list[Setting]:
-    return [Setting(*leaf, setting.place) for leaf in leaves({setting.key: setting.value}, whole=MAPPINGS)]
+    given = leaves({setting.key: setting.value}, whole=MAPPINGS)
+    # A section whose keys are all commented out changes nothing.
+    return [Setting(*leaf, setting.place) for leaf in given if not (leaf[0] in SECTIONS and leaf[1] in (None, {}))]
 
 
 def _without_dropped(layer: Sequence[Setting], above: Sequence[Sequence[Setting]]) -> list[Setting]:

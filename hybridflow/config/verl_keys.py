@@ -56,26 +56,19 @@ ALIASES |= {  # of the first scripts for Clip-Cov and KL-Cov
 }
 ALIASES |= {
     f"reward_model.{name}": f"reward.{name}"
-    for name in ("max_concurrent", "max_rpm", "max_tpm", "estimated_tokens_per_request", "timeout")
+    for name in ("max_concurrent", "max_rpm", "max_tpm", "estimated_tokens_per_request")
 }
 ALIASES |= {f"{part}.optim.lr_scheduler_type": f"{part}.optim.warmup_style" for part in ("actor_rollout_ref.actor", "critic")}
 """Other names of keys and sections, of older and newer releases of verl and in documents about it."""
 
 SHORT_FORMS = ("actor_rollout_ref.", "data.", "trainer.")
 """Documents about verl often leave these out: `actor.optim.lr`, `train_batch_size`."""
+NEVER_SHORT = ("trainer.checkpoint", "actor_rollout_ref.rollout.server", "actor_rollout_ref.rollout.custom")
+"""Sections that are verl's by their full names alone: the short ones would take slips in keys of ours."""
 
 SECTIONS = frozenset({"actor_rollout_ref", "trainer", "custom_reward_function", "reward_manager", "ray_init", "ray_kwargs"})
-SECTIONS |= {
-    "global_profiler",
-    "transfer_queue",
-    "hydra",
-    "npu_profile",
-    "distillation",
-    "async_training",
-    "model_engine",
-    "skip",
-}
-SECTIONS |= {"sandbox_fusion"}
+SECTIONS |= {"global_profiler", "transfer_queue", "hydra", "npu_profile", "distillation", "async_training"}
+SECTIONS |= {"model_engine", "skip", "sandbox_fusion"}
 """Top-level sections that only verl has."""
 SHARED = ("critic.model.", "critic.optim.", "critic.fsdp", "reward_model.model.", "reward_model.reward_kwargs.")
 """Sections of verl's within sections that are ours too."""
@@ -118,7 +111,8 @@ def full_name(key: str) -> str:
             if other := ALIASES.get(".".join(parts[:length])):
                 name = ".".join([other, *parts[length:]])
                 break
-        if (name in KEYS or _section_of(name)) and not (prefix and name.partition(".")[0] == key):
+        is_too_short = prefix and (name.partition(".")[0] == key or name.startswith(NEVER_SHORT))
+        if (name in KEYS or _section_of(name)) and not is_too_short:
             return name
     return key
 

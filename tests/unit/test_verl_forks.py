@@ -120,7 +120,7 @@ def test_a_misspelt_key_of_verls_that_is_off_is_told(tmp_path: Path, setting: st
         (["critic.optim.clip_grad=2"], "critic.max_grad_norm", 2.0),
         (["trainer.max_ckpt_to_keep=2"], "checkpoint.keep", 2),
         (["reward_model.max_concurrent=4"], "reward.concurrency", 4),
-        (["reward.timeout=30"], "reward.timeout_s", 30.0),
+        (["reward_model.timeout=30"], "reward.timeout_s", 30.0),
         (
             ["+data.apply_chat_template_kwargs={enable_thinking:False}"],
             "data.chat_template_options",
