@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hybridflow.config.schema import DataConfig
@@ -57,7 +57,7 @@ class Conversations:
         """The conversation, of which the assistant's turns from message `first` on are learned.
 
         Raises:
-            BadRowError: the chat template refuses it, or its turns are not found in the text.
+            BadRowError: the chat template refuses it, or its turns or their tool calls are not found in the text.
         """
         template = Template(self.tokenizer, {**self.data.chat_template_options, **template_options(row)})
         try:
@@ -73,20 +73,7 @@ class Conversations:
         end = len(mask) - mask[::-1].index(True)  # what follows the last turn is neither learned nor context
         response, mask = response[:end], mask[:end]
         texts = str(self.tokenizer.decode(prompt)), str(self.tokenizer.decode(response, skip_special_tokens=True))
-        if unwritten := [name for name in _called(messages) if not any(name in text for text in texts)]:
-            raise BadRowError(
-                f"the chat template does not write the tool call of {unwritten[0]!r}: the turn would be learned empty"
-            )
         return Example(prompt, response, mask, *texts)
-
-
-def _called(messages: Sequence[Message]) -> Iterator[str]:
-    """Names of the functions that messages call."""
-    for message in messages:
-        calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else []:
-            function = call.get("function", call) if isinstance(call, Mapping) else {}
-            yield str(function.get("name", "")) if isinstance(function, Mapping) else ""
 
 
 def checked_chat(row: Row) -> list[Message]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -66,7 +66,8 @@ def marked(template: Template, messages: Sequence[Message], *, first: int = 0) -
     `answer<eos>`.
 
     Raises:
-        MarkError: the template rewrites what has been said so that a turn is not found in the text.
+        MarkError: the template rewrites what has been said so that a turn is not found in the text, or does not write the
+            tool call of a turn that is learned.
     """
     text, spans = _marked_text(template, messages, first)
     tokenizer = template.tokenizer
@@ -99,7 +100,18 @@ def _marked_text(template: Template, messages: Sequence[Message], first: int) ->
     else:
         text = template.render(messages)
         text, spans = _by_prefixes(template, messages, text)
-    return text, [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
+    for number, (start, stop) in itertools.compress(zip(turns, spans, strict=True), learned):
+        if unwritten := next((name for name in _called(messages[number]) if name not in text[start:stop]), None):
+            raise MarkError(f"the chat template does not write the tool call of {unwritten!r}: the turn would be learned empty")
+    return text, list(itertools.compress(spans, learned))
+
+
+def _called(message: Message) -> Iterator[str]:
+    """Names of the functions that a message calls."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        yield str(function.get("name", "")) if isinstance(function, Mapping) else ""
 
 
 def _by_template(template: Template, messages: Sequence[Message]) -> tuple[str, list[Span]]:

@@ -97,13 +97,35 @@ def test_a_turn_of_weight_zero_is_context():
         make({"messages": chat[:2]})
 
 
-def test_a_tool_call_that_the_template_does_not_write_is_no_empty_turn():
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]}
+WRITES_CALLS = CHATML.replace("m.content", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '')")
+
+
+def calling(name: str, **fields: object) -> dict[str, object]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": {}}}], **fields}
+
+
+@pytest.mark.parametrize("asked", ["1+1", "use weather"])  # what others say is not the turn
+def test_a_tool_call_that_the_template_does_not_write_is_no_empty_turn(asked: str):
+    chat = [{"role": "user", "content": asked}, calling("weather"), *CHAT[2:]]
     with pytest.raises(BadRowError, match="does not write the tool call of 'weather'"):
-        Conversations(tokenizer_of(), DataConfig())({"messages": [CHAT[0], call, *CHAT[2:]]})
-    writes = CHATML.replace("m.content", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '')")
-    (example,) = Conversations(tokenizer_of(writes), DataConfig())({"messages": [CHAT[0], call, *CHAT[2:]]})
+        Conversations(tokenizer_of(), DataConfig())({"messages": chat})
+    (example,) = Conversations(tokenizer_of(WRITES_CALLS), DataConfig())({"messages": chat})
     assert "weather" in example.response_text
+
+
+def test_a_tool_call_of_a_turn_that_is_not_learned_need_not_be_written():
+    tokenizer = tokenizer_of()
+    make = Conversations(tokenizer, DataConfig())
+    for chat in ([*CHAT[:3], calling("weather", weight=0)], [CHAT[0], calling("weather", weight=0), CHAT[2], CHAT[1]]):
+        (example,) = make({"messages": chat})
+        assert learned(tokenizer, example) == "2<eos>"
+
+
+def test_a_tool_call_is_found_whatever_the_tokenizer_makes_of_its_name():
+    tokenizer = tokenizer_of(WRITES_CALLS)
+    (example,) = Conversations(tokenizer, DataConfig())({"messages": [CHAT[0], calling("getWeather")]})
+    assert "getWeather" not in tokenizer.decode(example.response)  # it has no capital letters
+    assert learned(tokenizer, example).endswith("<eos>")
 
 
 def written(path: Path, rows: list[dict[str, object]], **types: pa.DataType) -> str:
