@@ -17,8 +17,9 @@ from hybridflow.tokenizers import TOKENIZER_FILES, has_tokenizer
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = ("*.safetensors", "*.bin")
 PARQUET = b"PAR1"
-PANDAS = {".jsonl": "read_json({!r}, lines=True)", ".json": "read_json({!r})", ".csv": "read_csv({!r})"}
-"""What reads files of other kinds."""
+JSON, CSV = "read_json({!r}, lines=True, dtype=False, convert_dates=False)", "read_csv({!r}, dtype=str, keep_default_na=False)"
+PANDAS = {".jsonl": JSON, ".json": JSON.replace(" lines=True,", ""), ".csv": CSV}
+"""What reads files of other kinds without making numbers of texts like 007."""
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions")
 HEADS_NAMES = ("num_attention_heads", "n_head")
 

@@ -140,10 +140,26 @@ def test_messages_as_json_text_are_no_answer(tmp_path: Path, capsys: pytest.Capt
     assert "row 0: column 'prompt' is JSON text" in said(capsys, written(tmp_path, [{**GOOD, "prompt": text}]))[1][0]
 
 
-def test_a_file_of_json_lines_is_told_how_to_become_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "chats.jsonl").write_text('{"messages": []}')
-    assert main(["check", str(tmp_path / "chats.jsonl")]) == 2
-    assert "pandas.read_json('chats.jsonl', lines=True).to_parquet('chats.parquet')" in capsys.readouterr().err
+@pytest.mark.filterwarnings("ignore:The 'convert_dates' keyword")  # pandas 3 says so; pandas 2 needs it
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.jsonl", '{"date": "2020-01-01", "response": "42"}\n{"date": "NA", "response": "007"}\n'),
+        ("rows.json", '[{"date": "2020-01-01", "response": "42"}, {"date": "NA", "response": "007"}]'),
+        ("rows.csv", "date,response\n2020-01-01,42\nNA,007\n"),
+    ],
+)
+def test_what_is_told_of_files_of_other_kinds_writes_their_texts_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, text: str
+):
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / name).write_text(text)
+    assert main(["check", str(tmp_path / name)]) == 2
+    _, found, command = capsys.readouterr().err.partition("this writes one: ")
+    monkeypatch.chdir(tmp_path)
+    assert found and exec(command, {"pandas": pandas}) is None
+    rows = [{"date": "2020-01-01", "response": "42"}, {"date": "NA", "response": "007"}]
+    assert pq.read_table("rows.parquet").to_pylist() == rows
 
 
 def test_a_file_without_rows_is_not_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
