@@ -22,6 +22,7 @@ FOR_PEOPLE = {
     "hybridflow/trackers/mlflow.py",
     "hybridflow/checkpoint/lineage.py",  # the name of a folder of what is put aside
     "hybridflow/ending.py",  # the head of a trace
+    "hybridflow/config/load.py",  # `${now:...}` in the name of a run's folder
     "hybridflow/controller/rank_process.py",  # when a call began, for timeline.json
     "hybridflow/environments/sessions.py",  # `created` of OpenAI's answers
 }

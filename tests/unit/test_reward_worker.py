@@ -151,10 +151,12 @@ def test_a_thousand_cheap_responses_take_well_under_a_second() -> None:
     pool = RewardPool(RewardConfig(name="gsm8k", num_processes=2))
     rows = inputs(*["#### 72"] * 1024)
     pool.score(rows)
-    start = time.perf_counter()
-    results = pool.score(rows)
-    # About 0.04 s on an idle machine.
-    assert time.perf_counter() - start < 0.5
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        results = pool.score(rows)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5  # about 0.04 s on an idle machine; beside other work some attempt has the cores for so long
     assert all(isinstance(result, Score) and result.reward == 1.0 for result in results)
     pool.close()
 
