@@ -37,7 +37,7 @@ class Decision:
     fresh: Sequence[Sequence[Request]] = ()
     """The submissions among them that this rank has not been given before, for ranks that have none of their own."""
     num_handed_out: int = 0
-    """How often rows were taken from the first rank, for ranks that have none."""
+    """How many calls of `handing_out` have ended on the first rank, for ranks that follow."""
 
 
 Agree = Callable[[Decision], Decision]
@@ -126,22 +126,27 @@ class EngineThread:
             if self._num_interrupts < number:
                 self.raise_failure()
 
-    def note_handed_out(self) -> None:
-        """Rows were taken: ranks that follow have waited for it in `wait_until_handed_out`, for a failure of their part."""
-        with self._changed:
-            self._num_handed_out += self._is_followed
-            self._changed.notify_all()
-
-    def wait_until_handed_out(self) -> None:
-        """On a rank that follows, called for each time that rows are taken from the first one: wait for it.
+    @contextmanager
+    def handing_out(self) -> Iterator[None]:
+        """A call in which rows are taken from the first rank, made on every rank: one that follows leaves it when the first
+        does, whether or not that has failed.
 
         Raises:
-            EngineError: this part of the engine has failed, before or meanwhile.
+            EngineError: this part of the engine, on a rank that follows, has failed, before or meanwhile.
         """
         with self._changed:
             self._num_asked_for += 1
-            self._changed.wait_for(lambda: self._num_told >= self._num_asked_for or self._has_ended)
-            self.raise_failure()
+            number = self._num_asked_for
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_handed_out += self._is_followed
+                self._changed.notify_all()
+        if self._follows:
+            with self._changed:
+                self._changed.wait_for(lambda: self._num_told >= number or self._has_ended)
+                self.raise_failure()
 
     @property
     def busy_seconds(self) -> float:

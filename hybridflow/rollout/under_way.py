@@ -171,13 +171,6 @@ class RowsUnderWay:
         Raises:
             EngineError: the engine has failed.
         """
-        try:
-            taken = self._ended_rows(at_least, timeout_s)
-        finally:
-            self.engine.note_handed_out()
-        return sorted(taken, key=lambda row: row.number)
-
-    def _ended_rows(self, at_least: int, timeout_s: float | None) -> list[RowUnderWay]:
         until = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while len(self._finished) < min(at_least, len(self._rows) + len(self._finished)):
@@ -192,7 +185,7 @@ class RowsUnderWay:
             if self._failure is not None:
                 raise self._failure
             taken, self._finished = self._finished, []
-        return taken
+        return sorted(taken, key=lambda row: row.number)
 
     def interrupt(self) -> None:
         """Stop all rows between two steps of the engine; they keep what they have said, and wait for `resume`."""
@@ -260,9 +253,7 @@ class RowsElsewhere(RowsUnderWay):
         """The other rank interrupts them."""
 
     def take(self, at_least: int, timeout_s: float | None = None) -> list[RowUnderWay]:
-        """None, once the other rank has handed out its own; or a failure of this rank's part of the engine, which nobody else
-        hears of and the first rank waits for."""
-        self.engine.wait_until_handed_out()
+        """The other rank has them."""
         return []
 
     def unfinished(self) -> list[RowUnderWay]:

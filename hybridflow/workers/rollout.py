@@ -163,9 +163,10 @@ class RolloutWorker(Worker):
         """
         rows = self._no_rows()
         rows.version = self.rows.version
-        rows.submit(self._rows(batch, sampling))
         has_log_probs = sampling is None or sampling.log_probs
-        taken = rows.take(len(batch))
+        with self.engine.handing_out():
+            rows.submit(self._rows(batch, sampling))
+            taken = rows.take(len(batch))
         if refused := [row.refusal for row in taken if row.refusal is not None]:
             raise EngineError(f"{len(refused)} of {len(taken)} rows were refused by the engine. The first: {refused[0]}")
         return self._columns(taken, has_log_probs=has_log_probs)
@@ -184,7 +185,8 @@ class RolloutWorker(Worker):
         """Rows that have finished: the columns of `generate` and `position`; `rollout_log_probs` is empty for rows that were
         sampled without. Of rows with `refused`, which the engine does not generate, `response_text` says why. Each rank waits
         for `at_least`, or for all that it has left, or for `timeout_s`."""
-        taken = self.rows.take(at_least, timeout_s)
+        with self.engine.handing_out():
+            taken = self.rows.take(at_least, timeout_s)
         seconds, self.busy_seconds = self.engine.busy_seconds - self.busy_seconds, self.engine.busy_seconds
         seconds_of_rank = Metric(seconds / self.context.layout.data, kind="sum")
         if self.config.loop.max_staleness:

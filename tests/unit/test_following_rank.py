@@ -8,10 +8,16 @@ import time
 import numpy as np
 import pytest
 
-from hybridflow.errors import EngineError
+from hybridflow.batch import Batch, Ragged
+from hybridflow.config.schema import Config
+from hybridflow.errors import BatchError, EngineError
 from hybridflow.rollout.base import Sampling
 from hybridflow.rollout.step_thread import Decision, EngineThread
 from hybridflow.rollout.under_way import RowsElsewhere, RowsUnderWay, RowUnderWay
+from hybridflow.workers.base import Worker
+from hybridflow.workers.rollout import RolloutWorker
+from tests.toy import make_tiny_tokenizer
+from tests.training_rows import context_of, training_config
 from tests.unit.test_step_thread import InterruptibleEngine, TwoRanks, request, run_in_thread
 
 
@@ -51,7 +57,9 @@ def two_ranks(first: InterruptibleEngine, second: InterruptibleEngine) -> tuple[
 
 def taking(rows: RowsUnderWay, results: queue.SimpleQueue[object]) -> None:
     try:
-        results.put([row.number for row in rows.take(1)])
+        with rows.engine.handing_out():
+            taken = rows.take(1)
+        results.put([row.number for row in taken])
     except EngineError as error:
         results.put(error)
 
@@ -70,8 +78,8 @@ def test_a_failure_on_a_rank_that_follows_is_told_by_the_call_in_which_it_happen
     leader.generate([request(1, max_tokens=9)])  # the first hears of nothing, as these engines do not wait for each other
     waiting.join(10)
     assert "failed before: out of memory" in str(results.get(timeout=10))
-    with pytest.raises(EngineError, match="out of memory"):
-        elsewhere.take(1)
+    with pytest.raises(EngineError, match="out of memory"), follower.handing_out():
+        pass
     leader.close()
     follower.close()
 
@@ -93,6 +101,38 @@ def test_a_rank_that_follows_answers_when_the_first_has_handed_out_its_rows(come
         assert results[0].get() == [number] and results[1].get() == []
     leader.close()
     follower.close()
+
+
+class OfThread(RolloutWorker):
+    """With an engine that runs already."""
+
+    def __init__(self, config: Config, thread: EngineThread, *, follows: bool):
+        Worker.__init__(self, config, context_of("rollout"))
+        self.engine, self.follows, self.environment = thread, follows, None
+        self.tokenizer, self.num_calls = make_tiny_tokenizer(), 0
+        self.rows = self._no_rows()
+
+
+def test_a_call_that_fails_on_the_first_rank_before_its_engine_has_rows_ends_on_one_that_follows() -> None:
+    threads = two_ranks(InterruptibleEngine(), InterruptibleEngine())
+    config = training_config("")
+    first, second = (OfThread(config, thread, follows=rank == 1) for rank, thread in enumerate(threads))
+    columns = {"prompt": Ragged.from_rows([np.arange(3)], np.int32), "seed": np.array([1])}
+    batch, without_prompts = Batch.from_columns(columns), Batch({"seed": np.array([1])})
+    for given in (without_prompts, batch, without_prompts, batch):
+        answered: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        following = run_in_thread(lambda: answered.put(second.generate(batch)), daemon=True)  # noqa: B023
+        time.sleep(0.02)
+        assert answered.empty(), "it waits for the first rank"
+        if given is batch:
+            assert len(first.generate(given)) == 1
+        else:
+            with pytest.raises(BatchError):
+                first.generate(given)
+        assert len(answered.get(timeout=10)) == 0
+        following.join(10)
+    for thread in threads:
+        thread.close()
 
 
 def test_a_rank_that_follows_can_be_closed_after_the_first_has_failed() -> None:
