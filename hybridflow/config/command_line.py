@@ -40,18 +40,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.config is not None and not is_file(options.config):
         options.overrides.insert(0, options.config)
         options.config = None
-    if found := VERLS_FILES.fullmatch(options.config_name or ""):
+    file = Path(options.config_path, options.config_name or "_").with_suffix(".yaml")
+    found = VERLS_FILES.fullmatch(options.config_name or "")
+    if found and not file.is_file():
         options.overrides += [f"trainer.v1.trainer_mode={found['mode'].strip('_')}"] if found["mode"] else []
         options.overrides += ["model_engine=megatron"] if found["engine"] else []
     elif options.config_name:
         if options.config is not None:
             parser.error(f"found the file {options.config} and --config-name {options.config_name}; give one of them")
-        options.config = str(Path(options.config_path, options.config_name).with_suffix(".yaml"))
+        options.config = str(file)
     return options
 
 
 VERLS_FILES = re.compile(r"(?P<mode>one_step_off_|fully_async_)?(?:ppo_|dapo_)(?P<engine>megatron_)?trainer(?:\.yaml)?")
-"""Names of verl's own files; what they say beside its defaults are the trainer's mode and the engine."""
+"""Names of verl's own files; they say the trainer's mode and the engine. A file of the user's goes before."""
 
 
 def is_file(argument: str) -> bool:

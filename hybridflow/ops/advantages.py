@@ -150,9 +150,10 @@ def drawn_by_reward(reward_B: PerRow, how: float | Resampling, *, seeds: Sequenc
         weight_B = np.where(best_B, 0.4, 0.1)
     elif how == "best_and_worst":
         weight_B = (best_B | (score_B == score_B.min())) + 1e-8
-    else:  # the largest has weight 1, so that no power overflows
-        scale = float(np.abs(score_B).max()) or 1.0
-        weight_B = np.abs(score_B / scale) ** how + math.exp(min(0.0, math.log(1e-8) - how * math.log(scale)))
+    else:  # |r| ** how + 1e-8, over the largest so that no power overflows
+        with np.errstate(divide="ignore"):
+            log_weight_B = np.logaddexp(how * np.log(np.abs(score_B)), math.log(1e-8))
+        weight_B = np.exp(log_weight_B - log_weight_B.max())
     return np.random.default_rng(seeds).choice(len(score_B), len(score_B), p=weight_B / weight_B.sum())
 
 

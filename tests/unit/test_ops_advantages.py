@@ -184,6 +184,14 @@ def test_rows_are_drawn_as_often_as_their_weights_say(method: float | Resampling
     assert (ops.drawn_by_reward(rewards_B, method, seeds=(0, 1)) == drawn[1]).all()
 
 
+@pytest.mark.parametrize("rewards", [[1e-4, 5e-5, 0.0], [0.1, 2e-3, 0.0], [7.0, -3.0, 0.0]])
+def test_a_power_of_rewards_has_its_floor_whatever_their_scale(rewards: list[float]):
+    weights = np.abs(rewards) ** 3 + 1e-8
+    drawn = [ops.drawn_by_reward(np.array(rewards), 3.0, seeds=(step,)) for step in range(4000)]
+    shares = np.bincount(np.concatenate(drawn), minlength=3) / 12000
+    assert shares == pytest.approx(weights / weights.sum(), abs=0.02)  # over four deviations
+
+
 @pytest.mark.parametrize("reward", [0.0, 1.0, -1e38, 1e-38])
 @pytest.mark.parametrize("method", [0.5, 8.0, *get_args(Resampling)])
 def test_rows_of_equal_rewards_are_drawn_alike(method: float | Resampling, reward: float):

@@ -139,6 +139,19 @@ def test_a_config_name_of_hydras_is_the_file(yaml_file: str, capsys: pytest.Capt
     assert main(["--config-name=ppo_trainer", yaml_file, " ", "run.seed=7", "--dry-run"]) == 0
 
 
+@pytest.mark.parametrize("name", ["dapo_trainer", "ppo_trainer.yaml", "fully_async_ppo_trainer"])
+def test_a_file_that_is_called_like_one_of_verls_is_read(
+    tmp_path: Path, yaml_file: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"{name.removesuffix('.yaml')}.yaml").write_text(f"base: {yaml_file}\nrun: {{seed: 8}}\n")
+    hydra = [f"--config-path={tmp_path}", f"--config-name={name}", "--dry-run"]
+    assert main(hydra) == 0
+    assert "seed: 8" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([yaml_file, *hydra])
+    assert f"and --config-name {name}; give one of them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["-m", "--multirun", "--info", "--package=x", "--hydra-help"])
 def test_other_flags_of_hydras_are_refused_by_name(yaml_file: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
