@@ -201,7 +201,7 @@ def grad_clip(given: Given) -> Values:
     """The largest norm of gradients, which releases of verl read under one of three names."""
     for section, ours in ((ACTOR, "actor"), ("critic", "critic")):
         names = [name for name in ("grad_clip", "optim.clip_grad", "optim.grad_clip") if given.has(f"{section}.{name}")]
-        norms = [given(f"{section}.{name}") for name in names or ["grad_clip"]]
+        norms = [as_type(float, given(f"{section}.{name}")) for name in names or ["grad_clip"]]
         if any(norm != norms[0] for norm in norms):
             problem = f"releases of verl read {' or '.join(names)}, which say {' and '.join(map(str, norms))}"
             raise UntranslatableError(f"{problem}. Set {ours}.max_grad_norm, or all of them to one number")
@@ -210,9 +210,9 @@ def grad_clip(given: Given) -> Values:
 
 def lora(given: Given) -> Values:
     """Rank and scale of the adapters, of which scripts set both to 0 where there are none."""
-    rank, alpha = given(f"{MODEL}.lora_rank"), given(f"{MODEL}.lora_alpha")
+    rank = given(f"{MODEL}.lora_rank")
     yield "model.lora_rank", rank
-    yield "model.lora_alpha", alpha if rank or alpha else 16
+    yield "model.lora_alpha", given(f"{MODEL}.lora_alpha") or (0 if rank else 16)
 
 
 def overlong_prompts(given: Given) -> Values:

@@ -146,6 +146,17 @@ def test_two_norms_of_gradients_are_refused_in_any_order(tmp_path: Path) -> None
         assert "which say 0.2 and 1.0. Set actor.max_grad_norm" in found
 
 
+def test_one_norm_of_gradients_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    both = ["actor_rollout_ref.actor.grad_clip='1.0'", "actor_rollout_ref.actor.optim.clip_grad=1.0"]
+    assert loaded(tmp_path, *GROUPS, *both).actor.max_grad_norm == 1.0
+
+
+def test_a_scale_of_adapters_that_is_0_is_refused_where_it_was_given(tmp_path: Path) -> None:
+    given = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=0"]
+    (found,) = mistakes_of([*right_run(tmp_path), *FITTING, *GROUPS, *given])
+    assert found.startswith("command line (actor_rollout_ref.model.lora_alpha): model.lora_alpha: found 0")
+
+
 def test_the_first_names_of_the_covariance_losses_choose_them(tmp_path: Path) -> None:
     actor = "actor_rollout_ref.actor"
     config = loaded(tmp_path, *GROUPS, f"{actor}.loss_mode=kl_cov", f"{actor}.kl_cov_ratio=0.02", f"{actor}.ppo_kl_coef=1")
