@@ -37,7 +37,7 @@ def _checked(options: argparse.Namespace) -> int:
         for file in options.files:
             report = check_file(file, tokenizer=tokenizer, data=data, rule=options.reward)
             show("".join(f"{file}: {line}\n" for line in report.lines()))
-            is_clean = is_clean and not report.problems and not report.form and report.num_rows > 0
+            is_clean = is_clean and not report.problems and not report.has_pictures and report.num_rows > 0
     except HybridflowError as error:
         say(f"{error}\n")
         return MISCONFIGURED

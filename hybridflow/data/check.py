@@ -14,8 +14,8 @@ from hybridflow.config.schema import DataConfig
 from hybridflow.data.chunks import check_prompt
 from hybridflow.data.conversations import CHAT_COLUMNS, Conversations, checked_chat, template_options
 from hybridflow.data.examples import BadRowError, Example, Findings, Row
-from hybridflow.data.formats import advice
-from hybridflow.data.parquet import ColumnSpec, open_parquet, read_batches, without_nulls
+from hybridflow.data.formats import PICTURES, advice
+from hybridflow.data.parquet import ColumnSpec, has_pictures, open_parquet, read_batches, without_nulls
 from hybridflow.data.preferences import PREFERENCE_COLUMNS, Preferences, checked_pair
 from hybridflow.data.prompts import EPISODE_COLUMNS, PROMPT_COLUMNS
 from hybridflow.data.responses import RESPONSE_COLUMNS
@@ -52,6 +52,8 @@ class Report:
     """Columns that nobody reads."""
     form: str
     """What to do with those of a form that is known."""
+    has_pictures: bool
+    """They are not read."""
     without_rule: Counter[str]
     """Data sources that `by_data_source` has no rule for, where it is to score, with their numbers of rows."""
 
@@ -63,6 +65,8 @@ class Report:
             yield f"columns that are not read: {', '.join(self.unread)}"
         if self.form:
             yield self.form
+        if self.has_pictures:
+            yield PICTURES
         for source, count in sorted(self.without_rule.items()):
             yield f"data_source {source!r} ({count} rows) has no rule of its own: name one as --reward, or write a function"
         yield f"{self.kind}: {self.num_rows - len(self.problems)} of {self.num_rows} rows can be used"
@@ -106,7 +110,8 @@ def check_file(
     known = {spec.name for spec in kind.columns}
     unread = [name for name in file.schema_arrow.names if name not in known]
     problems = findings.bad | {row: f"left out: {problem}" for row, problem in findings.useless.items()}
-    return Report(kind.name, findings.num_rows, problems, unread, advice(unread and file.schema_arrow.names), without_rule)
+    form = advice(unread and file.schema_arrow.names)
+    return Report(kind.name, findings.num_rows, problems, unread, form, has_pictures(file), without_rule)
 
 
 def kind_of(file: pq.ParquetFile, tokenizer: PreTrainedTokenizerBase | None, data: DataConfig, rule: str) -> Kind:

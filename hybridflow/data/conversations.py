@@ -96,7 +96,7 @@ def checked_messages(value: object, name: str) -> list[Message]:
     """Messages without the fields that only other rows of the file have.
 
     Raises:
-        BadRowError: there are none, or one has no role or neither content nor tool calls.
+        BadRowError: there are none, or one has no role or neither content nor tool calls, or a weight that is no number.
     """
     if not isinstance(value, list) or not value:
         raise BadRowError(f"column {name!r} is {'null' if value is None else 'empty'}")
@@ -107,19 +107,21 @@ def checked_messages(value: object, name: str) -> list[Message]:
             raise BadRowError(f"message {number} of column {name!r} has no role")
         if "content" not in given and not given.get("tool_calls"):
             raise BadRowError(f"message {number} of column {name!r} has neither content nor tool_calls")
+        if given["role"] == "assistant" and not isinstance(given.get("weight", 1), int | float):
+            raise BadRowError(f"message {number} of column {name!r} has the weight {given['weight']!r}; expected a number")
         messages.append({"content": "", **given})
     return messages
 
 
 def check_text(value: object, name: str) -> None:
     """Raises BadRowError where a text is messages written as JSON, which a model would read as they stand."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
         return
     try:
         loaded = json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # numbers may be too long, brackets too many
         return
-    if all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in loaded):
+    if loaded and all(isinstance(message, dict) and "role" in message for message in loaded):
         raise BadRowError(f"column {name!r} is JSON text of messages: write the file with json.loads of it")
 
 

@@ -57,9 +57,10 @@ FORMS = (
     Form(frozenset({"input", "label"}), PROBLEMS),
     Form(frozenset({"ground_truth"}), "what 'reward_model' should hold, a struct with the field ground_truth"),
     Form(frozenset({"text"}), "plain text. Cut it into a 'prompt' and the 'response' to learn", unless=ANSWERED | {"prompt"}),
-    Form(frozenset({"images"}), "pictures, which are not read: the model would see the text alone", unless=frozenset()),
 )
 """The first that fits counts."""
+IMAGES = "images"
+PICTURES = f"{IMAGES}: pictures, which are not read: the model would see the text alone"
 
 
 def advice(columns: Iterable[str]) -> str:

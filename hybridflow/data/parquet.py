@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hybridflow.config.rules_files import parquet_advice
-from hybridflow.data.formats import advice
+from hybridflow.data.formats import IMAGES, PICTURES, advice
 from hybridflow.errors import DataError
 from hybridflow.registry import nearest
 
@@ -124,7 +124,8 @@ def open_parquet(path: str, specs: Sequence[ColumnSpec], *, key: str) -> pq.Parq
     problems = [problem for spec in specs if (problem := _problem(spec, file.schema_arrow))]
     if problems:
         found = ", ".join(f"{column.name} ({column.type})" for column in file.schema_arrow) or "no columns"
-        do = advice(file.schema_arrow.names) or "docs/data.md shows how to write one"
+        form = advice(file.schema_arrow.names)
+        do = f"{form}. docs/data.md shows how to write one" if form else "docs/data.md shows how to write one"
         raise DataError(f"{where}: {'; '.join(problems)}. The file has: {found}. {do}")
     return file
 
@@ -152,8 +153,16 @@ def warn_of_unread(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: 
     """Log the columns that the file has and nobody reads."""
     known = {spec.name for spec in specs}
     if unread := [name for name in file.schema_arrow.names if name not in known]:
-        form = advice(file.schema_arrow.names)
-        logger.warning("%s: columns that are not read: %s%s", where, ", ".join(unread), f"; {form}" if form else "")
+        hints = [advice(file.schema_arrow.names), PICTURES if has_pictures(file) else ""]
+        logger.warning("%s: columns that are not read: %s", where, "; ".join([", ".join(unread), *filter(None, hints)]))
+
+
+def has_pictures(file: pq.ParquetFile) -> bool:
+    """Whether a column of images holds any, by the file's footer. Nulls alone are INT32 without statistics."""
+    groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    found = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == IMAGES and chunk.physical_type != "INT32"]
+    return any(chunk.statistics is None or chunk.statistics.num_values > 0 for chunk in found)
 
 
 def read_batches(file: pq.ParquetFile, specs: Sequence[ColumnSpec], *, where: str) -> Iterator[pa.RecordBatch]:

@@ -12,7 +12,7 @@ from hybridflow.config.schema import DataConfig
 from hybridflow.data.chat import Message, encode, is_templated
 from hybridflow.data.conversations import TEMPLATE_COLUMNS, Conversations, check_text, checked_messages, template_options
 from hybridflow.data.examples import BadRowError, Example, Row, UselessRowError, limited
-from hybridflow.data.marks import Template
+from hybridflow.data.marks import Template, is_learned
 from hybridflow.data.parquet import ColumnSpec, is_number
 from hybridflow.data.prompts import PROMPT
 from hybridflow.errors import ModelError
@@ -119,6 +119,8 @@ def _conversations(row: Row) -> tuple[list[list[Message]], int]:
     for name, messages in zip(("chosen", "rejected"), whole, strict=True):
         if not any(message["role"] == "assistant" for message in messages[num_shared:]):
             raise BadRowError(f"column {name!r} has no assistant turn of its own")
+        if not any(is_learned(message) for message in messages[num_shared:]):
+            raise UselessRowError(f"every assistant turn of its own in column {name!r} has the weight 0")
         if messages[-1]["role"] != "assistant":
             raise BadRowError(f"column {name!r} ends with a turn of role {messages[-1]['role']!r}, not with what is judged")
     return whole, num_shared

@@ -177,7 +177,11 @@ def main() -> None:
     """Serve until the other end closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     end_with_parent()
-    connection = Connection(int(sys.argv[1]))
+    with suppress(EOFError, ConnectionError):  # nobody is at the other end any more
+        _serve(Connection(int(sys.argv[1])))
+
+
+def _serve(connection: Connection) -> None:
     config = connection.recv()
     try:
         make = load_environment(config)
@@ -188,9 +192,4 @@ def main() -> None:
         connection.send(NotLoaded(f"the environment does not load:\n{shortened(traceback.format_exc())}"))
         return
     connection.send(Loaded())
-
-    async def serve() -> None:
-        await Episodes(connection, config, make).serve()
-
-    with suppress(ConnectionError):
-        asyncio.run(serve())
+    asyncio.run(Episodes(connection, config, make).serve())

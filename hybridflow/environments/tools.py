@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hybridflow.environments.base import Message, Row
+from hybridflow.errors import EpisodeError
 
 Calls = list[dict[str, object]]
 """`{"name": ..., "arguments": {...}}` each."""
@@ -100,8 +101,18 @@ def schema_of(tool: Callable[..., object]) -> Mapping[str, object]:
     """By which a chat template shows a tool. What its annotations and its docstring do not say is left open.
 
     Raises:
-        TypeHintParsingException: an annotation is of a class that JSON has no kind for.
+        EpisodeError: an annotation is of a kind that JSON does not have, such as `tuple[int, ...]`, or its name is not known.
     """
+    from transformers.utils.chat_template_utils import TypeHintParsingException
+
+    try:
+        return _schema(tool)
+    except (NameError, TypeHintParsingException) as error:
+        said = f"the tool {tool.__name__!r} cannot be described: {error!s:.200}"
+        raise EpisodeError(f"{said}. Annotate it otherwise, with names of its own file") from error
+
+
+def _schema(tool: Callable[..., object]) -> Mapping[str, object]:
     from transformers.utils.chat_template_utils import (
         DocstringParsingException,
         TypeHintParsingException,
@@ -112,7 +123,9 @@ def schema_of(tool: Callable[..., object]) -> Mapping[str, object]:
     try:
         return get_json_schema(tool)
     except (DocstringParsingException, TypeHintParsingException):
-        summary, said, _ = parse_google_format_docstring(inspect.getdoc(tool) or "")
+        head, mark, words = (inspect.getdoc(tool) or "").partition("Args:")
+        words = re.sub(r"^( *\w+) *\(.*?\):", r"\1:", words, flags=re.MULTILINE)  # name (type): text
+        summary, said, _ = parse_google_format_docstring(head + mark + words)
     parameters = [
         parameter.replace(annotation=Any if parameter.annotation is parameter.empty else parameter.annotation)
         for parameter in inspect.signature(tool, eval_str=True).parameters.values()

@@ -2,8 +2,8 @@
 
 Children are started by exec, never by fork: a parent may hold CUDA contexts and threads. They answer response by response,
 so the parent always knows which one is being worked on: when its time is over the child is killed, whatever it is stuck in,
-that response fails, and the others of its list go to another child. No response is scored twice, but where `async` functions
-have many under way at once and one of them blocks: which one shows when each is scored alone.
+that response fails, and the others of its list go to another child. No response is scored twice, but where one of many
+`async` calls under way blocks: which one shows when each is scored alone.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ class RewardPool:
     def _time_out(self, place: int, job: _Job) -> None:
         child = self._children[place]
         if not child.is_ready:
-            problem = f"the reward {self.config.path or self.config.name} was not loaded within {LOAD_TIMEOUT_S:.0f} s"
-            raise RewardError(f"{problem}: see what it waits for when it is imported")
+            named = ", ".join(term.path or term.name for term in self.config.terms)
+            raise RewardError(f"the reward {named} was not loaded within {LOAD_TIMEOUT_S:g} s: see what it waits for on import")
         self._replace(place, patience_s=0.0)
         self._fail(child, job, Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s}"))
 

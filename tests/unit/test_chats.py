@@ -95,6 +95,11 @@ def test_a_turn_of_weight_zero_is_context():
     assert learned(tokenizer, example) == "7<eos>"
     with pytest.raises(UselessRowError, match="weight 0"):
         make({"messages": chat[:2]})
+    with pytest.raises(BadRowError, match="message 1 of column 'messages' has the weight '0'; expected a number"):
+        make({"messages": [CHAT[0], {**CHAT[1], "weight": "0"}]})
+    pair = {"prompt": CHAT[:1], "chosen": [{**CHAT[1], "weight": 0}], "rejected": [CHAT[3]]}
+    with pytest.raises(UselessRowError, match="of its own in column 'chosen' has the weight 0"):
+        Preferences(tokenizer, DataConfig())(pair)
 
 
 WRITES_CALLS = CHATML.replace("m.content", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '')")

@@ -115,9 +115,26 @@ def test_what_would_spoil_a_step_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_a_file_in_another_form_is_told_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, object], form: str
 ):
-    assert main(["check", written(tmp_path, [row])]) > 0
+    assert main(["check", written(tmp_path, [row])]) == (2 if "prompt" not in row else int("images" in row))
     shown = capsys.readouterr()
     assert form in shown.out + shown.err
+
+
+@pytest.mark.parametrize("images", [None, [], pa.array([[]], pa.list_(pa.string()))])
+def test_a_column_of_pictures_without_any_is_only_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], images: object):
+    table = pa.Table.from_pylist([GOOD]).append_column("images", images if isinstance(images, pa.Array) else pa.array([images]))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    found = ["columns that are not read: images", "prompts: 1 of 1 rows can be used"]
+    assert said(capsys, str(tmp_path / "rows.parquet")) == (0, found)
+
+
+def test_a_missing_column_is_told_beside_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    row = {"prompt": "1", "reward_model": {"ground_truth": "1"}, "images": ["x"]}
+    assert main(["check", written(tmp_path, [row])]) == 2
+    told = capsys.readouterr().err
+    assert "'data_source' is missing" in told and "docs/data.md shows how" in told and "pictures" not in told
+    assert main(["check", written(tmp_path, [{"question": "1", "answer": "2"}])]) == 2
+    assert "to learn the answers call them 'response'. docs/data.md shows how" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -132,10 +149,13 @@ def test_messages_as_json_text_are_no_answer(tmp_path: Path, capsys: pytest.Capt
     pairs = [
         {"prompt": "1+1", "chosen": text, "rejected": text.replace("2", "3")},
         {"prompt": "a", "chosen": "[{", "rejected": "b"},
+        {"prompt": "1+1", "chosen": text.replace("[{", "[\n {"), "rejected": "b"},
+        {"prompt": "1+1", "chosen": "[]", "rejected": "[" + "1" * 5000 + "]"},
     ]
     assert said(capsys, written(tmp_path, pairs))[1] == [
         "row 0: column 'chosen' is JSON text of messages: write the file with json.loads of it",
-        "preferences: 1 of 2 rows can be used",
+        "row 2: column 'chosen' is JSON text of messages: write the file with json.loads of it",
+        "preferences: 2 of 4 rows can be used",
     ]
     assert "row 0: column 'prompt' is JSON text" in said(capsys, written(tmp_path, [{**GOOD, "prompt": text}]))[1][0]
 

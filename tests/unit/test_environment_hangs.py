@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 
+from hybridflow.config.schema import EnvironmentConfig
 from hybridflow.environments import processes
 from hybridflow.errors import EpisodeError
 from hybridflow.workers.rollout import RolloutWorker
@@ -159,3 +163,21 @@ def test_a_class_that_hangs_when_it_is_loaded_ends_the_start(start: Start, place
     else:
         assert start(source).generate(episode_rows(["nowhere"] * 2))["episode_failed"].all()
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("is_configured", [False, True])
+def test_a_process_whose_parent_has_gone_before_the_class_is_loaded_ends_without_a_trace(
+    tmp_path: Path, is_configured: bool
+) -> None:
+    path = tmp_path / "environment.py"
+    path.write_text("import time\ntime.sleep(2)\nclass Own:\n    def reset(self, row): ...\n    def step(self, message): ...\n")
+    ours, theirs = Pipe()
+    code = "from hybridflow.environments.child import main; main()"
+    command = [sys.executable, "-c", code, str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True) as process:
+        theirs.close()
+        if is_configured:
+            ours.send(EnvironmentConfig(path=str(path)))
+        ours.close()
+        assert process.communicate(timeout=60)[1] == ""
+        assert process.returncode == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.config.schema import RewardConfig
+from hybridflow.config.schema import RewardConfig, RewardTerm
 from hybridflow.errors import RewardError
 from hybridflow.guardian import MAX_OUTPUT_BYTES, descendants
 from hybridflow.rewards import process_pool
@@ -186,3 +186,6 @@ def test_a_file_that_hangs_when_it_is_imported_is_named(tmp_path: Path, monkeypa
     path.write_text("import time\ntime.sleep(3600)\ndef compute_score(reward_input):\n    return 1.0\n")
     with pytest.raises(RewardError, match=r"waits\.py was not loaded within 2 s: see what it waits for"):
         RewardPool(RewardConfig(path=str(path), num_processes=1)).score(inputs(1))
+    several = RewardConfig(functions=(RewardTerm(path=str(path)), RewardTerm(name="gsm8k")), num_processes=1)
+    with pytest.raises(RewardError, match=r"waits\.py, gsm8k was not loaded"):
+        RewardPool(several).score(inputs(1))

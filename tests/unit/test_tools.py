@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
 from examples.environments.calculator import Calculator
 from hybridflow.environments.base import Row
 from hybridflow.environments.tools import FORMATS, format_of, message_of, schema_of
+from hybridflow.errors import EpisodeError
 
 ROW: Row = {
     "messages": [{"role": "user", "content": "6*7="}],
@@ -123,3 +125,38 @@ def test_a_tool_is_described_as_far_as_it_says() -> None:
     assert described["parameters"]["properties"] == {"x": {"description": "x"}, "y": {"description": "y"}}
     found = schema_of(Shelf().find)["function"]
     assert isinstance(found, dict) and found["parameters"]["properties"]["title"]["description"] == "Of the book."
+
+
+def typed(query: str, number=1):  # type: ignore[no-untyped-def]
+    """Searches.
+
+    Args:
+        query (str): What is
+            looked for.
+        number (int, optional): How many.
+    """
+
+
+def test_words_of_arguments_with_types_reach_the_schema() -> None:
+    function = schema_of(typed)["function"]
+    assert isinstance(function, dict)
+    found = function["parameters"]["properties"]
+    assert [found[name]["description"] for name in ("query", "number")] == ["What is looked for.", "How many."]
+
+
+def many(numbers: tuple[int, ...]) -> None:
+    """Many."""
+
+
+def unknown(number: Absent) -> None:  # type: ignore[name-defined]  # noqa: F821
+    """Unknown."""
+
+
+def wordless(number: Absent) -> None:  # type: ignore[name-defined]  # noqa: F821
+    pass
+
+
+@pytest.mark.parametrize("tool", [many, unknown, wordless])
+def test_a_tool_with_an_annotation_that_cannot_be_described_is_named(tool: Callable[..., object]) -> None:
+    with pytest.raises(EpisodeError, match=f"the tool '{tool.__name__}' cannot be described"):
+        schema_of(tool)
