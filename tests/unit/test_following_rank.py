@@ -119,16 +119,17 @@ def test_a_call_that_fails_on_the_first_rank_before_its_engine_has_rows_ends_on_
     first, second = (OfThread(config, thread, follows=rank == 1) for rank, thread in enumerate(threads))
     columns = {"prompt": Ragged.from_rows([np.arange(3)], np.int32), "seed": np.array([1])}
     batch, without_prompts = Batch.from_columns(columns), Batch({"seed": np.array([1])})
+    sampling = Sampling(max_tokens=3, log_probs=False)
     for given in (without_prompts, batch, without_prompts, batch):
         answered: queue.SimpleQueue[Batch] = queue.SimpleQueue()
-        following = run_in_thread(lambda: answered.put(second.generate(batch)), daemon=True)  # noqa: B023
+        following = run_in_thread(lambda: answered.put(second.generate(batch, sampling=sampling)), daemon=True)  # noqa: B023
         time.sleep(0.02)
         assert answered.empty(), "it waits for the first rank"
         if given is batch:
-            assert len(first.generate(given)) == 1
+            assert len(first.generate(given, sampling=sampling)) == 1
         else:
             with pytest.raises(BatchError):
-                first.generate(given)
+                first.generate(given, sampling=sampling)
         assert len(answered.get(timeout=10)) == 0
         following.join(10)
     for thread in threads:
