@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from math import isnan
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -19,7 +23,28 @@ LARGE = 1e4
 LARGEST = 1e18
 """Weights beyond are as good as infinite: in float32 the square of ten times that is."""
 
-IN_ORDER = "The weights are in order: what they are to learn from is too large."
+REWARDS = frozenset({"advantage", "advantages", "returns"})
+"""A loss that reads one of these columns learns from rewards."""
+
+
+class Cause(Enum):
+    """What has most likely made a gradient that is not finite."""
+
+    WEIGHTS = auto()
+    """They have diverged."""
+    TOO_LARGE = auto()
+    """They are in order, and the gradient is infinite: what they are to learn from is too large."""
+    NOT_A_NUMBER = auto()
+    """They are in order, and something that was computed from them is not a number."""
+
+
+@dataclass(frozen=True)
+class WhySkipped:
+    """Of an update: in words what was not finite, and what that says of its cause."""
+
+    words: str = ""
+    cause: Cause = Cause.WEIGHTS
+    learns_from_rewards: bool = False
 
 
 class WeightCheck:
@@ -77,7 +102,7 @@ class WeightCheck:
         )
 
 
-def remedy(role: str, config: TrainingConfig | ReferenceConfig) -> str:
+def remedy(role: str, config: TrainingConfig | ReferenceConfig, *, lower: str = "Lower") -> str:
     """What to do about weights that are as good as infinite: lower what can have made them so; nothing for a frozen model.
 
     Example: `Lower actor.learning_rate=0.01. `
@@ -87,8 +112,8 @@ def remedy(role: str, config: TrainingConfig | ReferenceConfig) -> str:
     rate, decay = config.learning_rate, config.weight_decay
     if rate <= 1 < rate * decay:
         taken = f"of every weight {rate * decay:.3g} times itself is taken off at each update"
-        return f"Lower {role}.weight_decay={decay:g}: {taken}. "
-    return f"Lower {role}.learning_rate={rate:g}. "
+        return f"{lower} {role}.weight_decay={decay:g}: {taken}. "
+    return f"{lower} {role}.learning_rate={rate:g}. "
 
 
 def _version_of(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -101,13 +126,12 @@ class SkippedUpdates:
     """Counts updates in a row that could not be made, and says why none can."""
 
     def __init__(self, context: RankContext, *, config: TrainingConfig, most: int | None):
-        self.context, self.most = context, most
-        self.remedy = remedy(context.role, config)
+        self.context, self.config, self.most = context, config, most
         self.count = 0
         self.since_step = 0
-        self.why = ""
+        self.why = WhySkipped()
 
-    def note(self, *, is_skipped: bool, step: int, why: str) -> bool:
+    def note(self, *, is_skipped: bool, step: int, why: WhySkipped) -> bool:
         """One update was made or skipped; whether that was the first one skipped."""
         if not is_skipped:
             self.count = 0
@@ -135,25 +159,41 @@ class SkippedUpdates:
 
     def _ended(self, what: str) -> DivergenceError:
         role = self.context.role
-        advice = f"{self.remedy}Or give rewards of a smaller scale"
-        if self.why.endswith(IN_ORDER):
-            advice = f"Give rewards of a smaller scale. {self.remedy.replace('Lower', 'Or lower')}".rstrip(". ")
-        error = DivergenceError(f"{role} no longer learns: {what}, since step {self.since_step}. {self.why} {advice}")
+        advice = remedy(role, self.config).rstrip(". ")
+        if self.why.cause is Cause.NOT_A_NUMBER:
+            advice = "Look at what the loss computes, and at the rows that it reads"
+        elif self.why.learns_from_rewards and self.why.cause is Cause.TOO_LARGE:
+            advice = f"Give rewards of a smaller scale. {remedy(role, self.config, lower='Or lower')}".rstrip(". ")
+        elif self.why.learns_from_rewards:
+            advice += ". Or give rewards of a smaller scale"
+        error = DivergenceError(f"{role} no longer learns: {what}, since step {self.since_step}. {self.why.words} {advice}")
         error.since_step = self.since_step
         return error
 
 
-def why_skipped(norm: float, gradients: dict[str, float], weights: dict[str, float], losses: dict[str, float]) -> str:
-    """In words: which gradients, metrics of the loss and weights are not finite, and the largest weight."""
+def why_skipped(
+    norm: float,
+    gradients: dict[str, float],
+    weights: dict[str, float],
+    losses: dict[str, float],
+    columns: Sequence[str],
+) -> WhySkipped:
+    """Which gradients, metrics of the loss and weights are not finite, and the largest weight. The loss reads `columns`."""
     parts = [f"The norm of the gradient is {norm}."]
     if bad := not_finite(gradients):
         parts.append(f"Not finite are the gradients of {len(bad)} of {len(gradients)} tensors: {listed(bad)}.")
     if bad := not_finite(losses):
         parts.append(f"So are {listed([f'{name}={losses[name]}' for name in bad])} of the loss.")
+    cause = Cause.NOT_A_NUMBER if any(map(isnan, (norm, *gradients.values(), *losses.values()))) else Cause.TOO_LARGE
+    learns_from_rewards = not REWARDS.isdisjoint(columns)
     if bad := not_finite(weights):
+        cause = Cause.WEIGHTS
         parts.append(f"Weights are not finite: {listed(bad)}.")
     elif weights and (name := max(weights, key=lambda name: weights[name])) and weights[name] > LARGE:
+        cause = Cause.WEIGHTS
         parts.append(f"The weights have diverged: the largest is {weights[name]:.3g}, in {name}.")
-    elif weights:
-        parts.append(IN_ORDER)
-    return " ".join(parts)
+    elif cause is Cause.TOO_LARGE and learns_from_rewards:
+        parts.append("The weights are in order: what they are to learn from is too large.")
+    else:
+        parts.append("The weights are in order.")
+    return WhySkipped(" ".join(parts), cause, learns_from_rewards)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from hybridflow.ops.reduce import TokenMetric, accumulate, to_metrics, token_wei
 from hybridflow.parallel import fsdp
 from hybridflow.parallel.finite import largest
 from hybridflow.workers.base import RankContext
-from hybridflow.workers.finite import SkippedUpdates, WeightCheck, why_skipped
+from hybridflow.workers.finite import SkippedUpdates, WeightCheck, WhySkipped, why_skipped
 from hybridflow.workers.microbatches import Microbatch, Microbatches
 from hybridflow.workers.model_core import CPU, ModelCore, Outputs
 from hybridflow.workers.utilisation import flops_per_token, peak_flops
@@ -149,12 +149,12 @@ class TrainingCore(ModelCore):
         with self.on_device(with_optimizer=True):
             started = time.perf_counter()
             metrics, observed = self._accumulate_gradients(microbatches, loss, forward, observe)
-            norm, why = self._apply_gradients(lambda: dict(to_metrics(metrics)))
+            norm, why = self._apply_gradients(lambda: dict(to_metrics(metrics)), loss.columns)
             self.num_updates += 1
             seconds = time.perf_counter() - started
         is_skipped = not math.isfinite(norm)
         if self.skipped.note(is_skipped=is_skipped, step=self.step, why=why) and self.context.rank == 0:
-            logger.warning("step %d: an update of %s is skipped. %s", self.step, self.context.role, why)
+            logger.warning("step %d: an update of %s is skipped. %s", self.step, self.context.role, why.words)
         self.skipped.raise_if_too_many()
         counted = {
             "grad_norm": Metric(norm),
@@ -196,9 +196,9 @@ class TrainingCore(ModelCore):
                 given.append((microbatch, {name: output.detach() for name, output in outputs.items()}))
         return metrics, observe(microbatches, given) if observe is not None and given else {}
 
-    def _apply_gradients(self, losses: Callable[[], dict[str, float]]) -> tuple[float, str]:
+    def _apply_gradients(self, losses: Callable[[], dict[str, float]], columns: Sequence[str]) -> tuple[float, WhySkipped]:
         """Clip, step, and forget the gradients; the one place of an update where the host waits for the device. Returns the
-        norm and, where it is not finite, words on what else is not."""
+        norm and, where it is not finite, what else is not."""
         gradients = fsdp.local_gradients(self.model.parameters())
         norm = fsdp.gradient_norm(gradients, self.context.group)
         fsdp.scale_gradients(gradients, norm, self.config.max_grad_norm)
@@ -208,11 +208,11 @@ class TrainingCore(ModelCore):
                 group["lr"] = self.learning_rate
             self.optimizer.step()
             self.weights.forget()
-            why = ""
+            why = WhySkipped()
         else:
             named = list(self.model.named_parameters())
             found_gradients = largest((name, parameter.grad) for name, parameter in named)
-            why = why_skipped(found, found_gradients, largest(named), losses())
+            why = why_skipped(found, found_gradients, largest(named), losses(), columns)
         self.optimizer.zero_grad(set_to_none=True)
         return found, why
 

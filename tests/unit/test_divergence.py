@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from hybridflow.controller.failed_rewards import FailedRewards
 from hybridflow.controller.loop import Loop
 from hybridflow.errors import DivergenceError, ModelError, RewardError
 from hybridflow.metrics import Metrics
-from hybridflow.ops.losses import PolicyLoss, ValueLoss
+from hybridflow.ops.losses import NextTokenLoss, PolicyLoss, TokenBatch, ValueLoss
+from hybridflow.ops.reduce import TokenMetric
 from hybridflow.workers import finite
 from hybridflow.workers.actor import ActorWorker
 from hybridflow.workers.critic import CriticWorker
@@ -116,6 +118,34 @@ def test_rewards_that_are_too_large_are_blamed_before_the_rate(model_path: str) 
             worker.update(rows(scale=1e30), loss=ValueLoss(clip=None))
     advice = str(raised.value).partition("The weights are in order: what they are to learn from is too large. ")[2]
     assert advice.startswith("Give rewards of a smaller scale. Or lower critic.learning_rate=")
+
+
+class RootOfZero(NextTokenLoss):
+    """A mistake of whoever wrote it: the root's slope at 0 is infinite, and times the 0 of its argument not a number."""
+
+    def __call__(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, TokenMetric]]:
+        total, metrics = super().__call__(batch)
+        return total + (0.0 * batch.log_probs_T).sqrt().sum(), metrics
+
+
+def test_a_loss_that_is_not_a_number_is_blamed_on_no_reward_and_no_rate(model_path: str) -> None:
+    worker = worker_of(ActorWorker, training_config(model_path))
+    with pytest.raises(DivergenceError, match=r"The weights are in order\. Look at what the loss computes") as raised:
+        for _ in range(5):
+            worker.update(rows(), loss=RootOfZero())
+    assert "The norm of the gradient is nan" in str(raised.value)
+    assert not re.search("reward|[Ll]ower|too large", str(raised.value))
+
+
+def test_an_infinite_gradient_without_rewards_is_not_blamed_on_them() -> None:
+    why = finite.why_skipped(math.inf, {"q": math.inf}, {"q": 1.0}, {"loss": 1e30}, ("loss_mask",))
+    assert (
+        why.cause is finite.Cause.TOO_LARGE and not why.learns_from_rewards and why.words.endswith("The weights are in order.")
+    )
+    skipped = finite.SkippedUpdates(context_of("actor"), config=training_config("").actor, most=1)
+    skipped.note(is_skipped=True, step=1, why=why)
+    with pytest.raises(DivergenceError, match=r"The weights are in order\. Lower actor\.learning_rate=0\.001$"):
+        skipped.raise_if_too_many()
 
 
 def test_the_number_of_updates_is_the_users(model_path: str) -> None:
