@@ -149,7 +149,8 @@ class Algorithm(ABC):
         correction = self.options().importance_correction(self.run)
         if correction is None or not self.options().corrects_before(self.run):
             return batch
-        return batch.join(self.roled("actor").compute(batch, CorrectTokens(correction)))
+        corrected = CorrectTokens(correction, is_normalized=self.options().importance_normalized)
+        return batch.join(self.roled("actor").compute(batch, corrected))
 
     def prepare(self, batch: Batch) -> Batch:
         """The same, with rewards less the KL of their rows where `kl_in: reward` says so, and less what `GroupOptions` take

@@ -59,7 +59,4 @@ class ImportanceOptions:
 
     def importance_correction(self, run: RunConfig) -> ImportanceCorrection | None:
         """What bounds, mask and rejections ask for; None where none is set."""
-        own = self
-        return ops.importance_correction(
-            own.cap(run), own.importance_level, own.importance_mask, own.rejections, is_normalized=own.importance_normalized
-        )
+        return ops.importance_correction(self.cap(run), self.importance_level, self.importance_mask, self.rejections)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from hybridflow.config.choices import Resampling
 
+__all__ = ["best_of_group", "drawn_by_reward", "gae", "group_normalized", "is_varied", "kl_in_reward"]
+__all__ += ["leave_one_out", "length_weighted", "overlong_penalty", "rescaled", "token_rewards", "whiten"]
+
 PerRow = Tensor | npt.NDArray[np.generic]
 
 STD_FLOOR = 1e-6

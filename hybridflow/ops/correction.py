@@ -17,14 +17,14 @@ from hybridflow.config.choices import Rejection
 from hybridflow.ops.kl import MAX_LOG_RATIO, kl_estimate
 from hybridflow.ops.reduce import TokenMetric, repeat_rows, row_means, row_sums
 
+__all__ = ["ImportanceCorrection", "importance_correction"]
+
 
 def importance_correction(
     cap: float | None,
     level: Literal["token", "sequence"] = "token",
     mask: tuple[float, float] | None = None,
     rejections: Sequence[Rejection] = (),
-    *,
-    is_normalized: bool = False,
 ) -> ImportanceCorrection | None:
     """The correction that options of an algorithm describe; None where they ask for none."""
     if cap is None and mask is None and not rejections:
@@ -37,7 +37,6 @@ def importance_correction(
         mask_above=above,
         rejections=tuple(rejections),
         is_weighing=cap is not None or mask is not None,
-        is_normalized=is_normalized,
     )
 
 
@@ -67,9 +66,6 @@ class ImportanceCorrection:
     """Tokens that are outside of any of these have weight 0."""
     is_weighing: bool = True
     """False: weights are 0 and 1, by `rejections` alone."""
-    is_normalized: bool = False
-    """Whoever has all rows of a step (workers/token_functions.py) divides their weights by the mean over these tokens or, at
-    level `sequence`, rows."""
 
     @torch.no_grad()
     def weights(self, old_T: Tensor, rollout_T: Tensor, lengths_B: Tensor) -> tuple[Tensor, dict[str, TokenMetric]]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hybridflow.config.choices import KLEstimator as KLEstimator
 
+__all__ = ["AdaptiveKL", "FixedKL", "KLController", "kl_controller", "kl_estimate"]
+
 MAX_LOG_RATIO = 20.0
 """Beyond it the exponential of a difference of log-probabilities says no more than `far off` and would overflow float32."""
 MOST_LOW_VAR_KL = 10.0

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+__all__ = ["LinearLogProbs", "linear_log_probs"]
+
 
 def chunk_log_probs(logits_CV: Tensor, targets_C: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities of the targets, logsumexp, and entropies: each of shape [C]."""

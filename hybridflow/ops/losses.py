@@ -19,6 +19,8 @@ from hybridflow.ops.kl import kl_estimate
 from hybridflow.ops.reduce import TokenMetric, repeat_rows, row_means
 from hybridflow.ops.surrogates import PolicyTokens, Surrogate, clipped
 
+__all__ = ["Loss", "NextTokenLoss", "PolicyLoss", "PretrainingLoss", "TokenBatch", "ValueLoss", "explained_variance"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:

@@ -16,6 +16,8 @@ from torch.nn.functional import logsigmoid
 from hybridflow.ops.losses import Loss, TokenBatch
 from hybridflow.ops.reduce import Aggregation, TokenMetric, row_sums
 
+__all__ = ["PreferenceLoss", "RewardModelLoss"]
+
 PreferenceKind = Literal["sigmoid", "ipo", "kto"]
 
 

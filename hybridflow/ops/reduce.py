@@ -14,6 +14,8 @@ from torch import Tensor
 from hybridflow.config.choices import Aggregation as Aggregation
 from hybridflow.metrics import Kind, Metric, Metrics
 
+__all__ = ["Aggregation", "Counts", "TokenMetric", "accumulate", "row_means", "row_sums", "to_metrics", "token_weights"]
+
 
 @dataclass(frozen=True)
 class Counts:

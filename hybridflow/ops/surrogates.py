@@ -16,6 +16,9 @@ from torch import Tensor
 from hybridflow.ops.kl import MAX_LOG_RATIO, kl_estimate
 from hybridflow.ops.reduce import TokenMetric, repeat_rows, row_means
 
+__all__ = ["PolicyTokens", "Surrogate", "clip_covariance", "clipped", "clipped_weight", "geometric_mean"]
+__all__ += ["kl_covariance", "policy_gradient", "quadratic", "sequence_ratio", "soft_gate", "token_ratio", "within_divergence"]
+
 MAX_LOG_SEQUENCE_RATIO = 10.0
 """Of a row's mean; beyond it the exponential says no more than `far off`."""
 

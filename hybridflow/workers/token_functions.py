@@ -77,10 +77,12 @@ class TokenAdvantages:
 class CorrectTokens:
     """Column `importance_weights` of all response tokens, and `loss_mask` with `loss_tokens` without those that are rejected.
 
-    Reads `log_probs` and `rollout_log_probs`. The mean that weights are divided by is that of all ranks' tokens or rows.
+    Reads `log_probs` and `rollout_log_probs`.
     """
 
     correction: ops.ImportanceCorrection
+    is_normalized: bool = False
+    """Weights are divided by their mean over the tokens of all ranks or, at level `sequence`, over their rows."""
 
     def __call__(self, batch: Batch, context: RankContext) -> Batch:
         import torch
@@ -91,7 +93,7 @@ class CorrectTokens:
         lengths_B = torch.tensor(sampled.lengths)
         given = _tensor(batch, "log_probs"), _tensor(batch, "rollout_log_probs"), lengths_B
         weights_T, _ = replace(own, rejections=()).weights(*given)
-        if own.is_normalized:
+        if self.is_normalized:
             of_B = (lengths_B > 0).double() if own.level == "sequence" else lengths_B.double()
             total = (ops.row_means(weights_T.double(), lengths_B) * of_B).sum()
             total, count = _sum_over_ranks(torch.stack([total, of_B.sum()]), context)

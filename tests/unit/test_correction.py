@@ -75,12 +75,18 @@ def step_rows() -> Batch:
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_normalised_weights_have_a_mean_of_one(level: str) -> None:
     rows = step_rows()
-    correction = ops.importance_correction(2.0, level, is_normalized=True)  # type: ignore[arg-type]
+    correction = ops.importance_correction(2.0, level)  # type: ignore[arg-type]
     assert correction is not None
-    weights = CorrectTokens(correction)(rows, context_of("actor")).tokens("importance_weights")
+    normalized = CorrectTokens(correction, is_normalized=True)
+    weights = normalized(rows, context_of("actor")).tokens("importance_weights")
     sampled = weights.where(rows.tokens("loss_mask").values.astype(bool))
     means = sampled.values if level == "token" else np.array([row.mean() for row in sampled if len(row)])
     assert means.mean() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_correction_within_a_loss_which_has_no_whole_step_cannot_be_asked_to_normalise() -> None:
+    with pytest.raises(TypeError, match="is_normalized"):
+        ops.importance_correction(2.0, is_normalized=True)  # type: ignore[call-arg]
 
 
 def test_rejected_tokens_leave_the_loss_mask_and_weights_are_of_the_tokens_before() -> None:
