@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 NamedTensors = Iterable[tuple[str, torch.Tensor | None]]
+Found = dict[str, float]
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,12 +25,12 @@ def norms(tensors: NamedTensors) -> dict[str, torch.Tensor]:
     return dict(zip(shards, torch._foreach_norm(list(shards.values()), float("inf")), strict=True)) if shards else {}
 
 
-def largest(tensors: NamedTensors) -> dict[str, float]:
+def largest(tensors: NamedTensors) -> Found:
     """The largest absolute value in this rank's shard of each tensor, not finite where any is not. One wait for the device."""
     found = norms(tensors)
     return dict(zip(found, torch.stack([norm.float() for norm in found.values()]).tolist(), strict=True)) if found else {}
 
 
-def not_finite(found: dict[str, float]) -> list[str]:
+def not_finite(found: Found) -> list[str]:
     """The names whose largest value is not a finite number."""
     return [name for name, value in found.items() if not abs(value) < float("inf")]

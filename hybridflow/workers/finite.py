@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from math import isnan
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from hybridflow.config.schema import ReferenceConfig, TrainingConfig
 from hybridflow.errors import DivergenceError, listed
-from hybridflow.parallel.finite import NamedTensors, largest, local_shard, norms, not_finite
+from hybridflow.parallel.finite import Found, NamedTensors, largest, local_shard, norms, not_finite
 
 if TYPE_CHECKING:
     from hybridflow.workers.base import RankContext
@@ -22,20 +21,9 @@ LARGE = 1e4
 """Weights of language models are far below; the largest above this is worth a word."""
 LARGEST = 1e18
 """Weights beyond are as good as infinite: in float32 the square of ten times that is."""
-
-REWARDS = frozenset({"advantage", "advantages", "returns"})
-"""A loss that reads one of these columns learns from rewards."""
-
-
-class Cause(Enum):
-    """What has most likely made a gradient that is not finite."""
-
-    WEIGHTS = auto()
-    """They have diverged."""
-    TOO_LARGE = auto()
-    """They are in order, and the gradient is infinite: what they are to learn from is too large."""
-    NOT_A_NUMBER = auto()
-    """They are in order, and something that was computed from them is not a number."""
+REWARDS = {"advantage", "advantages", "returns"}  # columns of losses that learn from rewards
+Cause = Literal["weights", "too large", "not a number"]
+"""Of a gradient that is not finite: weights have diverged; they are in order and it is infinite, or something was no number."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,7 @@ class WhySkipped:
     """Of an update: in words what was not finite, and what that says of its cause."""
 
     words: str = ""
-    cause: Cause = Cause.WEIGHTS
+    cause: Cause = "weights"
     learns_from_rewards: bool = False
 
 
@@ -160,9 +148,9 @@ class SkippedUpdates:
     def _ended(self, what: str) -> DivergenceError:
         role = self.context.role
         advice = remedy(role, self.config).rstrip(". ")
-        if self.why.cause is Cause.NOT_A_NUMBER:
+        if self.why.cause == "not a number":
             advice = "Look at what the loss computes, and at the rows that it reads"
-        elif self.why.learns_from_rewards and self.why.cause is Cause.TOO_LARGE:
+        elif self.why.learns_from_rewards and self.why.cause == "too large":
             advice = f"Give rewards of a smaller scale. {remedy(role, self.config, lower='Or lower')}".rstrip(". ")
         elif self.why.learns_from_rewards:
             advice += ". Or give rewards of a smaller scale"
@@ -171,29 +159,21 @@ class SkippedUpdates:
         return error
 
 
-def why_skipped(
-    norm: float,
-    gradients: dict[str, float],
-    weights: dict[str, float],
-    losses: dict[str, float],
-    columns: Sequence[str],
-) -> WhySkipped:
+def why_skipped(norm: float, gradients: Found, weights: Found, losses: Found, columns: Sequence[str]) -> WhySkipped:
     """Which gradients, metrics of the loss and weights are not finite, and the largest weight. The loss reads `columns`."""
     parts = [f"The norm of the gradient is {norm}."]
     if bad := not_finite(gradients):
         parts.append(f"Not finite are the gradients of {len(bad)} of {len(gradients)} tensors: {listed(bad)}.")
     if bad := not_finite(losses):
         parts.append(f"So are {listed([f'{name}={losses[name]}' for name in bad])} of the loss.")
-    cause = Cause.NOT_A_NUMBER if any(map(isnan, (norm, *gradients.values(), *losses.values()))) else Cause.TOO_LARGE
     learns_from_rewards = not REWARDS.isdisjoint(columns)
+    cause: Cause = "weights"
     if bad := not_finite(weights):
-        cause = Cause.WEIGHTS
         parts.append(f"Weights are not finite: {listed(bad)}.")
     elif weights and (name := max(weights, key=lambda name: weights[name])) and weights[name] > LARGE:
-        cause = Cause.WEIGHTS
         parts.append(f"The weights have diverged: the largest is {weights[name]:.3g}, in {name}.")
-    elif cause is Cause.TOO_LARGE and learns_from_rewards:
-        parts.append("The weights are in order: what they are to learn from is too large.")
     else:
-        parts.append("The weights are in order.")
+        cause = "not a number" if any(map(isnan, (norm, *gradients.values(), *losses.values()))) else "too large"
+        too_large = ": what they are to learn from is too large" if cause == "too large" and learns_from_rewards else ""
+        parts.append(f"The weights are in order{too_large}.")
     return WhySkipped(" ".join(parts), cause, learns_from_rewards)

@@ -75,10 +75,8 @@ class TokenAdvantages:
 
 @dataclass(frozen=True)
 class CorrectTokens:
-    """Column `importance_weights` of all response tokens, and `loss_mask` with `loss_tokens` without those that are rejected.
-
-    Reads `log_probs` and `rollout_log_probs`.
-    """
+    """Column `importance_weights` of all response tokens, and `loss_mask` with `loss_tokens` without those that are rejected,
+    from `log_probs` and `rollout_log_probs`."""
 
     correction: ops.ImportanceCorrection
     is_normalized: bool = False
