@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from hybridflow import ops
 from hybridflow.batch import Batch, Ragged
 from hybridflow.config.schema import Config, DataConfig, RolloutConfig
 from hybridflow.workers.actor import ActorWorker
+from hybridflow.workers.finite import WhySkipped
 from hybridflow.workers.reference import ReferenceWorker
 from hybridflow.workers.rollout import RolloutWorker, training_sampling
 from tests.training_rows import (
@@ -94,9 +95,9 @@ def gradients(config: Config, batch: Batch, loss: ops.PolicyLoss, monkeypatch: p
     actor = ActorWorker(config, context_of("actor"))
     found: dict[str, torch.Tensor] = {}
 
-    def keep(numbers: Callable[[], dict[str, float]]) -> tuple[float, str]:
+    def keep(losses: object, columns: object) -> tuple[float, WhySkipped]:
         found.update({name: p.grad.full_tensor().clone() for name, p in actor.model.named_parameters() if p.grad is not None})
-        return 0.0, ""
+        return 0.0, WhySkipped()
 
     monkeypatch.setattr(actor.core, "_apply_gradients", keep)
     actor.update(batch, loss=loss)
