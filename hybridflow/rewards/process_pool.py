@@ -8,6 +8,7 @@ that response fails, and the others of its list go to another child. No response
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 import struct
@@ -25,6 +26,7 @@ from hybridflow.rewards.call import RewardInput
 from hybridflow.rewards.child import Ready, Stop
 from hybridflow.rewards.results import Failure, Score
 
+logger = logging.getLogger("hybridflow")
 MAX_INPUTS_PER_MESSAGE = 32
 ASYNC_GRACE_S = 2.0
 """How much longer than the process itself the parent waits for coroutines, which only blocking ones make use of."""
@@ -76,6 +78,7 @@ class RewardPool:
         self.config = config
         self.function = Ready("", "sequential")
         """What the function says of itself."""
+        self._has_timed_out = False
         self._children = [_spawn(config) for _ in range(config.num_processes)]
         self._work(_Job([], deque()), until=lambda: any(child.is_ready for child in self._children))
 
@@ -172,7 +175,11 @@ class RewardPool:
             named = ", ".join(term.path or term.name for term in self.config.terms)
             raise RewardError(f"the reward {named} was not loaded within {LOAD_TIMEOUT_S:g} s: see what it waits for on import")
         self._replace(place, patience_s=0.0)
-        self._fail(child, job, Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s}"))
+        failure = Failure("timed out", f"no result within reward.timeout_s={self.config.timeout_s}")
+        if not self._has_timed_out:  # a step of which all do takes long, and nobody would know why
+            logger.warning("a response got %s; each that takes so long holds up the step", failure.detail)
+        self._has_timed_out = True
+        self._fail(child, job, failure)
 
     def _timeout_s(self, num_inputs: int) -> float:
         return self.config.timeout_s * num_inputs + (ASYNC_GRACE_S if self.function.concurrency > 1 else 0.0)

@@ -103,7 +103,7 @@ BUDGETS = {
     "hybridflow/parallel": 448,
     "hybridflow/planner": 1090,
     "hybridflow/resharding": 1372,
-    "hybridflow/rewards": 2230,
+    "hybridflow/rewards": 2240,
     "hybridflow/rollout": 2950,
     "hybridflow/trackers": 1412,
     "hybridflow/workers": 3200,

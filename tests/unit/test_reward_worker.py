@@ -84,6 +84,18 @@ def test_a_bad_response_fails_alone(pool: RewardPool, response: str, reason: str
     assert isinstance(results[1], Failure)
 
 
+def test_the_first_response_that_takes_too_long_is_told_while_others_are_scored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "waits.py").write_text(MISBEHAVING)
+    pool = RewardPool(RewardConfig(path=str(tmp_path / "waits.py"), timeout_s=0.5))
+    with caplog.at_level("WARNING", logger="hybridflow"):
+        pool.score(inputs("a", "sleep", "sleep"))
+    pool.close()
+    (told,) = [record.getMessage() for record in caplog.records if "holds up the step" in record.getMessage()]
+    assert "no result within reward.timeout_s=0.5" in told
+
+
 def test_the_time_limit_is_for_each_response(pool: RewardPool) -> None:
     pool.score(inputs("warm"))
     start = time.perf_counter()
