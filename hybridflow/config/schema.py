@@ -120,8 +120,7 @@ class ModelConfig:
     gradient_checkpointing: Switch = "auto"
     """Recompute activations in the backward pass instead of keeping them; auto for each model whose activations do not fit."""
     compile: Switch = "auto"
-    """torch.compile the layers of training models: faster steps after a minute of compilation. auto does so on CUDA where the
-    run is long enough to gain twice that minute."""
+    """torch.compile the layers of training models; auto does so on CUDA where a run gains twice the minute that it takes."""
     logits_chunk_tokens: Tokens = "auto"
     """Tokens whose logits exist at once in the output layer; auto is 4096, or fewer where memory is short."""
     sequence_parallel: Annotated[int, COUNT] = 1
